@@ -1,0 +1,1 @@
+"""Whole language models and their tasks."""

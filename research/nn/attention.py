@@ -1,0 +1,127 @@
+"""One attention: projections, rotary embedding, mask rule, cache and kernel are separate arguments."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from research.nn import cache as caches
+from research.nn.attention_kernels import AttentionKernel, AutoAttention, cached_attention
+from research.nn.linear import Linear
+from research.nn.masks import Causal, MaskRule, Window
+from research.nn.rotary import Rotary, rotate
+
+
+class Context(struct.PyTreeNode):
+    """Where the tokens of a call are.
+
+    positions int32[B, T]; segments int32[B, T], 0 on padding, or None; prefix int32[B] or None (prefix LM);
+    length int32[B] committed tokens and tree bool[b, N, N] where a cache is read.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    prefix: jax.Array | None = None
+    length: jax.Array | None = None
+    tree: jax.Array | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped or multi-query attention.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: H, Hkv (None: H) and d.
+        rule: the mask rule.
+        rotary: rotary embedding, or None.
+        query_norm, key_norm: norms over each head (Qwen 3, Gemma 3), or None.
+        scale: factor of the scores, default head_dim ** -0.5.
+        softcap: tanh soft cap of the scores (Gemma 2), or None.
+        use_bias, output_bias: biases of query, key and value, and of the output.
+        kernel: how the product is computed without a cache.
+
+    x is [B, T, width] or [B * T, width]; the output has the same leading axes. Returns the output and the
+    new key and value rows, [B, Hkv, T, d] each.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    rule: MaskRule = Causal()
+    rotary: Rotary | None = None
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    use_bias: bool = False
+    output_bias: bool = False
+    kernel: AttentionKernel = AutoAttention()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: caches.LayerCache | None = None
+    ) -> tuple[jax.Array, caches.Fresh]:
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
+        query, key, value = self._project(x, context.positions.shape)
+        if self.query_norm is not None:
+            query = self.query_norm(query)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        if self.rotary is not None:
+            angles = self.rotary(context.positions, self.head_dim)
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        if cache is None:
+            out = self.kernel(
+                query,
+                key,
+                value,
+                self.rule,
+                segments=context.segments,
+                prefix=context.prefix,
+                scale=scale,
+                softcap=self.softcap,
+            )
+        else:
+            out = self._cached(query, key, value, context, cache, scale)
+        out = out.swapaxes(1, 2).reshape(*x.shape[:-1], self.num_heads * self.head_dim)
+        return Linear(x.shape[-1], self.output_bias, name="output")(out), (key, value)
+
+    def _project(self, x: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> query [B, T, H, d], key and value [B, T, Hkv, d]; one product where the tree holds a fused `qkv`."""
+        wide, narrow = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
+        if "qkv" in self.variables.get("params", {}):
+            fused = Linear(wide + 2 * narrow, self.use_bias, name="qkv")(x)
+            query, key, value = jnp.split(fused, [wide, wide + narrow], axis=-1)
+        else:
+            query = Linear(wide, self.use_bias, name="query")(x)
+            key = Linear(narrow, self.use_bias, name="key")(x)
+            value = Linear(narrow, self.use_bias, name="value")(x)
+        return tuple(y.reshape(*shape, -1, self.head_dim) for y in (query, key, value))
+
+    def _cached(self, query, key, value, context: Context, cache: caches.LayerCache, scale: float) -> jax.Array:
+        old_key, old_value, index, valid = cache.read(context.length)
+        positions = context.positions
+        cached_mask = self.rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
+        fresh_mask = self.rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
+        return cached_attention(
+            query,
+            (old_key, old_value),
+            (key, value),
+            cached_mask,
+            fresh_mask,
+            scale=scale,
+            softcap=self.softcap,
+        )
+
+    def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> caches.LayerCache:
+        """A ring of the window plus `margin` rows for windowed rules without sinks, else a dense cache."""
+        rule = self.rule
+        if isinstance(rule, Window) and not rule.sinks and rule.span + margin < capacity:
+            return caches.RingCache.empty(batch, rule.span + margin, self.kv_heads, self.head_dim, dtype)
+        return caches.DenseCache.empty(batch, capacity, self.kv_heads, self.head_dim, dtype)

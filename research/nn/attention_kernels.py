@@ -1,0 +1,244 @@
+"""How attention is computed, apart from what it computes.
+
+A kernel takes head-major arrays, query [B, H, T, d], key and value [B, Hkv, T, d], and returns [B, H, T, d].
+H is a multiple of Hkv: query head h reads key head h // (H / Hkv). All kernels agree to float32 rounding.
+"""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn.masks import Full, MaskRule
+
+NEGATIVE = -1e30  # finite, so that a fully masked row gives a uniform distribution instead of NaN
+
+
+class AttentionKernel(Protocol):
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        rule: MaskRule,
+        *,
+        segments: jax.Array | None,
+        prefix: jax.Array | None,
+        scale: float,
+        softcap: float | None,
+    ) -> jax.Array: ...
+
+
+def group_queries(query: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, H, T, d] -> [B, Hkv, H / Hkv * T, d]: the queries that share a key head become rows of one matrix."""
+    batch, heads, length, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
+
+
+def group_mask(mask: jax.Array, heads: int, kv_heads: int) -> jax.Array:
+    """bool [b, 1 or H, Tq, Tk] -> [b, 1 or Hkv, 1 or H / Hkv, Tq, Tk]."""
+    if mask.shape[1] == 1:
+        return mask[:, :, None]
+    return mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, *mask.shape[2:])
+
+
+def cap(scores: jax.Array, softcap: float | None) -> jax.Array:
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAttention:
+    """Scores of all pairs, softmax in float32, one matrix product each way."""
+
+    def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
+        batch, heads, length, dim = query.shape
+        kv_heads = key.shape[1]
+        groups = heads // kv_heads
+        scores = jax.lax.dot_general(
+            group_queries(query, kv_heads), key, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+        ).reshape(batch, kv_heads, groups, length, length)
+        scores = cap(scores * scale, softcap)
+        mask = None
+        if not isinstance(rule, Full):
+            index = jnp.arange(length)[None]
+            mask = rule.allowed(index, index, prefix)
+        if segments is not None:
+            same = (segments[:, None, :, None] == segments[:, None, None, :]) & (segments[:, None, None, :] > 0)
+            mask = same if mask is None else mask & same
+        if mask is not None:
+            scores = jnp.where(group_mask(mask, heads, kv_heads), scores, NEGATIVE)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        probabilities = probabilities.reshape(batch, kv_heads, groups * length, length)
+        out = jax.lax.dot_general(
+            probabilities, value, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+        )
+        return out.astype(query.dtype).reshape(batch, heads, length, dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockedAttention:
+    """Causal attention over blocks of queries, each against the keys it can see, with its own derivative.
+
+    Skips the masked half of the work and keeps the backward products in the form that CPU matrix libraries take;
+    stores the unnormalised probabilities of every block, so it saves time and not memory. The blocks are unrolled
+    into the program: for lengths up to about a thousand. Refuses a soft cap, prefix masks and rules
+    without a key range.
+    """
+
+    block: int = 64
+
+    def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
+        if softcap is not None or prefix is not None or rule.key_range(0, 1) is None:
+            raise ValueError(
+                f"BlockedAttention computes rules with a key range and no soft cap; got {rule}, softcap={softcap}. "
+                "Use DenseAttention or AutoAttention."
+            )
+        return _blocked(query, key, value, segments, rule, self.block, scale)
+
+
+def _blocks(length: int, block: int, rule: MaskRule):
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        yield start, stop, *rule.key_range(start, stop)
+
+
+def _block_mask(segments, rule, heads, kv_heads, start, stop, low, high) -> jax.Array | None:
+    """bool [b, 1 or Hkv, 1 or G, stop - start, high - low]; None where everything is visible."""
+    queries, keys = np.arange(start, stop)[None], np.arange(low, high)[None]
+    mask = group_mask(rule.allowed(queries, keys, None), heads, kv_heads)
+    if segments is not None:
+        query_segments, key_segments = segments[:, start:stop], segments[:, low:high]
+        same = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments[:, None, :] > 0)
+        mask = mask & same[:, None, None]
+    return mask
+
+
+def _query_rows(x: jax.Array, kv_heads: int, start: int, stop: int) -> jax.Array:
+    return group_queries(x[:, :, start:stop], kv_heads)
+
+
+_QK = (((3,), (3,)), ((0, 1), (0, 1)))  # [b,h,q,d] x [b,h,k,d] -> [b,h,q,k]
+_PV = (((3,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,k,d] -> [b,h,q,d]
+_PTG = (((2,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,q,d] -> [b,h,k,d]
+
+
+def _product(a: jax.Array, b: jax.Array, contract) -> jax.Array:
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _blocked(query, key, value, segments, rule, block, scale):
+    return _blocked_forward(query, key, value, segments, rule, block, scale)[0]
+
+
+def _blocked_forward(query, key, value, segments, rule, block, scale):
+    batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    outputs, saved = [], []
+    for start, stop, low, high in _blocks(length, block, rule):
+        rows = _query_rows(query, kv_heads, start, stop)
+        scores = _product(rows, key[:, :, low:high], _QK) * scale  # [B, Hkv, G * C, K]
+        grouped = scores.reshape(batch, kv_heads, -1, stop - start, high - low)
+        mask = _block_mask(segments, rule, heads, kv_heads, start, stop, low, high)
+        scores = jnp.where(mask, grouped, NEGATIVE).reshape(scores.shape)
+        unnormalised = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        inverse = 1.0 / jnp.sum(unnormalised, axis=-1, keepdims=True)
+        unnormalised = unnormalised.astype(value.dtype)
+        out = _product(unnormalised, value[:, :, low:high], _PV) * inverse
+        outputs.append(out.astype(query.dtype).reshape(batch, heads, stop - start, dim))
+        saved.append((unnormalised, inverse))
+    return jnp.concatenate(outputs, axis=2), (query, key, value, segments, outputs, saved)
+
+
+def _blocked_backward(rule, block, scale, residuals, gradient):
+    query, key, value, segments, outputs, saved = residuals
+    batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    key_gradient = jnp.zeros(key.shape, jnp.float32)
+    value_gradient = jnp.zeros(value.shape, jnp.float32)
+    query_gradients = []
+    for (start, stop, low, high), out, (unnormalised, inverse) in zip(
+        _blocks(length, block, rule), outputs, saved, strict=True
+    ):
+        rows = _query_rows(query, kv_heads, start, stop)
+        # The normalisation goes into the thin [rows, d] operand, not into the [rows, keys] one.
+        scaled = _query_rows(gradient, kv_heads, start, stop).astype(jnp.float32) * inverse
+        delta = jnp.sum(scaled * group_queries(out, kv_heads), axis=-1, keepdims=True)
+        scaled = scaled.astype(value.dtype)
+        value_gradient = value_gradient.at[:, :, low:high].add(_product(unnormalised, scaled, _PTG))
+        drift = _product(scaled, value[:, :, low:high], _QK)
+        score_gradient = (unnormalised * (drift - delta) * scale).astype(query.dtype)
+        query_gradients.append(
+            _product(score_gradient, key[:, :, low:high], _PV).reshape(batch, heads, stop - start, dim)
+        )
+        key_gradient = key_gradient.at[:, :, low:high].add(_product(score_gradient, rows, _PTG))
+    query_gradient = jnp.concatenate(query_gradients, axis=2)
+    no_gradient = None if segments is None else np.zeros(segments.shape, jax.dtypes.float0)
+    return (
+        query_gradient.astype(query.dtype),
+        key_gradient.astype(key.dtype),
+        value_gradient.astype(value.dtype),
+        no_gradient,
+    )
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoAttention:
+    """Blocked on CPU for causal rules up to `longest` tokens, dense otherwise.
+
+    Measured on two cores: blocks of 64 make causal attention about 1.3 times faster than the dense form at 256
+    tokens; accelerators prefer the dense form, which their compilers fuse.
+    """
+
+    longest: int = 1024
+
+    def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
+        blocked = BlockedAttention()
+        length = query.shape[2]
+        suits = (
+            jax.default_backend() == "cpu"
+            and softcap is None
+            and prefix is None
+            and rule.key_range(0, 1) is not None
+            and blocked.block < length <= self.longest
+        )
+        kernel = blocked if suits else DenseAttention()
+        return kernel(query, key, value, rule, segments=segments, prefix=prefix, scale=scale, softcap=softcap)
+
+
+def cached_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, jax.Array],
+    cached_mask: jax.Array,
+    fresh_mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Attention of N new tokens over a cached prefix of S rows and over each other.
+
+    query [B, H, N, d]; cached key and value [B, Hkv, S, d]; fresh key and value [B, Hkv, N, d]; masks bool
+    [b, 1 or H, N, S] and [b, 1 or H, N, N]. The two sets of keys are never concatenated: only their scores are.
+    """
+    batch, heads, count, dim = query.shape
+    kv_heads = cached[0].shape[1]
+    rows = group_queries(query, kv_heads)
+    slots = cached[0].shape[2]
+
+    def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
+        raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
+        grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
+        return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE).reshape(raw.shape)
+
+    both = jnp.concatenate([scores(cached[0], cached_mask), scores(fresh[0], fresh_mask)], axis=-1)
+    probabilities = jax.nn.softmax(both, axis=-1).astype(query.dtype)
+    old, new = probabilities[..., :slots], probabilities[..., slots:]
+    out = _product(old, cached[1].astype(query.dtype), _PV) + _product(new, fresh[1], _PV)
+    return out.astype(query.dtype).reshape(batch, heads, count, dim)

@@ -1,0 +1,126 @@
+"""Caches of a decoder: pytrees with a contract.
+
+A `Cache` holds one layer cache per layer and the number of committed tokens of every row. A model reads the
+cache and returns the new rows (`fresh`); only `commit` writes, so a rejected draft costs nothing. Layer
+caches implement `LayerCache`; keys are stored after rotary embedding, so rows stay valid when they move.
+"""
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Fresh = tuple[jax.Array, jax.Array]  # key and value rows of new tokens, each [B, Hkv, N, d]
+
+# Up to this many rows a batch is written by one in-place update per row; above, by a scatter (a loop on CPU).
+_UNROLLED_ROWS = 16
+
+
+class LayerCache(Protocol):
+    def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """-> key, value [B, Hkv, S, d], index int32[B, S] of the token in each slot, valid bool[B, S]."""
+
+    def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "LayerCache":
+        """Write rows 0..count[b] of fresh [B, Hkv, P, d] at positions length[b]...; needs length + P <= capacity."""
+
+    def select(self, rows: jax.Array) -> "LayerCache":
+        """The rows of the batch named by int32[B']."""
+
+
+class DenseCache(struct.PyTreeNode):
+    """Slot s holds token s. key, value [B, Hkv, capacity, d]."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "DenseCache":
+        shape = (batch, kv_heads, capacity, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        index = jnp.broadcast_to(jnp.arange(self.key.shape[2]), (length.shape[0], self.key.shape[2]))
+        return self.key, self.value, index, index < length[:, None]
+
+    def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "DenseCache":
+        # Rows beyond `count` are written too: they lie beyond the new length and the next append covers them.
+        return DenseCache(_write(self.key, fresh[0], length), _write(self.value, fresh[1], length))
+
+    def select(self, rows: jax.Array) -> "DenseCache":
+        return DenseCache(self.key[rows], self.value[rows])
+
+
+def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    rows = rows.astype(buffer.dtype)
+    batch = buffer.shape[0]
+    if batch > _UNROLLED_ROWS:
+        return jax.vmap(lambda b, r, s: jax.lax.dynamic_update_slice(b, r, (0, s, 0)))(buffer, rows, start)
+    for row in range(batch):
+        buffer = jax.lax.dynamic_update_slice(buffer, rows[row : row + 1], (row, 0, start[row], 0))
+    return buffer
+
+
+class RingCache(struct.PyTreeNode):
+    """For windowed layers: slot s holds the newest token t with t % slots == s. key, value [B, Hkv, slots, d].
+
+    `slots` is the window plus a margin; a roll-back of at most the margin leaves the window whole.
+    """
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "RingCache":
+        shape = (batch, kv_heads, slots, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        slots = self.key.shape[2]
+        newest = length[:, None] - 1
+        index = newest - (newest - jnp.arange(slots)[None]) % slots
+        return self.key, self.value, index, index >= 0
+
+    def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "RingCache":
+        batch, _, slots, _ = self.key.shape
+        number = jnp.arange(fresh[0].shape[2])[None]
+        # Only the last `slots` real rows survive; the others are sent out of range and dropped.
+        kept = (number < count[:, None]) & (number >= count[:, None] - slots)
+        slot = jnp.where(kept, (length[:, None] + number) % slots, slots)
+        row = jnp.arange(batch)[:, None]
+
+        def write(buffer: jax.Array, rows: jax.Array) -> jax.Array:
+            moved = rows.astype(buffer.dtype).swapaxes(1, 2)  # [B, P, Hkv, d]
+            return buffer.at[row, :, slot].set(moved, mode="drop", unique_indices=True)
+
+        return RingCache(write(self.key, fresh[0]), write(self.value, fresh[1]))
+
+    def select(self, rows: jax.Array) -> "RingCache":
+        return RingCache(self.key[rows], self.value[rows])
+
+
+class Cache(struct.PyTreeNode):
+    """The cache of a whole decoder: `layers`, one LayerCache each, and `length` int32[B] committed tokens."""
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array
+
+    def commit(self, fresh: tuple[Fresh, ...], path: jax.Array | None, count: jax.Array) -> "Cache":
+        """Append the rows `path[b, :count[b]]` of fresh. path int32[B, P], or None for the rows in order."""
+
+        def along(x: jax.Array) -> jax.Array:
+            return x if path is None else jnp.take_along_axis(x, path[:, None, :, None], axis=2)
+
+        layers = tuple(
+            layer.append(jax.tree.map(along, rows), self.length, count)
+            for layer, rows in zip(self.layers, fresh, strict=True)
+        )
+        return Cache(layers, self.length + count)
+
+    def rollback(self, length: jax.Array) -> "Cache":
+        """Forget the tokens from `length` int32[B] on."""
+        return self.replace(length=jnp.minimum(self.length, length))
+
+    def select(self, rows: jax.Array) -> "Cache":
+        """The rows of the batch named by int32[B'], in that order, repeats allowed."""
+        return Cache(tuple(layer.select(rows) for layer in self.layers), self.length[rows])

@@ -1,0 +1,71 @@
+"""Linear projection, embedding table: the two places where parameters are large."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn import weights
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+
+def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> weights.Kernel:
+    """The parameter `name` of a module: what the tree holds, else a new float32 array of `shape`.
+
+    Unlike `module.param` this accepts any value that the tree holds under the name: a structured weight, or
+    an array narrower than the module's own configuration (a nested slice).
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class Linear(nn.Module):
+    """y = x W + b over the last axis, x [..., in] -> [..., features].
+
+    The kernel is drawn from a truncated normal of variance `init_scale` / in. A kernel in the parameter tree
+    may be structured or narrower than `features`.
+    """
+
+    features: int
+    use_bias: bool = False
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        kernel = parameter(self, "kernel", init, (width, self.features))
+        if kernel.shape[0] != width:
+            path = "/".join(self.path)
+            raise ValueError(f"{path}/kernel takes {kernel.shape[0]} inputs, but its input is {width} wide")
+        y = weights.dot(x, kernel)
+        if self.use_bias:
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(y.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """Token embedding: ids int32[...] -> [..., width], times `multiplier` (Gemma: sqrt(width))."""
+
+    vocab_size: int
+    width: int
+    multiplier: float = 1.0
+    init_stddev: float = 0.02
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(self.init_stddev)
+        self.table = parameter(self, "table", init, (self.vocab_size, self.width))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = jnp.take(self.table, ids, axis=0)
+        return x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, x.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Tied output head: x [..., width] -> float32 logits [..., vocab], without the multiplier."""
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        table = self.table.astype(x.dtype)
+        return jax.lax.dot_general(x, table, contract, preferred_element_type=jnp.float32)

@@ -1,0 +1,91 @@
+"""Mask rules: which key a query may see, by their indices in the row.
+
+A rule is asked for a block of queries and keys and never materialises more than that block. Segments (packed
+documents, padding) and drafted trees are masks of their own, combined with the rule by the attention layer.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class MaskRule(Protocol):
+    """Which keys a query sees. Frozen dataclasses: rules are static and hashable."""
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        """query int[b, Tq], key int[b, Tk] (b = B or 1) -> bool [b, 1 or heads, Tq, Tk].
+
+        `prefix` int32[B] is the length of the bidirectional prefix of each row, or None.
+        """
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Smallest half-open range of keys that queries start..stop can see, or None where it is not known."""
+
+
+def _differences(query: jax.Array, key: jax.Array) -> jax.Array:
+    return query[:, None, :, None] - key[:, None, None, :]  # [b, 1, Tq, Tk]
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Every query sees every key (encoders)."""
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        return jnp.ones((1, 1, query.shape[-1], key.shape[-1]), bool)
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """A query sees the keys up to itself."""
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        return _differences(query, key) >= 0
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        return 0, stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Causal, but the first `prefix` tokens of a row see each other in both directions (prefix LM)."""
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        if prefix is None:
+            raise ValueError("a Prefix mask needs the prefix length of every row (`prefix` int32[B])")
+        inside = jnp.maximum(query[:, None, :, None], key[:, None, None, :]) < prefix[:, None, None, None]
+        return (_differences(query, key) >= 0) | inside
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Causal over the last `size` keys (the query itself included), plus the first `sinks` of the row.
+
+    `size` may be a tuple with one span per query head.
+    """
+
+    size: int | tuple[int, ...]
+    sinks: int = 0
+
+    @property
+    def span(self) -> int:
+        """The widest window, in tokens."""
+        return self.size if isinstance(self.size, int) else max(self.size)
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        distance = _differences(query, key)
+        sizes = jnp.asarray(self.size, jnp.int32).reshape(1, -1, 1, 1)  # [1, heads or 1, 1, 1]
+        near = distance < sizes
+        if self.sinks:
+            near |= key[:, None, None, :] < self.sinks
+        return (distance >= 0) & near
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        return (0 if self.sinks else max(0, start - self.span + 1)), stop

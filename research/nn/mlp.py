@@ -1,0 +1,54 @@
+"""Feed-forward layers. Any module with the signature x [..., width] -> [..., width] serves as an FFN."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn.linear import Linear
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+    "relu_squared": lambda x: jnp.square(nn.relu(x)),
+}
+
+
+class MLP(nn.Module):
+    """act(x W_up + b) W_down + b, with `hidden_dim` units."""
+
+    hidden_dim: int
+    activation: Activation = "gelu"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = Linear(self.hidden_dim, self.use_bias, name="up")(x)
+        return Linear(x.shape[-1], self.use_bias, name="down")(ACTIVATIONS[self.activation](hidden))
+
+
+class GatedMLP(nn.Module):
+    """(act(x W_gate) * x W_up) W_down (GLU variants, arXiv 2002.05202), with `hidden_dim` units.
+
+    Where the tree holds one fused kernel `gate_up` [width, 2 hidden] (`research.nn.fuse`) it is used instead.
+    """
+
+    hidden_dim: int
+    activation: Activation = "silu"
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if "gate_up" in self.variables.get("params", {}):
+            both = Linear(2 * self.hidden_dim, self.use_bias, name="gate_up")(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = Linear(self.hidden_dim, self.use_bias, name="gate")(x)
+            up = Linear(self.hidden_dim, self.use_bias, name="up")(x)
+        return Linear(x.shape[-1], self.use_bias, name="down")(ACTIVATIONS[self.activation](gate) * up)

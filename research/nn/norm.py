@@ -1,0 +1,40 @@
+"""Normalisation over the last axis, statistics in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn.linear import parameter
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale (Zhang & Sennrich, arXiv 1910.07467). `unit_offset`: scale is stored minus one (Gemma)."""
+
+    epsilon: float = 1e-6
+    unit_offset: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale = parameter(self, "scale", init, (x.shape[-1],)).astype(jnp.float32)
+        if self.unit_offset:
+            scale = 1.0 + scale
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * inverse * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias (Ba et al., arXiv 1607.06450)."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = (x.shape[-1],)
+        scale = parameter(self, "scale", nn.initializers.ones, width).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, width).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.epsilon)
+        return (centred * inverse * scale + bias).astype(x.dtype)

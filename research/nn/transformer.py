@@ -1,0 +1,172 @@
+"""Transformer block and the stack of blocks that decoders and encoders share."""
+
+import re
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn.attention import Context
+from research.nn.cache import Fresh, LayerCache
+from research.nn.norm import RMSNorm
+
+Remat = Literal["none", "dots", "full"]
+
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + mix(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        attention: a mixer, (x, context, cache) -> (y, fresh rows).
+        mlp: any x -> y.
+        norm: template of the block's norms.
+        post_norms: also normalise what the mixer and the mlp add (Gemma 2 and 3).
+        dropout: rate on both residual branches, active when `apply` is given a `dropout` key.
+    """
+
+    attention: nn.Module
+    mlp: nn.Module
+    norm: nn.Module = RMSNorm()
+    post_norms: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, Fresh]:
+        y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, cache)
+        x = x + self._branch(y, "attention")
+        y = self.mlp(self.norm.copy(name="mlp_norm")(x))
+        return x + self._branch(y, "mlp"), fresh
+
+    def _branch(self, y: jax.Array, name: str) -> jax.Array:
+        if self.post_norms:
+            y = self.norm.copy(name=f"{name}_post_norm")(y)
+        if self.dropout:
+            y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
+        return y
+
+
+class _Repeat(nn.Module):
+    """One period of the block pattern, the body of the scan."""
+
+    blocks: tuple[nn.Module, ...]
+    remat: Remat
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, tuple[Fresh, ...]]:
+        fresh = []
+        for i, block in enumerate(self.blocks):
+            x, rows = run_block(block.copy(name=f"layer_{i}"), x, context, None, self.remat)
+            fresh.append(rows)
+        return x, tuple(fresh)
+
+
+def run_block(
+    block: nn.Module, x: jax.Array, context: Context, cache: LayerCache | None, remat: Remat
+) -> tuple[jax.Array, Fresh]:
+    if remat == "none":
+        return block(x, context, cache)
+    lifted = nn.remat(lambda module, *args: module(*args), policy=_POLICIES[remat])
+    return lifted(block, x, context, cache)
+
+
+class LayerStack(nn.Module):
+    """Base of models that are a stack of blocks. Subclasses call `run_layers` from their own methods.
+
+    Args:
+        blocks: the pattern of blocks; layer i is a copy of blocks[i % len(blocks)].
+        num_layers: how many.
+        scan_layers: compile one period of the pattern and loop over it (`lax.scan`); parameters are then stacked
+            below `layers/`. Unrolled layers run faster on CPU, scanned ones compile faster when there are many.
+        remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), all ("full").
+        token_layout: "flat" keeps activations as [batch * length, width] outside attention, which saves CPU a
+            transposition in every weight gradient; "batched" keeps [batch, length, width], needed where the
+            length is sharded; "auto" is flat on CPU.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    num_layers: int
+    scan_layers: bool = False
+    remat: Remat = "none"
+    token_layout: Literal["auto", "flat", "batched"] = "auto"
+
+    def make_layers(self) -> None:
+        """Call in `setup`: creates the layers under their names."""
+        period = len(self.blocks)
+        if self.scan_layers:
+            if self.num_layers % period:
+                raise ValueError(
+                    f"scan_layers needs num_layers ({self.num_layers}) to be a multiple of the pattern ({period})"
+                )
+            scan = nn.scan(
+                _Repeat,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=self.num_layers // period,
+            )
+            self.layers = scan(self.blocks, self.remat)
+        else:
+            self.layers = [self.blocks[i % period].copy(name=f"layer_{i}") for i in range(self.num_layers)]
+
+    def run_layers(
+        self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None = None
+    ) -> tuple[jax.Array, tuple[Fresh, ...]]:
+        """x [B, T, width] -> hidden states of the same shape and the fresh rows of every layer."""
+        shape = x.shape
+        if self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu"):
+            x = x.reshape(-1, shape[-1])
+        if self.scan_layers:
+            if cache is not None:
+                raise ValueError("decoding runs unrolled layers: convert with `unscan_layers` first")
+            x, stacked = self.layers(x, context)
+            repeats = self.num_layers // len(self.blocks)
+            fresh = tuple(jax.tree.map(lambda y: y[i], rows) for i in range(repeats) for rows in stacked)  # noqa: B023
+        else:
+            fresh = []
+            for i, layer in enumerate(self.layers):
+                x, rows = run_block(layer, x, context, None if cache is None else cache[i], self.remat)
+                fresh.append(rows)
+        return x.reshape(shape), tuple(fresh)
+
+
+def scan_params(params: dict, period: int) -> dict:
+    """Parameters of unrolled layers -> those of scanned ones (`layer_i/...` -> `layers/layer_j/...` stacked)."""
+    count = sum(bool(re.fullmatch(r"layer_\d+", name)) for name in params)
+    if count % period:
+        raise ValueError(f"{count} layers are not a multiple of the pattern of {period}")
+    rest = {name: value for name, value in params.items() if not re.fullmatch(r"layer_\d+", name)}
+    stacked = {}
+    for j in range(period):
+        trees = [params[f"layer_{i}"] for i in range(j, count, period)]
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in trees]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"layers {list(range(j, count, period))} differ in shape and can't be scanned")
+        stacked[f"layer_{j}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return {**rest, "layers": stacked}
+
+
+def unscan_params(params: dict) -> dict:
+    """Inverse of `scan_params`."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    period = len(params["layers"])
+    for j in range(period):
+        tree = params["layers"][f"layer_{j}"]
+        repeats = jax.tree.leaves(tree)[0].shape[0]
+        for r in range(repeats):
+            rest[f"layer_{r * period + j}"] = jax.tree.map(lambda leaf: leaf[r], tree)  # noqa: B023
+    return rest
+
+
+def unscan_layers(model: LayerStack, params: dict) -> tuple[LayerStack, dict]:
+    """The same model with unrolled layers; returns its arguments where it is unrolled already."""
+    if not model.scan_layers:
+        return model, params
+    return model.clone(scan_layers=False), unscan_params(params)

@@ -1,0 +1,89 @@
+"""A weight is a value that knows how to multiply.
+
+Every projection of every model multiplies through `dot(x, kernel)`. The kernel is an array [in, out] or a
+*structured weight*: a pytree with the contract of `Weight`. Compression, adapters and nesting replace kernels
+in the parameter tree by such values and the models never know.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A structured kernel of logical shape [in, out]. Implementations are registered pytrees."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, [in, out]."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype that `materialize` returns."""
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out] in the dtype of x, with float32 accumulation."""
+
+    def materialize(self) -> jax.Array:
+        """The kernel as one array [in, out]."""
+
+
+Kernel = jax.Array | Weight
+
+
+def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """x [..., in] times a kernel [in, out] -> [..., out] in the dtype of x, accumulated in float32."""
+    if isinstance(kernel, Weight):
+        return kernel.dot(x)
+    kernel = kernel.astype(x.dtype)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def materialize(kernel: Kernel) -> jax.Array:
+    """The kernel as a plain array [in, out]."""
+    return kernel.materialize() if isinstance(kernel, Weight) else kernel
+
+
+class LowRank(struct.PyTreeNode):
+    """The product of two thin matrices: down [in, rank] times up [rank, out]."""
+
+    down: jax.Array
+    up: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.down.shape[:-1], self.up.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.down.dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return dot(dot(x, self.down), self.up)
+
+    def materialize(self) -> jax.Array:
+        return self.down @ self.up
+
+
+class Sum(struct.PyTreeNode):
+    """The sum of several kernels of one shape, such as a base plus a low-rank correction."""
+
+    terms: tuple[Kernel, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.terms[0].shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.terms[0].dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return sum(dot(x, term) for term in self.terms[1:]) + dot(x, self.terms[0])
+
+    def materialize(self) -> jax.Array:
+        return sum(materialize(term) for term in self.terms[1:]) + materialize(self.terms[0])
