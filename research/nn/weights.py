@@ -30,6 +30,9 @@ class Weight(Protocol):
     def materialize(self) -> jax.Array:
         """The kernel as one array [in, out]."""
 
+    def narrow(self, inputs: int | None, outputs: int | None) -> "Kernel":
+        """The kernel of the first `inputs` inputs and `outputs` outputs (None: all), really smaller."""
+
 
 Kernel = jax.Array | Weight
 
@@ -46,6 +49,13 @@ def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
 def materialize(kernel: Kernel) -> jax.Array:
     """The kernel as a plain array [in, out]."""
     return kernel.materialize() if isinstance(kernel, Weight) else kernel
+
+
+def narrow(kernel: Kernel, inputs: int | None = None, outputs: int | None = None) -> Kernel:
+    """The first `inputs` rows and `outputs` columns of a kernel [..., in, out]; None keeps all."""
+    if isinstance(kernel, Weight):
+        return kernel.narrow(inputs, outputs)
+    return kernel[..., :inputs, :outputs]
 
 
 class LowRank(struct.PyTreeNode):
@@ -68,6 +78,9 @@ class LowRank(struct.PyTreeNode):
     def materialize(self) -> jax.Array:
         return self.down @ self.up
 
+    def narrow(self, inputs: int | None, outputs: int | None) -> "LowRank":
+        return LowRank(self.down[:inputs], self.up[:, :outputs])
+
 
 class Sum(struct.PyTreeNode):
     """The sum of several kernels of one shape, such as a base plus a low-rank correction."""
@@ -87,3 +100,6 @@ class Sum(struct.PyTreeNode):
 
     def materialize(self) -> jax.Array:
         return sum(materialize(term) for term in self.terms[1:]) + materialize(self.terms[0])
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> "Sum":
+        return Sum(tuple(narrow(term, inputs, outputs) for term in self.terms))
