@@ -87,16 +87,14 @@ class MatFormer:
 
     def _joint_loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
         weights = self.loss_weights or (1.0,) * len(self.divisors)
-        total, metrics = None, {}
+        total, by_size = None, {}
         for i, (name, weight) in enumerate(zip(self.names, weights, strict=True)):
             metrics = self.task.loss(self.granularity(params, i), batch, key)  # one dropout key for all
             loss, count = metrics.pop("loss")
             term = loss if weight == 1.0 else weight * loss
             total = term if total is None else total + term
-            metrics = {**metrics, "loss": (total, count)}
-            if len(self.divisors) > 1:
-                metrics[f"loss_{name}"] = (jax.lax.stop_gradient(loss), count)
-        return metrics
+            by_size[f"loss_{name}"] = (jax.lax.stop_gradient(loss), count)
+        return {"loss": (total, count), **metrics, **by_size}  # other metrics are those of the full model
 
     def _sampled_loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
         draw, key = jax.random.split(key)
