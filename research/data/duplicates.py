@@ -26,8 +26,8 @@ def shingles(texts: Sequence[str], width: int = 5) -> list[np.ndarray]:
     for text in texts:
         words = [ids.setdefault(word, len(ids)) for word in _WORD.findall(text)]
         encoded.append(np.asarray(words, np.int64))
-    digest = b"".join(hashlib.blake2b(w.encode("utf-8", "surrogatepass"), digest_size=8).digest() for w in ids)
-    hashes = np.frombuffer(digest, "<u8")
+    digests = [hashlib.blake2b(word.encode(), digest_size=8).digest() for word in ids]
+    hashes = np.frombuffer(b"".join(digests), "<u8")
     result = []
     for words in encoded:
         values = hashes[words]
@@ -44,17 +44,19 @@ def near_duplicate_groups(texts: Sequence[str], threshold: float = 0.5) -> np.nd
 
     Two texts belong together when the Jaccard similarity |A & B| / |A | B| of their shingle sets is at least
     `threshold`, and so do texts linked by a chain of such pairs. Nothing is sampled, so the result depends on
-    the texts alone. The cost grows with the number of pairs that share a shingle: meant for thousands of texts.
+    the texts alone. The cost grows with the number of pairs that share a shingle: meant for thousands of
+    texts.
     """
     sets = shingles(texts)
+    count = len(sets)
     sizes = np.array([len(s) for s in sets], np.int64)
     _, columns = np.unique(np.concatenate([*sets, np.zeros(0, np.uint64)]), return_inverse=True)
-    rows = np.repeat(np.arange(len(sets)), sizes)
-    incidence = sparse.csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), (len(sets), columns.size + 1))
+    rows = np.repeat(np.arange(count), sizes)
+    incidence = sparse.csr_matrix((np.ones(len(rows), np.int32), (rows, columns)), (count, columns.size + 1))
     common = (incidence @ incidence.T).tocoo()
     union = sizes[common.row] + sizes[common.col] - common.data
     keep = common.data >= threshold * union
-    links = sparse.coo_matrix((np.ones(keep.sum()), (common.row[keep], common.col[keep])), (len(sets), len(sets)))
+    links = sparse.coo_matrix((np.ones(keep.sum()), (common.row[keep], common.col[keep])), (count, count))
     _, labels = sparse.csgraph.connected_components(links, directed=False)
     _, first = np.unique(labels, return_index=True)
     return first[labels].astype(np.int32)

@@ -93,26 +93,15 @@ def assign_splits(documents: Sequence[Document]) -> list[str]:
     return splits
 
 
-@dataclasses.dataclass
-class StdlibConfig(tfds.core.BuilderConfig):
-    """Which folder of Python source is the corpus; `name` identifies the content."""
-
-    root: str = ""
-
-    @classmethod
-    def of(cls, root: Path) -> "StdlibConfig":
-        """The configuration of `root`, named by the interpreter's version and a digest of paths and sizes."""
-        files = source_files(root)
-        if not files:
-            raise UserError(f"no Python source below {root}: the built-in corpus is this interpreter's own library")
-        digest = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
-        return cls(name=f"{platform.python_version()}-{digest}", root=str(root))
-
-
 class StdlibCode(tfds.core.GeneratorBasedBuilder):
     """Files of Python's standard library with features `text` and `path`, in order of path."""
 
     VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, root: Path, data_dir: Path):
+        self._root = root
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
@@ -125,7 +114,7 @@ class StdlibCode(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        documents, undecodable = read_documents(Path(self.builder_config.root))
+        documents, undecodable = read_documents(self._root)
         self.info.metadata["undecodable"] = undecodable
         splits = assign_splits(documents)
         return {
@@ -143,7 +132,17 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def prepare(root: Path | None = None, progress: Progress | None = None) -> tfds.core.DatasetBuilder:
+def corpus_name(root: Path) -> str:
+    """Names the corpus below `root`: the interpreter's version, and a digest of the files' paths and sizes
+    and of the builder's version."""
+    files = source_files(root)
+    if not files:
+        raise UserError(f"no Python source below {root}: the built-in corpus is the standard library")
+    digest = hashlib.sha256(repr((str(StdlibCode.VERSION), files)).encode()).hexdigest()[:12]
+    return f"{platform.python_version()}-{digest}"
+
+
+def prepare(root: Path | None = None, progress: Progress | None = None) -> StdlibCode:
     """The builder of the corpus below `root` (default: the standard library), prepared if it wasn't yet.
 
     Takes some seconds the first time and writes about as many bytes as the sources have to
@@ -152,16 +151,16 @@ def prepare(root: Path | None = None, progress: Progress | None = None) -> tfds.
     Raises:
       UserError: no Python source below `root`, or the folder can't be written.
     """
-    config = StdlibConfig.of(root or stdlib_root())
-    target = data_dir() / "builtin" / config.name
+    root = root or stdlib_root()
+    target = data_dir() / "builtin" / corpus_name(root)
     if not target.is_dir():
         if progress:
             progress("prepare the built-in corpus", 0, 1)
         # What TFDS prints on the way would break the caller's own progress display.
         quiet = io.StringIO()
         with publish(target) as folder, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            builder = StdlibCode(data_dir=folder, config=config, file_format="array_record")
+            builder = StdlibCode(root=root, data_dir=folder)
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         if progress:
             progress("prepare the built-in corpus", 1, 1)
-    return StdlibCode(data_dir=target, config=config, file_format="array_record")
+    return StdlibCode(root=root, data_dir=target)
