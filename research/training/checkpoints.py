@@ -159,6 +159,7 @@ class Checkpoints:
                 self._publish(saving, content["step"])
                 self._prune(content["step"])
         except BaseException as error:
+            self._error = error  # Should explaining it fail too, it still comes out.
             self._error = self._failed(error, saving, needed)
             self._error.__cause__ = error
         finally:
