@@ -369,15 +369,15 @@ def _run_config_file(path: Path, preset: str | None) -> ConfigDict:
         if presets is None or not hasattr(module, "get_config"):
             raise UserError("a config file defines PRESETS and get_config(preset)")
         if preset is not None and preset not in presets:
-            hint_text = hint(nearest(preset, presets)) or ";"
-            raise UserError(f"no preset {preset!r}{hint_text} the presets are {', '.join(presets)}")
+            hint_text = hint(nearest(preset, presets))
+            raise UserError(f"no preset {preset!r}{hint_text} (presets: {', '.join(presets)})")
         config = module.get_config() if preset is None else module.get_config(preset)
     except Exception as error:  # whatever a file does wrong is told with its line
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines = [error.lineno]
-        else:
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError) and error.filename == spec.origin:
+            lines, what = [error.lineno], error.msg
         raise UserError(f"{path}{f':{lines[-1]}' if lines else ''}: {what}") from error
     finally:
         del sys.modules[name]
@@ -529,7 +529,7 @@ def _differences(a: Any, b: Any, path: str) -> Iterable[tuple[str, Any, Any]]:
         fields = {}
         if "cls" in a and "cls" in b and a["cls"] == b["cls"]:
             fields = _fields(resolve(a["cls"], path or "config"))
-        for key in [*_keys(a), *(key for key in _keys(b) if key not in a)]:
+        for key in sorted({*a, *b}, key=lambda key: (key != "cls", key)):
             default = _default(fields, key)
             left, right = (node.get(key, default) for node in (a, b))
             yield from _differences(left, right, f"{path}.{key}" if path else key)

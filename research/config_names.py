@@ -9,7 +9,7 @@ from research.errors import UserError, nearest
 
 # What a saved config may import: our packages, and these namespaces (plain public names only).
 _OUR_PACKAGES = ("research", "kernels_pallas")
-_PUBLIC_NAMESPACES = ("optax", "optax.contrib", "flax.linen", "jax.nn", "jax.nn.initializers")
+_PUBLIC_NAMESPACES = ("jax.nn", "jax.nn.initializers", "optax", "optax.contrib", "flax.linen")
 # Runs files and changes the process: code may call it, data may not.
 _NOT_FOR_DATA = ("research.config", "research.runtime")
 
@@ -73,9 +73,7 @@ def check_importable(reference: str, path: str) -> tuple[str, str]:
     if _is_ours(module):
         return module, name
     accepted = ", ".join([*(f"{package}.*" for package in _OUR_PACKAGES), *_PUBLIC_NAMESPACES])
-    raise UserError(
-        f"{path}: a config may not import {reference!r}: move that code to one of {accepted}"
-    )
+    raise UserError(f"{path}: a config may not import {reference!r}: move that code to one of {accepted}")
 
 
 def resolve(reference: Any, path: str) -> Any:
