@@ -1,0 +1,40 @@
+# make demo   train, cut and decode a small nested language model; report in runs/demo/
+# make test   the whole test suite
+# make lint   the linter
+# Each sets itself up in .venv. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS = setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/stamp-run
+	.venv/bin/python -m experiments.demo --workdir=runs/demo
+
+test: .venv/stamp-test
+	.venv/bin/python -m pytest -n 2
+
+lint: .venv/stamp-lint
+	.venv/bin/ruff check .
+
+# A stamp is written only after its install succeeded, so an interrupted one is done again.
+.venv/stamp-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/stamp-run: .venv/stamp-python $(INPUTS)
+	$(PIP) -e .
+	@touch $@
+
+.venv/stamp-test: .venv/stamp-python $(INPUTS)
+	$(PIP) -e '.[test]'
+	@touch $@
+
+.venv/stamp-lint: .venv/stamp-python constraints.txt
+	$(PIP) ruff
+	@touch $@

@@ -1,0 +1,45 @@
+"""What every test runs under: 8 simulated CPU devices, no network, one compilation cache for the whole run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# All of this must be in the environment before anything imports jax; pytest-xdist workers inherit it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
+if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: one thread each, in XLA's pool (NPROC) and in BLAS (OMP).
+    os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def run_program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m experiments.<name> args...` as a user does: a new process, one device, in `tmp_path`."""
+
+    def run(name: str, *args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(DEVICES_FLAG)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags), "COLUMNS": "120"}
+        environment["LATHE_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
+        return subprocess.run(
+            [sys.executable, "-m", f"experiments.{name}", *args],
+            cwd=tmp_path,
+            env={**environment, **env},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
