@@ -14,13 +14,13 @@ import numpy as np
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """int64[count]: a random order of `range(count)`, a function of the integers `key` (each 0 <= k < 2**32)."""
+    """int64[count]: a random order of `range(count)`, a function of the integers `key` (32 bits each)."""
     # RandomState, because numpy promises that its stream never changes: a run resumes under any version.
     return np.random.RandomState(list(key)).permutation(count).astype(np.int64)
 
 
 def num_rows(num_tokens: int, length: int) -> int:
-    """R: how many rows of `length` targets hold all S - 1 targets of a stream (the last one may be padded)."""
+    """R: how many rows of `length` hold the S - 1 targets of a stream (the last one may be padded)."""
     return -(-max(num_tokens - 1, 0) // length)
 
 

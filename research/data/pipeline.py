@@ -3,7 +3,7 @@
 import abc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import grain
@@ -60,7 +60,7 @@ class RecordDataset(abc.ABC):
         """
         index, count = shard
         if start < 0 or batch_size < 1:
-            raise UserError(f"batches from record {start} of size {batch_size}: at least 0 and 1 are expected")
+            raise UserError(f"record {start}, batch size {batch_size}: at least 0 and 1 are expected")
         if not 0 <= index < count:
             raise UserError(f"shard {index} of {count}: the shards of {count} are 0 to {count - 1}")
         if batch_size % count:
@@ -80,10 +80,12 @@ class RecordDataset(abc.ABC):
         records = self.take(numbers)
         if len(numbers) == size:
             return records
-        return {k: np.concatenate([v, np.zeros((size - len(v), *v.shape[1:]), v.dtype)]) for k, v in records.items()}
+        return {k: np.pad(v, [(0, size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in records.items()}
 
     @staticmethod
-    def _iterate(batch, count: int) -> Iterator[dict[str, np.ndarray]]:
+    def _iterate(
+        batch: Callable[[int], dict[str, np.ndarray]], count: int
+    ) -> Iterator[dict[str, np.ndarray]]:
         threads = min(os.cpu_count() or 1, 16)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(8, threads))
         return iter(grain.MapDataset.range(count).map(batch).to_iter_dataset(options))

@@ -17,9 +17,10 @@ import gzip
 import hashlib
 import json
 import threading
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from research.data.stdlib_code import SPLITS, Progress
 from research.data.stdlib_code import prepare as prepare_stdlib
@@ -60,7 +61,9 @@ def open_source(spec: str, split: str, progress: Progress | None = None) -> Text
     if colon and kind == "jsonl":
         pattern, colon, field = rest.rpartition(":")
         if not colon or not field or not pattern:
-            raise UserError(f"{spec}: a JSONL source is written jsonl:PATH:FIELD, for example jsonl:data.jsonl:text")
+            raise UserError(
+                f"{spec}: a JSONL source is written jsonl:PATH:FIELD, as in jsonl:data.jsonl:text"
+            )
         return JsonLines(pattern, field, split)
     if colon and kind == "hf":
         return HuggingFaceText(rest, split)
@@ -73,10 +76,9 @@ class _Files:
     def __init__(self, pattern: str, split: str):
         self._named = "{split}" in pattern
         if not self._named and split not in (*SPLITS, "all"):
-            hint = nearest(split, (*SPLITS, "all"))
+            hint = did_you_mean(split, (*SPLITS, "all"))
             raise UserError(
-                f"{pattern}: files have the splits {', '.join(SPLITS)} and all, not {split!r}"
-                + (f"; did you mean {hint}?" if hint else "")
+                f"{pattern}: files have the splits {', '.join(SPLITS)} and all, not {split!r}{hint}"
             )
         self._pattern, self._split = pattern, split
         self._paths = matching_files(pattern.replace("{split}", split))
@@ -121,7 +123,8 @@ class TextFiles(_Files):
         try:
             return path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#x}") from error
+            byte = error.object[error.start]
+            raise UserError(f"{path} is not UTF-8 text: byte {error.start} is {byte:#x}") from error
 
     def __getitem__(self, index: int) -> str:
         return self._read(self._index[index])
@@ -134,17 +137,23 @@ class JsonLines(_Files):
         super().__init__(pattern, split)
         self._field = field
         self.fingerprint = _digest(self.fingerprint, field)
-        self._handles = {path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in self._paths}
         self._lock = threading.Lock()  # a handle has one position
+
+    @functools.cached_property
+    def _handles(self) -> dict[Path, IO[bytes]]:
+        return {path: gzip.open(path) if path.suffix == ".gz" else path.open("rb") for path in self._paths}
 
     def _scan(self) -> Iterator[tuple[tuple[Path, int, int], str]]:
         for path, handle in self._handles.items():
             handle.seek(0)
             offset = 0
-            for number, line in enumerate(handle, 1):
-                if line.strip():
-                    yield (path, number, offset), self._text(path, number, line)
-                offset += len(line)
+            try:
+                for number, line in enumerate(handle, 1):
+                    if line.strip():
+                        yield (path, number, offset), self._text(path, number, line)
+                    offset += len(line)
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"{path} can't be read after byte {offset}: {error}") from error
 
     def _text(self, path: Path, number: int, line: bytes) -> str:
         try:
@@ -152,13 +161,10 @@ class JsonLines(_Files):
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is expected, not a {type(record).__name__}")
+            raise UserError(f"{path}, line {number}: a {type(record).__name__} and not a JSON object")
         if self._field not in record:
             raise UserError(f"{path}, line {number}: {missing_field(self._field, record)}")
-        if not isinstance(record[self._field], str):
-            kind = type(record[self._field]).__name__
-            raise UserError(f"{path}, line {number}: field {self._field} is a {kind}, not text")
-        return record[self._field]
+        return checked_text(record[self._field], f"{path}, line {number}: field {self._field}")
 
     def __getitem__(self, index: int) -> str:
         path, number, offset = self._index[index]
@@ -169,9 +175,10 @@ class JsonLines(_Files):
 
 
 class TfdsText:
-    """The text feature `field` of a prepared TFDS dataset (by default `text`, or the only one of its kind)."""
+    """The text feature `field` of a prepared TFDS dataset; by default `text`, or the only one."""
 
     def __init__(self, builder: Any, split: str, field: str, name: str):
+        self._name = name
         self._records = tfds_records(builder, split, name)
         self._field = field or _only_text_field(builder, name)
         if self._field not in builder.info.features:
@@ -183,7 +190,7 @@ class TfdsText:
 
     def __getitem__(self, index: int) -> str:
         value = self._records[index][self._field]
-        return value.decode("utf-8") if isinstance(value, bytes) else value
+        return checked_text(value.decode("utf-8") if isinstance(value, bytes) else value, self._name)
 
 
 class HuggingFaceText:
@@ -205,14 +212,14 @@ class HuggingFaceText:
             raise UserError(f"hf:{spec}: {missing_field(field, self._records.column_names)}")
         if not len(self._records):
             raise UserError(f"hf:{spec}: split {split} is empty")
-        self._field = field
+        self._field, self._name = field, f"hf:{spec}"
         self.fingerprint = _digest("hf", name, config, split, field, self._records._fingerprint)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        return self._records[index][self._field]
+        return checked_text(self._records[index][self._field], f"{self._name}, row {index}: {self._field}")
 
 
 def tfds_builder(name: str) -> Any:
@@ -228,15 +235,15 @@ def tfds_builder(name: str) -> Any:
     try:
         builder = tfds.builder(name, try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
-        hint = nearest(name.partition("/")[0].partition(":")[0], tfds.list_builders(with_community_datasets=False))
-        raise UserError(f"tfds:{name}: no such dataset" + (f"; did you mean {hint}?" if hint else "")) from error
+        known = tfds.list_builders(with_community_datasets=False)
+        hint = did_you_mean(name.partition("/")[0].partition(":")[0], known)
+        raise UserError(f"tfds:{name}: no such dataset{hint}") from error
     except ValueError as error:
         raise UserError(f"tfds:{name}: {error}") from error
     if not Path(builder.data_dir).is_dir():
         try:
-            builder.download_and_prepare(
-                file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
+            config = tfds.download.DownloadConfig(try_download_gcs=False)
+            builder.download_and_prepare(file_format="array_record", download_config=config)
         except (OSError, ImportError) as error:
             raise UserError(f"tfds:{name}: cannot prepare it in {builder.data_dir}: {error}") from error
     return builder
@@ -250,11 +257,9 @@ def tfds_records(builder: Any, split: str, name: str) -> Any:
     """
     base = split.partition("[")[0]
     if base not in builder.info.splits:
-        hint = nearest(base, builder.info.splits)
-        raise UserError(
-            f"{name}: no split {base!r}; it has {', '.join(sorted(builder.info.splits)) or 'none'}"
-            + (f"; did you mean {hint}?" if hint else "")
-        )
+        there = ", ".join(sorted(builder.info.splits)) or "none"
+        hint = did_you_mean(base, builder.info.splits)
+        raise UserError(f"{name}: no split {base!r}; it has {there}{hint}")
     try:
         records = builder.as_data_source(split)
     except NotImplementedError as error:
@@ -269,8 +274,24 @@ def tfds_records(builder: Any, split: str, name: str) -> Any:
 def missing_field(field: str, options: Iterable[str]) -> str:
     """The sentence about a field that isn't there."""
     options = list(options)
-    hint = nearest(field, options)
-    return f"no field {field!r}" + (f"; did you mean {hint}?" if hint else f"; there are {', '.join(options)}")
+    return f"no field {field!r}{did_you_mean(field, options) or '; there are ' + ', '.join(options)}"
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """The end of a sentence about a wrong `name`: the nearest option, or nothing."""
+    hint = nearest(name, options)
+    return f"; did you mean {hint}?" if hint else ""
+
+
+def checked_text(value: Any, where: str) -> str:
+    """`value` if it is Unicode text; else the error says `where` it stands."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} is a {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} is not Unicode text: {error}") from error
+    return value
 
 
 def matching_files(pattern: str) -> list[Path]:
@@ -286,8 +307,8 @@ def matching_files(pattern: str) -> list[Path]:
     if not paths:
         folder = Path(expanded).parent
         siblings = [str(p) for p in folder.iterdir()] if folder.is_dir() else []
-        hint = nearest(pattern, _KINDS) or nearest(expanded, siblings)
-        raise UserError(f"no file matches {pattern!r}" + (f"; did you mean {hint}?" if hint else ""))
+        hint = did_you_mean(pattern, _KINDS) or did_you_mean(expanded, siblings)
+        raise UserError(f"no file matches {pattern!r}{hint}")
     return paths
 
 
@@ -302,7 +323,8 @@ def hashed_split(text: str) -> str:
 def _only_text_field(builder: Any, name: str) -> str:
     import tensorflow_datasets as tfds
 
-    fields = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+    features = builder.info.features.items()
+    fields = [key for key, feature in features if isinstance(feature, tfds.features.Text)]
     if "text" in fields:
         return "text"
     if len(fields) != 1:

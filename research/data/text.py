@@ -86,7 +86,8 @@ class TokenDataset(RecordDataset):
                 source = tokenized(open_source(name, self.split, progress), self.tokenizer, progress)
                 if not num_rows(int(source.offsets[-1]), self.length):
                     raise UserError(f"{name}: split {self.split} has no token to predict")
-                packed.append(_PackedSource(source, self.tokenizer, self.length, (self.seed, i), self.shuffle))
+                key = (self.seed, i)
+                packed.append(_PackedSource(source, self.tokenizer, self.length, key, self.shuffle))
             self._counts = mixture_counts(np.array(list(self._weights.values())), sum(len(p) for p in packed))
             self._source, self._index = mixture_table(self._counts)
             self._packed = packed

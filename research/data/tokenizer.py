@@ -43,7 +43,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None):
-        """Wraps `backend`. `special` names the tokens for `bos`, `eos`, `pad`; else common names are tried."""
+        """Wraps `backend`. `special` names the `bos`, `eos` and `pad` tokens; else common names are tried."""
         backend.no_padding()
         backend.no_truncation()
         # The text of a special token inside a document is text: data can't end its own document.
@@ -76,7 +76,7 @@ class Tokenizer:
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"no tokenizer at {file}: a tokenizer.json or a folder that holds one is expected")
+            raise UserError(f"no tokenizer at {file}: expected a tokenizer.json or a folder that holds one")
         try:
             backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception for whatever it can't parse
