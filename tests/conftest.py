@@ -1,4 +1,4 @@
-"""What every test runs under: 8 simulated CPU devices, no network, one compilation cache for the whole run."""
+"""What every test runs under: 8 simulated CPU devices, no network, one compilation cache for all."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture
 def run_program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m experiments.<name> args...` as a user does: a new process, one device, in `tmp_path`."""
+    """Runs `python -m experiments.<name> args...` as a user does: new process, one device, in `tmp_path`."""
 
     def run(name: str, *args: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
         flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(DEVICES_FLAG)]
