@@ -1,0 +1,538 @@
+"""The training loop: stages, evaluators, checkpoints and records around one compiled step per stage."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.errors import UserError
+from research.training import partitioning
+from research.training.checkpoint_files import newest_intact
+from research.training.checkpoints import Checkpoints
+from research.training.evaluators import Evaluate, Evaluation
+from research.training.feed import Dataset, batch_spec, check_batch_size, feed
+from research.training.metrics import MetricsWriter
+from research.training.monitor import Diverged, Monitor, Pending
+from research.training.partitioning import REPLICATE_BELOW, Axis
+from research.training.paths import named_leaves
+from research.training.progress import Progress, human, peak_flops
+from research.training.stages import Stage, split
+from research.training.state import State, init_key, initial_state
+from research.training.step import make_step
+from research.training.task import Task
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """An experiment's training, as a config builds it.
+
+    data: read by every stage and evaluator that brings none of its own.
+    mesh: {axis: size}, see `partitioning.make_mesh`; empty is data parallelism over all devices.
+    rules: ((pattern, spec), ...), tried before `partitioning.DEFAULT_RULES`.
+    replicate_below: parameters of fewer elements may go without a rule.
+    clip: the largest global norm of a gradient, `None` for any.
+    ema: decay of the moving average of the parameters that evaluators then measure; `None` keeps none.
+    log_every, checkpoint_every: steps. The last step of every stage is saved too.
+    keep_last, keep_best: checkpoints kept; best by the loss of the first evaluator's first variant.
+    explode: stop when the loss exceeds this many times its running median; `None` stops for NaN only.
+    """
+
+    task: Task
+    data: Dataset
+    stages: tuple[Stage, ...]
+    evaluators: tuple[Evaluate, ...] = ()
+    mesh: dict[str, int] = field(default_factory=dict)
+    rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
+    replicate_below: int = REPLICATE_BELOW
+    seed: int = 0
+    clip: float | None = 1.0
+    ema: float | None = None
+    log_every: int = 10
+    checkpoint_every: int = 1000
+    keep_last: int = 2
+    keep_best: int = 1
+    explode: float | None = 10.0
+
+    def __post_init__(self):
+        if not self.stages:
+            raise UserError("trainer: there is no stage to train")
+        for kind, members in (("stage", self.stages), ("evaluator", self.evaluators)):
+            names = [member.name for member in members]
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"trainer: two {kind}s are called {name!r}")
+        for name in ("log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise UserError(f"trainer: ema is {self.ema}; it must lie between 0 and 1")
+
+    @property
+    def steps(self) -> int:
+        """Updates over all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def run(
+        self, workdir: Any = None, progress: bool = True, devices: Sequence[jax.Device] | None = None
+    ) -> dict[str, float]:
+        """Trains to the end, from the latest checkpoint of `workdir` if there is one; returns final metrics.
+
+        `train/loss` and the like are of the last step, `<evaluator>/<variant>/<metric>` of the last
+        evaluation (without the variant where it has no name).
+        """
+        return self.train(workdir, progress, devices=devices)[1]
+
+    def train(
+        self,
+        workdir: Any = None,
+        progress: bool = True,
+        params: PyTree | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> tuple[State, dict[str, float]]:
+        """As `run`, but also returns the final state.
+
+        workdir: a directory, an open `Workdir`, or `None` to write nothing. params: what to start from
+        instead of `task.init`; it is copied. devices: those of the mesh, by default all. Raises `UserError`
+        for what the config, the data or the workdir got wrong, and `Diverged`. On SIGTERM a run with a
+        workdir saves and exits with code 0.
+        """
+        directory = None if workdir is None else Path(getattr(workdir, "path", workdir))
+        return _Run(self, directory, progress, params, devices).train()
+
+    def restore(
+        self, workdir: Any, step: int | None = None, devices: Sequence[jax.Device] | None = None
+    ) -> tuple[State, jax.sharding.Mesh]:
+        """The state of the latest checkpoint of `workdir`, or of `step`, and the mesh that it lies on."""
+        run = _Run(self, Path(getattr(workdir, "path", workdir)), False, None, devices)
+        try:
+            state = run.restore(step)
+        finally:
+            run.close()
+        if state is None:
+            raise UserError(f"{run.directory}: there is no checkpoint yet")
+        return state, run.mesh
+
+
+class _Termination:
+    """While open, SIGTERM only sets `requested`. Only the main thread can open it; elsewhere it does nothing."""
+
+    def __init__(self, active: bool):
+        self.requested = False
+        self._active = active and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_Termination":
+        if self._active:
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._active:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _note(self, *_: Any) -> None:
+        self.requested = True
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A stage placed in the run: steps first + 1 ... last, reading `data` from `record` on."""
+
+    index: int
+    stage: Stage
+    first: int
+    last: int
+    data: Dataset
+    record: int
+    mask: PyTree
+    transformation: optax.GradientTransformation
+    abstract: State  # shapes and shardings of the state during the stage
+
+
+class _Run:
+    """One call of `Trainer.train`: everything that has a lifetime."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        directory: Path | None,
+        progress: bool,
+        params: PyTree | None,
+        devices: Sequence[jax.Device] | None,
+    ):
+        self.trainer, self.directory, self._given = trainer, directory, params
+        self.main = jax.process_index() == 0
+        self.mesh = partitioning.make_mesh(trainer.mesh, devices)
+        self.shown = progress and self.main
+        self.progress = Progress(trainer.steps, 0, shown=self.shown)
+        task = trainer.task
+        self.shapes = (
+            jax.eval_shape(task.init, jax.random.key(0)) if params is None else jax.eval_shape(lambda: params)
+        )
+        self.shardings = partitioning.parameter_shardings(
+            self.shapes, self.mesh, trainer.rules, replicate_below=trainer.replicate_below
+        )
+        self.plans = list(self._plan())
+        self.evaluation = Evaluation(task, self.mesh)
+        for evaluator in trainer.evaluators:
+            self.evaluation.check(evaluator)
+        self.writer: MetricsWriter | None = None
+        self.best: str | None = None
+        if trainer.evaluators:
+            self.best = _label(trainer.evaluators[0].name, self.evaluation.variants(self.shapes)[0], "loss")
+        self.checkpoints: Checkpoints | None = None
+        if directory is not None:
+            self.checkpoints = Checkpoints(
+                directory / "checkpoints",
+                keep_last=trainer.keep_last,
+                keep_best=trainer.keep_best,
+                best_metric=self.best,
+                warn=self._warn,
+            )
+
+    # What is going to happen, checked before anything does.
+
+    def _plan(self) -> Iterator[_Plan]:
+        step = shared = 0
+        for index, stage in enumerate(self.trainer.stages):
+            where = f"stage {stage.name!r}"
+            data = self.trainer.data if stage.data is None else stage.data
+            check_batch_size(where, stage.batch_size, self.mesh, stage.accumulate)
+            mask = stage.mask(self.shapes)
+            trainable = split(self.shapes, mask)[0]
+            rule = stage.optimizer.transformation(stage.steps, trainable, where)
+            reported = jax.eval_shape(
+                self.trainer.task.loss, self.shapes, batch_spec(data, stage.batch_size), jax.random.key(0)
+            )
+            stage.check_metrics(list(reported))
+            record = shared if stage.data is None else 0
+            shared += stage.steps * stage.batch_size if stage.data is None else 0
+            abstract = self._abstract(mask, rule)
+            yield _Plan(index, stage, step, step + stage.steps, data, record, mask, rule, abstract)
+            step += stage.steps
+
+    def _abstract(self, mask: PyTree, rule: optax.GradientTransformation) -> State:
+        trainable = split(self.shapes, mask)[0]
+        state = jax.eval_shape(
+            lambda params: initial_state(
+                params, rule.init(split(params, mask)[0]), self.trainer.seed, ema=self.trainer.ema is not None
+            ),
+            self.shapes,
+        )
+        everywhere = partitioning.replicated(self.mesh)
+        shardings = State(
+            step=everywhere,
+            params=self.shardings,
+            opt_state=partitioning.follow_parameters(
+                state.opt_state,
+                trainable,
+                split(self.shardings, mask)[0],
+                replicate_below=self.trainer.replicate_below,
+            ),
+            key=everywhere,
+            ema=None if state.ema is None else self.shardings,
+        )
+        return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), state, shardings)
+
+    def records(self, step: int) -> int:
+        """The global record count after `step`."""
+        return sum(p.stage.batch_size * (min(step, p.last) - p.first) for p in self.plans if step > p.first)
+
+    def plan_of(self, step: int) -> _Plan:
+        """The stage that made `step`; the first for step 0."""
+        return next((plan for plan in self.plans if step <= plan.last), self.plans[-1])
+
+    # State
+
+    def initial(self) -> State:
+        """The state before step 1, made on the devices where it lives."""
+        plan, trainer = self.plans[0], self.trainer
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+
+        def init(source: Any) -> State:
+            # Copies, because the step donates its state: neither the caller's arrays nor, through a buffer
+            # shared with the average, the state's own may go with it.
+            params = trainer.task.init(init_key(trainer.seed)) if self._given is None else _copy(source)
+            opt_state = plan.transformation.init(split(params, plan.mask)[0])
+            state = initial_state(params, opt_state, trainer.seed, ema=trainer.ema is not None)
+            return state.replace(ema=_copy(state.ema))
+
+        return jax.jit(init, out_shardings=shardings)(self._given)
+
+    def enter(self, plan: _Plan, state: State) -> State:
+        """The state with a fresh optimizer state for `plan`."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.opt_state)
+        make = jax.jit(
+            lambda params: plan.transformation.init(split(params, plan.mask)[0]), out_shardings=shardings
+        )
+        return state.replace(opt_state=make(state.params))
+
+    def restore(self, step: int | None = None) -> State | None:
+        """The state of `step`, or of the newest intact checkpoint; `None` where there is none."""
+        if self.checkpoints is None:
+            return None
+        if step is None:
+            # The stage decides what an optimizer state looks like, and the step decides the stage.
+            found = newest_intact(self.checkpoints.directory, self._warn)
+            if found is None:
+                return None
+            step = found[1]["step"]
+        plan = self.plan_of(step)
+        state, position = self.checkpoints.restore(step, plan.abstract)
+        expected = {"records": self.records(step), "stage": plan.index}
+        if step > self.trainer.steps or position != expected:
+            raise UserError(
+                f"{self.directory}: the checkpoint of step {step} stands at {position}, but the config's "
+                f"stages put that step at {expected}; give the config it was trained with, or another workdir"
+            )
+        return state
+
+    # Training
+
+    def train(self) -> tuple[State, dict[str, float]]:
+        # A state may be in the middle of being written when an error passes through: `close` waits for it.
+        try:
+            state = self.restore()
+            resumed = state is not None
+            state = self.initial() if state is None else state
+            step = int(state.step) if resumed else 0
+            self.progress = Progress(self.trainer.steps, step, shown=self.shown)
+            self.writer = MetricsWriter(self.directory if self.main else None, step)
+            with self.progress, _Termination(self.directory is not None) as termination:
+                self._announce(step, resumed)
+                if resumed:
+                    self._evaluate(step, state, again=False)
+                for plan in self.plans:
+                    if step < plan.last:
+                        if step == plan.first and plan.index:
+                            state = self.enter(plan, state)
+                        state = self._train_stage(plan, step, state, termination)
+                        step = plan.last
+                if self.checkpoints is not None:
+                    self.checkpoints.wait()
+            return state, self._final()
+        finally:
+            self.close()
+
+    def _train_stage(self, plan: _Plan, start: int, state: State, termination: _Termination) -> State:
+        stage, trainer = plan.stage, self.trainer
+        step_function = self._compile(plan)
+        spec = batch_spec(plan.data, stage.batch_size)
+        record = plan.record + (start - plan.first) * stage.batch_size
+        batches = feed(plan.data, record, stage.batch_size, self.mesh, spec)
+        monitor = Monitor("objective" if stage.loss_weights else "loss", trainer.explode)
+        clock = _Clock(plan, self.shapes, self.mesh, start)
+        batch = self._next(batches, plan, record)
+        for step in range(start + 1, plan.last + 1):
+            state, metrics = step_function(state, batch)
+            end = record + stage.batch_size
+            source = f"records {record}..{end - 1} of stage {stage.name!r}"
+            last = step == plan.last
+            logged = step % trainer.log_every == 0 or step == 1 or last
+            monitor.add(Pending(step, source, metrics, logged))
+            record = end
+            if not last:
+                # The device is busy with this step while the next batch is made.
+                batch = self._next(batches, plan, record)
+            stop = self._agree(termination) if logged or jax.process_count() == 1 else False
+            evaluated = any(e.due(step, trainer.steps) for e in trainer.evaluators) and not stop
+            saved = self.checkpoints is not None and (step % trainer.checkpoint_every == 0 or last or stop)
+            if logged or evaluated or saved:
+                # What is saved or measured has been checked to its last step.
+                self._log(plan, monitor, clock, everything=evaluated or saved)
+            scores = self._evaluate(step, state, again=True) if evaluated else {}
+            if saved:
+                position = {"records": self.records(step), "stage": plan.index}
+                self.checkpoints.save(step, state, position, scores if self.best in scores else None)
+            if evaluated or saved:
+                clock.restart(step)
+            if stop:
+                self._exit(step)
+        self._log(plan, monitor, clock, everything=True)
+        return state
+
+    def _compile(self, plan: _Plan) -> Any:
+        """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
+        began = time.perf_counter()
+        trainer, stage = self.trainer, plan.stage
+        step = make_step(
+            trainer.task,
+            stage,
+            plan.transformation,
+            plan.mask,
+            self.mesh,
+            first_step=plan.first,
+            clip=trainer.clip,
+            ema=trainer.ema,
+        )
+        state = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+        rows = partitioning.batch_sharding(self.mesh)
+        jitted = jax.jit(
+            step,
+            in_shardings=(state, rows),
+            out_shardings=(state, partitioning.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+        with jax.set_mesh(self.mesh):
+            compiled = jitted.lower(plan.abstract, batch_spec(plan.data, stage.batch_size)).compile()
+        seconds = time.perf_counter() - began
+        self.progress.message(f"stage {stage.name!r}: {stage.steps} steps, compiled in {seconds:.1f} s")
+        self.progress.begin()
+        return compiled
+
+    def _next(self, batches: Iterator[Any], plan: _Plan, record: int) -> Any:
+        batch = next(batches, None)
+        if batch is None:
+            raise UserError(
+                f"stage {plan.stage.name!r}: its data ended at record {record}, before its last step"
+            )
+        return batch
+
+    def _agree(self, termination: _Termination) -> bool:
+        """Whether any host was asked to stop: all must save the same step."""
+        if jax.process_count() == 1:
+            return termination.requested
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(jnp.int32(termination.requested)).any())
+
+    # Reporting
+
+    def _announce(self, step: int, resumed: bool) -> None:
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        abstract = self.plan_of(step + 1).abstract
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        resident = partitioning.device_bytes(abstract, shardings)
+        if math.prod(self.mesh.shape.values()) > 1:
+            self.progress.message(partitioning.table(self.shapes, self.shardings))
+        axes = ", ".join(f"{name}={n}" for name, n in self.mesh.shape.items() if n > 1) or "1 device"
+        self.progress.message(
+            f"{human(size)} parameters; state of {human(resident)}B per device; mesh: {axes}"
+            + (f"; resuming after step {step}" if resumed else "")
+        )
+
+    def _log(self, plan: _Plan, monitor: Monitor, clock: "_Clock", *, everything: bool) -> None:
+        try:
+            settled = monitor.settle(0) if everything else monitor.settle()
+        except Diverged as error:
+            good = None
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+                good = self.checkpoints.latest_step()
+            last = (
+                "no checkpoint yet"
+                if good is None
+                else f"last good checkpoint: {self.checkpoints.directory}/{good}"
+            )
+            raise Diverged(f"{error}; {last}") from None
+        if not settled:
+            return
+        rate, unit, mfu = clock.rate(settled[-1][0])
+        for step, values in settled:
+            row = {"step": step, "kind": "train", "stage": plan.stage.name, **values}
+            if rate is not None:
+                row[f"{unit}_per_second"] = round(rate, 1)
+            self.writer.write(row)
+            text = "" if rate is None else f"{human(rate)} {unit}/s"
+            self.progress.update(plan.stage.name, step, values, text, mfu)
+
+    def _evaluate(self, step: int, state: State, *, again: bool) -> dict[str, float]:
+        """Runs the evaluators due after `step`, recorded ones only `again`. Returns their flat metrics."""
+        scores: dict[str, float] = {}
+        params = state.params if state.ema is None else state.ema
+        done = {row["name"] for row in self.writer.rows if row["kind"] == "eval" and row["step"] == step}
+        for evaluator in self.trainer.evaluators:
+            if not evaluator.due(step, self.trainer.steps) or (evaluator.name in done and not again):
+                continue
+            for variant, values in self.evaluation.run(evaluator, params).items():
+                self.writer.write(
+                    {"step": step, "kind": "eval", "name": evaluator.name, "variant": variant, **values}
+                )
+                scores |= {_label(evaluator.name, variant, name): value for name, value in values.items()}
+                label = " ".join(part for part in (evaluator.name, variant) if part)
+                self.progress.message(f"step {step}: {label} loss {values['loss']:.4f}")
+        return scores
+
+    def _final(self) -> dict[str, float]:
+        final: dict[str, float] = {}
+        for row in self.writer.rows:
+            numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and k != "step"}
+            if row["kind"] == "train":
+                final |= {f"train/{name}": value for name, value in numbers.items()}
+            else:
+                final |= {_label(row["name"], row["variant"], name): value for name, value in numbers.items()}
+        return final
+
+    def _warn(self, text: str) -> None:
+        if self.main:
+            self.progress.warn(text)
+
+    def _exit(self, step: int) -> None:
+        self.checkpoints.wait()
+        self.progress.warn(f"stopped by SIGTERM after step {step}; saved; the same command continues")
+        raise SystemExit(0)
+
+    def close(self) -> None:
+        """Waits for a checkpoint in the making and closes the files."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+
+class _Clock:
+    """Throughput between logged steps."""
+
+    def __init__(self, plan: _Plan, shapes: PyTree, mesh: jax.sharding.Mesh, step: int):
+        spec = batch_spec(plan.data, plan.stage.batch_size)
+        self._unit = "tokens" if "tokens" in spec else "records"
+        self._count = math.prod(spec["tokens"].shape) if "tokens" in spec else plan.stage.batch_size
+        device = mesh.devices.flat[0]
+        peak = peak_flops(device.device_kind)
+        # 6 FLOP for every token and matrix element (forward 2, backward 4), without attention's products.
+        self._mfu = (
+            6 * matrix_elements(shapes) / (peak * mesh.size) if peak and self._unit == "tokens" else None
+        )
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Forgets the time that passed since: it went into something else than steps."""
+        self._step, self._time = step, time.perf_counter()
+
+    def rate(self, step: int) -> tuple[float | None, str, float | None]:
+        """(per second since the last logged step or `None`, unit, model FLOPs utilisation or `None`)."""
+        now = time.perf_counter()
+        steps, seconds = step - self._step, now - self._time
+        self.restart(step)
+        if steps <= 0:
+            return None, self._unit, None
+        rate = steps * self._count / seconds
+        return rate, self._unit, None if self._mfu is None else rate * self._mfu
+
+
+def matrix_elements(params: PyTree) -> int:
+    """Elements of the matrices that a token is multiplied by: not an embedding that is only looked up."""
+    leaves = named_leaves(params)
+    tied = not any("head" in path.split("/") for path in leaves)
+    return sum(
+        leaf.size
+        for path, leaf in leaves.items()
+        if leaf.ndim >= 2 and (path.split("/")[-1] != "table" or (tied and path.startswith("embedding/")))
+    )
+
+
+def _copy(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _label(evaluator: str, variant: str, metric: str) -> str:
+    return "/".join(part for part in (evaluator, variant, metric) if part)

@@ -1,0 +1,87 @@
+"""The record of a run: `metrics.jsonl`, one line per logged step, and TensorBoard event files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from research.errors import UserError
+
+Row = dict[str, Any]
+# What a row says about itself rather than about the model; not drawn as curves.
+LABELS = ("step", "kind", "stage", "name", "variant")
+
+
+def read_rows(path: str | os.PathLike) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is not one.
+
+    Raises `UserError` if any other line is not a JSON object with a `step`.
+    """
+    return [row for row, _ in _scan(Path(path))]
+
+
+def _scan(path: Path) -> list[tuple[Row, int]]:
+    """[(row, byte offset of its end)]."""
+    rows, offset = [], 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number} is not a line of metrics: {line[:80]!r}") from None
+        offset += len(line)
+        rows.append((row, offset))
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows to `directory/metrics.jsonl` and their numbers to `directory/tensorboard/`.
+
+    `step` is where the run resumes (0 at its start): later rows belong to a history that is now repeated and
+    are cut off. `directory` None records nothing but keeps `rows`.
+    """
+
+    def __init__(self, directory: Path | None, step: int):
+        self.rows: list[Row] = []
+        self._directory, self._step = directory, step
+        self._board = self._file = None
+        if directory is None:
+            return
+        path = directory / "metrics.jsonl"
+        kept = [(row, end) for row, end in _scan(path) if row["step"] <= step]
+        self.rows = [row for row, _ in kept]
+        self._file = path.open("ab")
+        # Steps only grow, so what is kept is a prefix.
+        self._file.truncate(kept[-1][1] if kept else 0)
+
+    def write(self, row: Row) -> None:
+        """Appends one row: `step`, `kind`, labels, and numbers."""
+        self.rows.append(row)
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row).encode() + b"\n")
+        self._file.flush()
+        board = self._event_file()
+        parts = [row[key] for key in ("name", "variant") if row.get(key)] or [row["kind"]]
+        for key, value in row.items():
+            if key not in LABELS:
+                board.add_scalar("/".join([*parts, key]), value, row["step"])
+
+    def _event_file(self) -> Any:
+        if self._board is None:
+            # Imported here because protobuf takes a while and nothing is written before the first step.
+            from tensorboardX import SummaryWriter
+
+            purge = self._step + 1 if self._step else None
+            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=10)
+        return self._board
+
+    def close(self) -> None:
+        """Writes out what is buffered and closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,194 @@
+"""Sharding by rule: path patterns to partition specs over the mesh axes.
+
+Axes: `data` (replicas of the parameters), `fsdp` (parameters and optimizer divided, gathered for use),
+`tensor` (matrices cut across their products), `expert` (experts), `seq` (positions). A batch is divided over
+`data` and `fsdp` together. See docs/sharding.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.errors import UserError, nearest
+from research.training.paths import first_match, map_named, named_leaves
+
+PyTree = Any
+Axis = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, tuple[Axis, ...]]]
+
+AXES = ("data", "fsdp", "tensor", "expert", "seq")
+BATCH_AXES = ("data", "fsdp")
+REPLICATE_BELOW = 2**16
+
+# (pattern, spec). A spec names the axes of a leaf's *last* dimensions, so that it also fits scanned models
+# and stacks of experts; leading dimensions are not divided. The first rule found in a path counts.
+DEFAULT_RULES: Rules = (
+    (r"(^|/)(query|key|value|gate|up|head|patch_embedding)/kernel", ("fsdp", "tensor")),
+    (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
+    (r"(^|/)embedding/table", ("tensor", "fsdp")),
+    # As many rows as positions, often an odd number: only the width is divided.
+    (r"(^|/)position_embedding/table", (None, "fsdp")),
+    (r"(^|/)(scale|bias|class_token)$", ()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `AXES`. `sizes` gives each axis' size; one may be -1 (what is left), absent ones are 1.
+
+    Without any -1 and without `data`, `data` takes what is left. Raises `UserError` if the sizes do not
+    multiply to the number of devices (all of the run's, if not given).
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    for name, size in sizes.items():
+        if name not in AXES:
+            close = nearest(name, AXES)
+            raise UserError(
+                f"mesh: unknown axis {name!r}; {f'did you mean {close!r}?' if close else f'axes: {AXES}'}"
+            )
+        if size < 1 and size != -1:
+            raise UserError(f"mesh: axis {name!r} has size {size}; give at least 1, or -1 for what is left")
+    shape = {name: sizes.get(name, 1) for name in AXES}
+    if "data" not in sizes and -1 not in sizes.values():
+        shape["data"] = -1
+    open_axes = [name for name, size in shape.items() if size == -1]
+    if len(open_axes) > 1:
+        raise UserError(f"mesh: only one axis may be -1, not {' and '.join(open_axes)}")
+    known = math.prod(size for size in shape.values() if size != -1)
+    if open_axes and len(devices) % known == 0:
+        shape[open_axes[0]] = len(devices) // known
+    if math.prod(shape.values()) != len(devices):
+        text = ", ".join(f"{name}={size}" for name, size in shape.items() if size != 1)
+        raise UserError(f"mesh: {text} does not divide {len(devices)} devices")
+    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices)
+    return Mesh(grid, AXES)
+
+
+def parameter_shardings(
+    params: PyTree, mesh: Mesh, rules: Rules = (), *, replicate_below: int = REPLICATE_BELOW
+) -> PyTree:
+    """The tree of `NamedSharding`s of `params` (shapes suffice).
+
+    The run's own `rules` are tried before `DEFAULT_RULES`. Raises `UserError` if one of `rules` matches no
+    parameter, if no rule matches a leaf of at least `replicate_below` elements (smaller ones are replicated),
+    or if a spec does not fit a leaf: too many entries, an unknown axis, a dimension that is not divisible.
+    """
+    leaves = named_leaves(params)
+    paths = list(leaves)
+    first_match(paths, [pattern for pattern, _ in rules], "rules")
+    everything = [*rules, *DEFAULT_RULES]
+    # The defaults cover several families of models, so not each of them must match.
+    found = first_match(paths, [pattern for pattern, _ in everything], "rules", strict=False)
+    shardings = []
+    for (path, leaf), index in zip(leaves.items(), found, strict=True):
+        if index is not None:
+            spec = _fit(path, leaf.shape, everything[index][1], mesh)
+        elif math.prod(leaf.shape) < replicate_below:
+            spec = PartitionSpec()
+        else:
+            raise UserError(
+                f"rules: no rule matches {path} of shape {tuple(leaf.shape)}; add ({path!r}, spec) to rules, "
+                f"with () as the spec to replicate it"
+            )
+        shardings.append(NamedSharding(mesh, spec))
+    return jax.tree.unflatten(jax.tree.structure(params), shardings)
+
+
+def _fit(path: str, shape: tuple[int, ...], spec: Sequence[Axis], mesh: Mesh) -> PartitionSpec:
+    """The spec aligned to the last dimensions of `shape`, checked."""
+    spec = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in spec)
+    if len(spec) > len(shape):
+        raise UserError(f"rules: the spec {spec} has {len(spec)} entries but {path} has shape {tuple(shape)}")
+    aligned = (None,) * (len(shape) - len(spec)) + spec
+    for dimension, entry in zip(shape, aligned, strict=True):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        for name in names:
+            if name not in AXES:
+                close = nearest(name, AXES)
+                hint = f"did you mean {close!r}?" if close else f"axes: {AXES}"
+                raise UserError(f"rules: the spec {spec} of {path} names the unknown axis {name!r}; {hint}")
+        parts = math.prod(mesh.shape[name] for name in names)
+        if dimension % parts:
+            raise UserError(
+                f"rules: {path} of shape {tuple(shape)} cannot be divided by {spec}: "
+                f"{dimension} is not a multiple of {parts} ({' x '.join(names)})"
+            )
+    while aligned and aligned[-1] is None:
+        aligned = aligned[:-1]
+    return PartitionSpec(*aligned)
+
+
+def follow_parameters(
+    tree: PyTree, params: PyTree, shardings: PyTree, *, replicate_below: int = REPLICATE_BELOW
+) -> PyTree:
+    """Shardings of a tree with parameter-shaped leaves below parameter paths, such as an optimizer state.
+
+    A leaf whose path ends in a parameter's path and that has its shape is divided like it; other leaves are
+    replicated, which is a `UserError` from `replicate_below` elements on.
+    """
+    targets = {
+        path: (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            named_leaves(params).items(), jax.tree.leaves(shardings), strict=True
+        )
+    }
+    mesh = next(iter(targets.values()))[1].mesh
+
+    def choose(path: str, leaf: Any) -> NamedSharding:
+        parts = path.split("/")
+        for start in range(len(parts)):
+            target = targets.get("/".join(parts[start:]))
+            if target is not None and target[0] == leaf.shape:
+                return target[1]
+        if math.prod(leaf.shape) >= replicate_below:
+            raise UserError(f"optimizer state {path} of shape {tuple(leaf.shape)} follows no parameter")
+        return NamedSharding(mesh, PartitionSpec())
+
+    return map_named(choose, tree)
+
+
+def batch_sharding(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
+    """Records divided over `BATCH_AXES`; `leading` axes before the record axis are not divided."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts a batch is divided."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def device_bytes(tree: PyTree, shardings: PyTree) -> int:
+    """Bytes of `tree` (shapes suffice) on one device."""
+    sizes = jax.tree.map(_leaf_bytes, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def _leaf_bytes(leaf: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def table(params: PyTree, shardings: PyTree) -> str:
+    """One line per kind of parameter: path, count, shape, spec, bytes on one device. Layers are collapsed."""
+    rows: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for (path, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True):
+        kind = "/".join("layer_*" if part.startswith("layer_") else part for part in path.split("/"))
+        spec = ", ".join("+".join(e) if isinstance(e, tuple) else str(e or "-") for e in sharding.spec)
+        key = (kind, "x".join(map(str, leaf.shape)), spec or "replicated")
+        count, size = rows.get(key, (0, 0))
+        rows[key] = (count + 1, size + _leaf_bytes(leaf, sharding))
+    cells = [("parameter", "count", "shape", "spec", "bytes per device")]
+    cells += [(kind, str(n), shape, spec, f"{size:,}") for (kind, shape, spec), (n, size) in rows.items()]
+    cells.append(("total", "", "", "", f"{device_bytes(params, shardings):,}"))
+    widths = [max(len(row[i]) for row in cells) for i in range(5)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

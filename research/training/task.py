@@ -1,0 +1,185 @@
+"""What is trained: initialisation, loss and metrics.
+
+Every metric is a pair (sum, weight). Sums and weights add over microbatches, devices and batches, so the mean
+`sum / weight` of the whole is exact however it was cut.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.errors import UserError, nearest
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+LN2 = 0.6931471805599453
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@runtime_checkable
+class Task(Protocol):
+    """The contract between the training loop and whatever is trained. All methods are pure and traceable."""
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Float32 parameters from a typed random key."""
+
+    def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
+        """{"loss": (sum f32[], weight f32[]), ...}. Weights must not depend on the parameters."""
+
+    def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
+        """The metrics of evaluation: no dropout, no key."""
+
+    def variants(self, params: PyTree) -> dict[str, PyTree]:
+        """The models that evaluators measure, by name; `{"": params}` when there is just one."""
+
+
+def cast_floats(params: PyTree, dtype: str) -> PyTree:
+    """The floating leaves in `dtype`, the others as they are."""
+    if dtype == "float32":
+        return params
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+
+
+def check_compute_dtype(dtype: str, where: str) -> None:
+    """Raise `UserError` unless `dtype` is one of `COMPUTE_DTYPES`."""
+    if dtype not in COMPUTE_DTYPES:
+        close = nearest(dtype, COMPUTE_DTYPES)
+        hint = f"; did you mean {close}?" if close else ""
+        raise UserError(f"{where}.compute_dtype: {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}{hint}")
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits [N, V], labels int32 [N] -> (nats [N], logsumexp [N], correct [N]), all float32.
+
+    `correct` is 1 where no other class has a larger logit (a tie counts as correct): unlike argmax it costs
+    nothing, since logsumexp needs the maximum anyway.
+    """
+    logits = logits.astype(jnp.float32)
+    partition = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    correct = (jax.lax.stop_gradient(chosen) >= jax.lax.stop_gradient(logits).max(axis=-1)).astype(
+        jnp.float32
+    )
+    return partition - chosen, partition, correct
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """Next-token prediction over language batches (see docs/architecture.md).
+
+    Metrics: `loss` (nats per token), `accuracy`, `bits_per_byte` (nats / ln 2 over the bytes of text that the
+    targets stand for). With `z_loss` > 0, training adds `z_loss * logsumexp(logits)^2` to `loss` (PaLM,
+    arXiv:2204.02311, section 5) and reports the plain nats as `cross_entropy`; evaluation never adds it.
+
+    compute_dtype "bfloat16" casts the floating parameters to bfloat16 inside the loss; masters, gradients,
+    logits and losses stay float32.
+    """
+
+    model: nn.Module
+    compute_dtype: str = "float32"
+    z_loss: float = 0.0
+
+    def __post_init__(self):
+        check_compute_dtype(self.compute_dtype, "LanguageModelling")
+
+    def init(self, key: jax.Array) -> PyTree:
+        return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
+        metrics, partition = self._metrics(params, batch)
+        if self.z_loss:
+            total, weight = metrics["loss"]
+            squared = self.z_loss * jnp.sum(batch["weights"].reshape(-1) * jnp.square(partition))
+            metrics |= {"loss": (total + squared, weight), "cross_entropy": (total, weight)}
+        return metrics
+
+    def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
+        return self._metrics(params, batch)[0]
+
+    def variants(self, params: PyTree) -> dict[str, PyTree]:
+        return {"": params}
+
+    def _metrics(self, params: PyTree, batch: Batch) -> tuple[Metrics, jax.Array]:
+        logits = self.model.apply(
+            {"params": cast_floats(params, self.compute_dtype)},
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+        )
+        return language_metrics(logits, batch)
+
+
+def language_metrics(logits: jax.Array, batch: Batch) -> tuple[Metrics, jax.Array]:
+    """logits [B, T, V] of a language batch -> ({"loss", "accuracy", "bits_per_byte"}, logsumexp f32[B*T])."""
+    # Two dimensions: with three, XLA:CPU transposes for every weight gradient.
+    nats, partition, correct = cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), batch["targets"].reshape(-1)
+    )
+    weights = batch["weights"].reshape(-1)
+    total, weight = jnp.sum(weights * nats), jnp.sum(weights)
+    target_bytes = jnp.sum(weights * batch["target_bytes"].reshape(-1).astype(jnp.float32))
+    metrics = {
+        "loss": (total, weight),
+        "accuracy": (jnp.sum(weights * correct), weight),
+        "bits_per_byte": (jax.lax.stop_gradient(total) / LN2, target_bytes),
+    }
+    return metrics, partition
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Image classification over image batches (see docs/architecture.md). Metrics: `loss` (nats), `accuracy`.
+
+    image_shape: (height, width, channels) of the images. label_smoothing s mixes the one-hot target with the
+    uniform distribution, (1 - s) onehot + s / classes, in training only, where the plain nats are then
+    reported as `cross_entropy`. compute_dtype as in `LanguageModelling`.
+    """
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    compute_dtype: str = "float32"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        check_compute_dtype(self.compute_dtype, "Classification")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"Classification.label_smoothing: {self.label_smoothing} is not in [0, 1)")
+
+    def init(self, key: jax.Array) -> PyTree:
+        return self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32))["params"]
+
+    def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
+        logits = self._logits(params, batch)
+        metrics = classification_metrics(logits, batch)
+        if self.label_smoothing:
+            uniform = jnp.mean(jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits, axis=-1)
+            plain, weight = metrics["loss"]
+            smooth = (1 - self.label_smoothing) * plain + self.label_smoothing * jnp.sum(
+                batch["weights"] * uniform
+            )
+            metrics |= {"loss": (smooth, weight), "cross_entropy": (plain, weight)}
+        return metrics
+
+    def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
+        return classification_metrics(self._logits(params, batch), batch)
+
+    def variants(self, params: PyTree) -> dict[str, PyTree]:
+        return {"": params}
+
+    def _logits(self, params: PyTree, batch: Batch) -> jax.Array:
+        images = batch["images"].astype(self.compute_dtype)
+        logits = self.model.apply({"params": cast_floats(params, self.compute_dtype)}, images)
+        return logits.astype(jnp.float32)
+
+
+def classification_metrics(logits: jax.Array, batch: Batch) -> Metrics:
+    """logits f32[B, classes] of an image batch -> {"loss", "accuracy"}."""
+    nats, _, correct = cross_entropy(logits, batch["labels"])
+    weights = batch["weights"]
+    weight = jnp.sum(weights)
+    return {"loss": (jnp.sum(weights * nats), weight), "accuracy": (jnp.sum(weights * correct), weight)}
