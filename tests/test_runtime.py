@@ -12,7 +12,7 @@ from research.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Page faults of taking and dropping 64 MiB thirty times: a kept block is faulted in once, another one each time.
+# Page faults of taking and dropping 64 MiB thirty times: a kept block is faulted in once only.
 FAULTS = """
 import ctypes, resource, sys
 from research import runtime

@@ -1,0 +1,213 @@
+"""What every program shares: flags, configs with overrides, help that teaches, errors in one line.
+
+    PROGRAM = cli.Program(__doc__)
+    CONFIG = PROGRAM.config_flag()
+    WORKDIR = PROGRAM.workdir_flag("Where the run is kept.")
+    STEPS = PROGRAM.define(flags.DEFINE_integer, "steps", 10, "How many.", lower_bound=1)
+
+    def main(arguments: list[str]) -> None:
+        from research.config import build     # jax only from here on: --help stays instant
+
+        build(CONFIG.load()).run(WORKDIR.value)
+
+    if __name__ == "__main__":
+        PROGRAM.run(main)
+
+Each program has flags of its own (nothing global), so that any number of programs can be imported together.
+Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 130 interrupted.
+"""
+
+import errno
+import os
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from research import runtime
+from research.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+# The state of the machine, not a defect of ours: told in one line.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class ConfigFlag:
+    """The `--config` flag with its `--config.a.b=value` overrides."""
+
+    def __init__(self, holder: flags.FlagHolder, program: "Program"):
+        self._holder = holder
+        self._program = program
+
+    @property
+    def value(self) -> str | None:
+        """What was given: `file.py:preset`."""
+        return self._holder.value
+
+    @property
+    def overrides(self) -> list[str]:
+        """`["a.b=value", ...]` in the order they were given."""
+        return list(self._program.overrides)
+
+    def load(self) -> "ConfigDict":
+        """The config with its overrides, checked. Raises UserError."""
+        from research.config import load_config
+
+        return load_config(self.value, self.overrides)
+
+
+class Program:
+    """A program: its flags and how it runs.
+
+    Args:
+      doc: the module's docstring; `--help` prints it above the flags.
+      arguments: what `--help` calls the arguments that are not flags, e.g. "SYSTEM..."; without it there are
+        none, and one that is given is an error.
+    """
+
+    def __init__(self, doc: str, arguments: str | None = None):
+        self.doc = doc
+        self.arguments = arguments
+        self.values = flags.FlagValues()
+        self.values.set_gnu_getopt(True)  # flags may follow arguments
+        self.overrides: list[str] = []
+        self._required: list[str] = []
+        self._has_config = False
+        self.define(flags.DEFINE_boolean, "traceback", False, "Show where an error came from.")
+
+    def define(
+        self, kind: Callable[..., Any], name: str, default: Any, help: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        """One flag of this program: `kind` is any `absl.flags.DEFINE_*`. Returns its holder (`.value`).
+
+        Keyword `required=True` makes leaving it out an error.
+        """
+        if kwargs.pop("required", False):
+            self._required.append(name)
+        order = (name, default, *args, help) if kind in (flags.DEFINE_enum,) else (name, default, help, *args)
+        return kind(*order, flag_values=self.values, **kwargs)
+
+    def config_flag(self, required: bool = True) -> ConfigFlag:
+        """Defines `--config=file.py:preset` and its dotted overrides."""
+        self._has_config = True
+        holder = self.define(
+            flags.DEFINE_string,
+            "config",
+            None,
+            "The experiment: file.py:preset, or a saved config.json. Any of its values is changed by "
+            "--config.path.to.field=value (stages.0.steps=10 names an entry of a tuple).",
+            required=required,
+        )
+        return ConfigFlag(holder, self)
+
+    def workdir_flag(self, help: str, default: str | None = None, required: bool = False) -> flags.FlagHolder:
+        """Defines `--workdir=folder`."""
+        return self.define(flags.DEFINE_string, "workdir", default, help, required=required)
+
+    def run(self, main: Callable[[list[str]], int | None]) -> None:
+        """Runs `main(arguments)` with the flags of the command line, and exits."""
+        sys.exit(self.call(main, sys.argv[1:], before=runtime.prepare))
+
+    def call(
+        self,
+        main: Callable[[list[str]], int | None],
+        argv: Sequence[str],
+        before: Callable[[], None] = lambda: None,
+    ) -> int:
+        """Parses `argv`, runs `before()` and `main(arguments)`, and returns the exit code."""
+        if any(word in ("--help", "-h", "-help") for word in argv):
+            print(self.help())
+            return 0
+        try:
+            arguments = self._parse(argv)
+            before()
+            return main(arguments) or 0
+        except UserError as error:
+            return self._fail(str(error), argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # The reader (`| head`) has gone: keep Python from complaining once more when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            if error.errno not in _MACHINE_ERRORS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            return self._fail(f"{where}{os.strerror(error.errno)}", argv)
+
+    def help(self) -> str:
+        """The docstring, then this program's flags."""
+        width = max(60, min(shutil.get_terminal_size().columns, 110))
+        lines = [textwrap.dedent(self.doc).strip(), ""]
+        if self.arguments:
+            lines += [f"Arguments: {self.arguments}", ""]
+        lines.append("Flags:")
+        for name in sorted(self.values, key=lambda name: (name not in self._required, name)):
+            flag = self.values[name]
+            form = f"--{name}" if flag.boolean else f"--{name}=..."
+            if name in self._required:
+                note = " (required)"
+            else:
+                note = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
+            choices = (
+                f" One of: {', '.join(flag.parser.enum_values)}."
+                if hasattr(flag.parser, "enum_values")
+                else ""
+            )
+            text = f"{flag.help}{choices}{note}"
+            lines.append(f"  {form}")
+            lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        return "\n".join(lines)
+
+    def _parse(self, argv: Sequence[str]) -> list[str]:
+        """Sets the flags; returns the arguments that are not flags."""
+        self.values.unparse_flags()
+        for name in self.values:
+            self.values[name].unparse()
+        self.overrides = []
+        words = []
+        for i, word in enumerate(argv):
+            if word == "--":
+                words += argv[i:]
+                break
+            if self._has_config and word.lstrip("-").startswith("config.") and word.startswith("-"):
+                override = word.lstrip("-").removeprefix("config.")
+                if "=" not in override:
+                    raise UserError(f"{word}: expected {word}=value")
+                self.overrides.append(override)
+            else:
+                words.append(word)
+        try:
+            arguments = self.values(["program", *words])[1:]
+        except flags.UnrecognizedFlagError as error:
+            name = error.flagname.partition("=")[0]
+            found = nearest(name, self.values)
+            known = f"did you mean --{found}?" if found else "--help lists the flags"
+            raise UserError(f"unknown flag --{name}; {known}") from error
+        except flags.Error as error:
+            raise UserError(str(error).removeprefix("flag ")) from error
+        for name in self._required:
+            if self.values[name].value is None:
+                raise UserError(f"--{name} is required; --help shows how")
+        if self.overrides and self.values["config"].value is None:
+            raise UserError(f"--config.{self.overrides[0]}: there is no --config to change")
+        if arguments and self.arguments is None:
+            found = nearest(arguments[0].partition("=")[0], self.values)
+            known = f"; did you mean --{found}?" if found else ""
+            raise UserError(f"unexpected argument {arguments[0]!r}{known}")
+        return arguments
+
+    def _fail(self, message: str, argv: Sequence[str]) -> int:
+        # Looked up in argv, because parsing itself may be what failed.
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return 2
