@@ -9,8 +9,10 @@ Leaves are stored under their paths, never under Python types, so a checkpoint o
 can be read in part.
 """
 
+import errno
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +96,23 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_failure(error: BaseException, target: str | Path, directory: Path, needed: int) -> BaseException:
+    """What to raise when writing `target` (of `needed` bytes) below `directory` failed.
+
+    A `UserError` for a full disk, with needed and free bytes, and for whatever else the operating system
+    refused; otherwise the error itself, which is then a defect.
+    """
+    # Tensorstore and safetensors report the errno in words only.
+    words = ("No space left on device", "Disk quota exceeded")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(x in str(error) for x in words):
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        return UserError(f"no room for {target}: up to {needed} bytes are needed, {free} are free")
+    if isinstance(error, OSError):
+        return UserError(f"{target} cannot be written: {error}")
+    return error
 
 
 def sync_directory(path: Path) -> None:

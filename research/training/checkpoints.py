@@ -5,7 +5,6 @@ belongs to the loop. So a checkpoint is written below `<step>.saving`, summed, d
 (`research.training.checkpoint_files`) and only then renamed to `<step>`: a plain number is complete.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -169,18 +168,8 @@ class Checkpoints:
         """Removes what a failed save left and says what it was, in one line if it is the user's to fix."""
         if jax.process_index() == 0:
             shutil.rmtree(saving, ignore_errors=True)
-        target = saving.with_suffix("")
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # Tensorstore reports the errno in words only.
-        if full or any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
-            free = shutil.disk_usage(_existing(saving)).free
-            return UserError(
-                f"no room for checkpoint {target}: up to {needed} bytes are needed, {free} are free; "
-                "earlier checkpoints are intact"
-            )
-        if isinstance(error, OSError):
-            return UserError(f"checkpoint {target} cannot be written: {error}; earlier ones are intact")
-        return error
+        target = f"checkpoint {saving.with_suffix('')}"
+        return files.write_failure(error, target, self.directory, needed)
 
     def _tidy(self) -> None:
         """Removes what a killed process left. Only the writer may: a reader could meet it at work."""
@@ -278,9 +267,3 @@ class Checkpoints:
 
 def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if files.is_key(leaf.dtype) else leaf
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -392,13 +392,15 @@ def test_kill_9_at_random_moments_loses_no_complete_checkpoint(tmp_path, warning
     for _ in range(5):
         process = child(SAVE_FOR_EVER, tmp_path, stdout=subprocess.PIPE)
         assert process.stdout.readline() == f"from {last}\n"
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.3))
+        lines = [process.stdout.readline() for _ in range(rng.randint(2, 6))]
+        time.sleep(rng.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
-        complete = [int(line.split()[1]) for line in process.stdout.read().splitlines() if line[-1].isdigit()]
+        lines += process.stdout.read().splitlines(keepends=True)
         process.wait()
+        complete = max(int(line.split()[1]) for line in lines if line.endswith("\n"))
         state, position = checkpoints.restore_latest({"x": jax.ShapeDtypeStruct((64,), jnp.int32)})
-        before, last = last, position["records"] // 2
-        assert last >= max(complete, default=before)
+        assert complete > last  # at least one of this process
+        last = position["records"] // 2
+        assert last >= complete
         assert np.array_equal(state["x"], np.full(64, last))
-    assert last > 5 and warnings == []
+    assert warnings == []

@@ -1,0 +1,234 @@
+"""The directory of one run: its config, its lock, the places of its files; and loading a model from it.
+
+config.json            the config, exactly
+tokenizer.json         a copy, so that the workdir can be moved
+checkpoints/<step>/    see `research.training.checkpoints`
+metrics.jsonl  tensorboard/  figures/
+lock                   held while a process trains here
+"""
+
+import fcntl
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import IO
+
+import jax
+from ml_collections import ConfigDict
+
+from research import config as configs
+from research.errors import UserError
+from research.training import checkpoint_files as files
+from research.training.model_directory import (
+    CONFIG,
+    TOKENIZER,
+    TOKENS,
+    WEIGHTS,
+    Loaded,
+    load_model_directory,
+    load_tokenizer,
+    read_config,
+    save_model,
+)
+from research.training.paths import named_leaves
+
+__all__ = ["Loaded", "Workdir", "find_task", "load_model", "open_workdir", "read_config", "save_model"]
+
+LOCK = "lock"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# What may change between the runs of one workdir: how long it trains, how often it logs, evaluates and saves,
+# what it keeps, when it gives up, and where the arrays live. With anything else the steps before and after would
+# belong to two experiments.
+_FREE = re.compile(
+    r"stages\.\d+\.steps|(.*\.)?(\w+_)?every|keep_last|keep_best|explode|replicate_below|(mesh|rules)(\..*)?"
+)
+
+
+class Workdir:
+    """An open workdir. It is locked until `close`, or until the process dies in whatever way."""
+
+    def __init__(self, path: Path, config: ConfigDict, lock: IO[str] | None):
+        self.path, self.config, self._lock = path, config, lock
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.figures = path / "figures"
+
+    def close(self) -> None:
+        """Lets other processes open it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_workdir(
+    path: str | os.PathLike[str],
+    config: ConfigDict,
+    *,
+    resume: bool = True,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+) -> Workdir:
+    """Creates the workdir of `config`, or opens it again to go on.
+
+    tokenizer_path: a tokenizer.json, copied into the workdir. Without `resume` an existing run is refused. Of
+    a distributed run, process 0 checks, locks and writes.
+
+    Raises `UserError` if the directory is not a workdir, is locked by a living process (named), holds a run
+    of another config (the field and both values are named; the length of stages and every cadence may
+    change), or can't be written.
+    """
+    directory = files.local_directory(path)
+    if jax.process_index() != 0:
+        return Workdir(directory, config, None)
+    try:
+        _check_contents(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _lock(directory)
+    except OSError as error:
+        raise UserError(f"workdir {directory} cannot be opened: {error}") from None
+    try:
+        if (directory / CONFIG).exists():
+            if not resume:
+                raise UserError(f"{directory} already holds a run: resume it or choose another workdir")
+            _check_config(directory, config)
+        _copy_tokenizer(directory, tokenizer_path)
+        # Last: a directory with a config is complete.
+        files.write_atomically(directory / CONFIG, configs.to_json(config))
+    except OSError as error:
+        lock.close()
+        raise UserError(f"workdir {directory} cannot be written: {error}") from None
+    except BaseException:
+        lock.close()
+        raise
+    return Workdir(directory, config, lock)
+
+
+def _check_contents(directory: Path) -> None:
+    """Refuses a directory with files of somebody else's; one that died while it was being made passes."""
+    if not directory.exists() or (directory / CONFIG).exists():
+        return
+    ours = {LOCK, TOKENIZER, TOKENIZER_CONFIG, *(f"{x}.tmp" for x in (CONFIG, TOKENIZER, TOKENIZER_CONFIG))}
+    strangers = sorted({entry.name for entry in directory.iterdir()} - ours)
+    if strangers:
+        raise UserError(
+            f"{directory} is not a workdir: it holds {strangers[0]} but no {CONFIG}; choose a new directory"
+        )
+
+
+def _lock(directory: Path) -> IO[str]:
+    # The kernel drops this lock with the process, so no crash leaves a stale one.
+    lock = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the workdir is)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"{directory} is in use by {holder}: wait for it, or choose another workdir"
+        ) from None
+    except OSError:
+        lock.close()
+        raise
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def _check_config(directory: Path, config: ConfigDict) -> None:
+    saved = read_config(directory / CONFIG)
+    differences = [x for x in configs.diff(saved, config) if not _FREE.fullmatch(x[0])]
+    if differences:
+        shown = "; ".join(f"{path} is {old!r} there and {new!r} here" for path, old, new in differences[:3])
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(f"{directory} holds a run of another config: {shown}{more}; choose another workdir")
+
+
+def _copy_tokenizer(directory: Path, source: str | os.PathLike[str] | None) -> None:
+    if source is None:
+        return
+    origin, kept = Path(source).expanduser(), directory / TOKENIZER
+    if not origin.is_file():
+        raise UserError(f"tokenizer {origin} does not exist")
+    if (directory / CONFIG).exists() and kept.exists():
+        if origin.read_bytes() != kept.read_bytes():
+            raise UserError(f"tokenizer {origin} is not the one that the run in {directory} was started with")
+        return
+    # A tokenizer_config.json beside it names the special tokens.
+    for file in (origin, origin.with_name(TOKENIZER_CONFIG)):
+        if file.exists() or file == origin:
+            name = TOKENIZER if file == origin else TOKENIZER_CONFIG
+            files.write_atomically(directory / name, file.read_text(encoding="utf-8"))
+
+
+def find_task(config: ConfigDict) -> tuple[str, ConfigDict]:
+    """The first task with a `model` at `task`, `task.task`, ... of an experiment: its config path and config.
+
+    Raises `UserError` if there is none.
+    """
+    path, node = "config", config
+    while isinstance(node.get("task"), ConfigDict):
+        path, node = f"{path}.task", node["task"]
+        if "model" in node:
+            return path, node
+    raise UserError("config: no `model` in its `task`, nor in any task that wraps")
+
+
+def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> Loaded:
+    """The model of a workdir or of a model directory, ready to use.
+
+    Of a workdir it reads the newest intact checkpoint, or that of `step`; only the parameters, or their
+    moving average with `ema`. A damaged checkpoint is named on standard error and the one before is used.
+
+    Raises `UserError` if the path is neither kind of directory, if no checkpoint is intact, or if what is
+    asked for is not there.
+    """
+    directory = files.local_directory(path)
+    if (directory / WEIGHTS).exists():
+        if step is not None or ema:
+            wanted = "moving average" if ema else f"step {step}"
+            raise UserError(f"{directory} is a model directory, with one set of parameters: no {wanted}")
+        return load_model_directory(directory)
+    if not (directory / CONFIG).exists():
+        what = "does not exist" if not directory.exists() else "is neither"
+        raise UserError(
+            f"{directory} {what}: a workdir ({CONFIG}, checkpoints/) or a model directory ({WEIGHTS})"
+        )
+    return _load_from_run(directory, step, "ema" if ema else "params")
+
+
+def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
+    where, task_config = find_task(read_config(directory / CONFIG))
+    task = configs.build(task_config, where)
+    checkpoints = directory / "checkpoints"
+    if step is not None:
+        found = files.checkpoint_of_step(checkpoints, step)
+    else:
+        found = files.newest_intact(checkpoints, lambda line: print(f"warning: {line}", file=sys.stderr))
+    if found is None:
+        raise UserError(f"the run in {directory} has not saved a checkpoint yet")
+    path, manifest = found
+    prefix = f"{part}/"
+    stored = {n: leaf for n, leaf in files.stored_leaves(manifest).items() if n.startswith(prefix)}
+    if not stored:
+        raise UserError(f"checkpoint {path} has no {part}: the run keeps no moving average of its parameters")
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    wanted = {f"{prefix}{name}": leaf for name, leaf in named_leaves(abstract).items()}
+    if difference := files.mismatches(stored, wanted, "the checkpoint"):
+        raise UserError(f"checkpoint {path} does not fit the config of its run: {difference}")
+    arrays = files.read_arrays(path, manifest, wanted)
+    params = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
+    shape = getattr(task, "image_shape", None)
+    inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
+    model_config = task_config["model"]
+    return Loaded(task.model, params, load_tokenizer(directory), model_config, manifest["step"], inputs)
