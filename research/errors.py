@@ -24,5 +24,11 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     by_lower: dict[str, str] = {}
     for option in sorted({str(option) for option in options}):
         by_lower.setdefault(option.lower(), option)
-    matches = difflib.get_close_matches(str(name).lower(), list(by_lower), n=1, cutoff=0.6)
-    return by_lower[matches[0]] if matches else None
+    # Not difflib.get_close_matches: of equals it takes the alphabetically last.
+    matcher = difflib.SequenceMatcher(b=str(name).lower())
+    best, best_ratio = None, 0.6
+    for option in by_lower:
+        matcher.set_seq1(option)
+        if matcher.ratio() > best_ratio or (best is None and matcher.ratio() == best_ratio):
+            best, best_ratio = by_lower[option], matcher.ratio()
+    return best

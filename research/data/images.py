@@ -23,8 +23,8 @@ class ImageDataset(RecordDataset):
     A record: `images` f32[h, w, c], `labels` int32[], `weights` f32[] (1). Every epoch has its own order.
 
     Attributes:
-      source: `digits` (scikit-learn's 1797 handwritten digits, 8 x 8 x 1, ten classes: 1437 train, 180
-        validation, 180 test, the same share of every class to one image) or `tfds:NAME`.
+      source: `digits` (scikit-learn's 1797 handwritten digits, 8 x 8 x 1, ten classes: 1429 train, 185
+        validation, 183 test, each tenth of a class to one image) or `tfds:NAME`.
       split: of the source.
       image_key, label_key: features of a TFDS dataset.
       size: height and width of the images. Needed where the source's images differ in size: the shorter side

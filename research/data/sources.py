@@ -244,7 +244,12 @@ def tfds_builder(name: str) -> Any:
         try:
             config = tfds.download.DownloadConfig(try_download_gcs=False)
             builder.download_and_prepare(file_format="array_record", download_config=config)
-        except (OSError, ImportError) as error:
+        except ImportError as error:
+            raise UserError(
+                f"tfds:{name}: preparing this dataset needs the module {error.name}; prepare it once with "
+                f"`tfds build --file_format=array_record` where that is installed, in {builder.data_dir}"
+            ) from error
+        except OSError as error:
             raise UserError(f"tfds:{name}: cannot prepare it in {builder.data_dir}: {error}") from error
     return builder
 

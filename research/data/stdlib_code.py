@@ -117,10 +117,9 @@ class StdlibCode(tfds.core.GeneratorBasedBuilder):
         documents, undecodable = read_documents(self._root)
         self.info.metadata["undecodable"] = undecodable
         splits = assign_splits(documents)
-        return {
-            name: self._generate_examples([d for d, s in zip(documents, splits, strict=True) if s == name])
-            for name in SPLITS
-        }
+        parts = {name: [d for d, s in zip(documents, splits, strict=True) if s == name] for name in SPLITS}
+        # TFDS refuses to write an empty split, which a small corpus may have.
+        return {name: self._generate_examples(part) for name, part in parts.items() if part}
 
     def _generate_examples(self, documents: Sequence[Document]) -> Iterator[tuple[int, dict[str, str]]]:
         for index, document in enumerate(documents):

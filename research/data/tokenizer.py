@@ -166,7 +166,11 @@ class TextStream:
 
 
 def train(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A byte-level BPE with `<pad>` 0, `<bos>` 1, `<eos>` 2: every text round-trips exactly."""
+    """A byte-level BPE with `<pad>` 0, `<bos>` 1, `<eos>` 2: every text round-trips exactly.
+
+    Raises:
+      UserError: the texts don't have enough different pieces for so many tokens.
+    """
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -182,7 +186,10 @@ def train(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+    tokenizer = Tokenizer(backend)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(f"the texts give a vocabulary of {tokenizer.vocab_size} tokens, not {vocab_size}")
+    return tokenizer
 
 
 def _configured_names(path: Path) -> dict[str, str] | None:
