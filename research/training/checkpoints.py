@@ -23,6 +23,7 @@ from research.training.checkpoint_files import REPLACED, STATE
 from research.training.paths import PyTree, named_leaves
 
 Position = dict[str, int | str]
+Abstract = PyTree | Callable[[int], PyTree]
 
 SAVING, DELETING = ".saving", ".deleting"
 
@@ -216,12 +217,12 @@ class Checkpoints:
 
     # Reading
 
-    def restore_latest(self, abstract_state: PyTree) -> tuple[PyTree, Position] | None:
+    def restore_latest(self, abstract_state: Abstract) -> tuple[PyTree, Position] | None:
         """The newest intact checkpoint as (state, position), or `None` where there is none at all.
 
-        abstract_state: pytree of `jax.ShapeDtypeStruct`; each array is placed by its `sharding`, whatever the
-        devices it was saved from. Raises `UserError` if there are checkpoints but none is intact, or if the
-        tree differs from the saved one in a name, shape or dtype.
+        abstract_state: pytree of `jax.ShapeDtypeStruct`, or a function from the step found to one; each array
+        is placed by its `sharding`, whatever the devices it was saved from. Raises `UserError` if there are
+        checkpoints but none is intact, or if the tree differs from the saved one in a name, shape or dtype.
         """
         self.wait()
         if jax.process_count() > 1:
@@ -235,7 +236,7 @@ class Checkpoints:
         path, manifest = files.checkpoint_of_step(self.directory, step)
         return self._restore(path, manifest, abstract_state)
 
-    def _restore_latest_together(self, abstract_state: PyTree) -> tuple[PyTree, Position] | None:
+    def _restore_latest_together(self, abstract_state: Abstract) -> tuple[PyTree, Position] | None:
         """Process 0 reads and sums the files; the others take its word for the step."""
         from jax.experimental import multihost_utils
 
@@ -255,8 +256,10 @@ class Checkpoints:
         return self._restore(path, files.read_manifest(path), abstract_state)
 
     def _restore(
-        self, path: Path, manifest: dict[str, Any], abstract_state: PyTree
+        self, path: Path, manifest: dict[str, Any], abstract_state: Abstract
     ) -> tuple[PyTree, Position]:
+        if callable(abstract_state):
+            abstract_state = abstract_state(manifest["step"])
         wanted = named_leaves(abstract_state)
         if difference := files.mismatches(files.stored_leaves(manifest), wanted, "the checkpoint"):
             raise UserError(f"checkpoint {path} does not fit this run: {difference}")

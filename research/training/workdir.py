@@ -40,8 +40,8 @@ LOCK = "lock"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # What may change between the runs of one workdir: how long it trains, how often it logs, evaluates and saves,
-# what it keeps, when it gives up, and where the arrays live. With anything else the steps before and after would
-# belong to two experiments.
+# what it keeps, when it gives up, and where the arrays live. With anything else the steps before and after
+# would belong to two experiments.
 _FREE = re.compile(
     r"stages\.\d+\.steps|(.*\.)?(\w+_)?every|keep_last|keep_best|explode|replicate_below|(mesh|rules)(\..*)?"
 )

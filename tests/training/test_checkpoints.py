@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,61 @@ def test_one_device_to_eight_and_back_is_exact(tmp_path, warnings):
     assert bits(restored) == bits(state) and position == {"records": 50} and warnings == []
 
 
+TWO_PROCESSES = """
+    import os, sys
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    from research.errors import UserError
+    from research.training.checkpoints import Checkpoints
+
+    process, directory, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, P("fsdp"))
+    make = jax.jit(lambda k: {"x": jnp.arange(8.0) * k}, out_shardings={"x": rows})
+    shapes = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=rows)}
+    warnings = []
+    checkpoints = Checkpoints(directory, warn=warnings.append)
+
+    def restored():
+        state, position = checkpoints.restore_latest(shapes)
+        mine = np.arange(4 * process, 4 * process + 4, dtype=np.float32) * position["records"]
+        shards = sorted(state["x"].addressable_shards, key=lambda shard: shard.index[0].start)
+        assert np.array_equal(np.concatenate([shard.data for shard in shards]), mine)
+        return position["records"]
+
+    def damage(step):
+        multihost_utils.sync_global_devices(f"before {step}")
+        if process == 0:
+            os.truncate(f"{directory}/{step}/manifest.json", 10)
+
+    assert checkpoints.restore_latest(shapes) is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, make(step), {"records": step})
+    assert restored() == 3 and checkpoints.steps() == [2, 3] and not warnings
+    damage(3)
+    assert restored() == 2 and len(warnings) == 1 - process
+    damage(2)
+    try:
+        restored()
+    except UserError:
+        checkpoints.close()
+        print("passed")
+"""
+
+
+def test_two_processes_write_one_checkpoint_and_agree_on_the_one_to_use(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    options = {"devices": 2, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [child(TWO_PROCESSES, i, tmp_path / "c", port, **options) for i in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=100)
+        assert out.endswith("passed\n"), err
+
+
 def test_keeps_the_last_and_the_best(tmp_path, warnings):
     checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=2, best_metric="loss", warn=warnings.append)
     losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: None, 5: 2.0, 6: 4.0, 7: 5.0}
@@ -189,6 +245,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(checkpoints, warnings,
     state, position = checkpoints.restore_latest(abstract(expected))
     assert bits(state) == bits(expected) and position == {"records": 10}
     assert warnings == [f"checkpoint {newest} is damaged: {reason}; using step 1 instead"]
+    # What the state looks like may depend on the step that is found.
+    by_step = {1: abstract(expected), 2: None}
+    assert bits(checkpoints.restore_latest(by_step.__getitem__)[0]) == bits(expected)
     with pytest.raises(UserError, match=f"checkpoint .*/2 is damaged: {reason}"):
         checkpoints.restore(2, abstract(expected))
 

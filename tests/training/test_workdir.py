@@ -1,4 +1,4 @@
-"""Workdirs and model directories: one config, one writer; models come back exactly, or a line says why not."""
+"""Workdirs and model directories: one config, one writer; models come back exactly or one line says why."""
 
 import json
 import os
