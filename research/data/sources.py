@@ -278,7 +278,7 @@ def tfds_records(builder: Any, split: str, name: str) -> Any:
 
 def missing_field(field: str, options: Iterable[str]) -> str:
     """The sentence about a field that isn't there."""
-    options = list(options)
+    options = sorted(options)
     return f"no field {field!r}{did_you_mean(field, options) or '; there are ' + ', '.join(options)}"
 
 
@@ -333,7 +333,7 @@ def _only_text_field(builder: Any, name: str) -> str:
     if "text" in fields:
         return "text"
     if len(fields) != 1:
-        there = ", ".join(builder.info.features)
+        there = ", ".join(sorted(builder.info.features))
         raise UserError(f"{name}: which field is the text? Write tfds:NAME#FIELD; there are {there}")
     return fields[0]
 
