@@ -65,7 +65,8 @@ class RecordDataset(abc.ABC):
             raise UserError(f"shard {index} of {count}: the shards of {count} are 0 to {count - 1}")
         if batch_size % count:
             raise UserError(f"a batch of {batch_size} can't be divided among {count} hosts evenly")
-        end = sys.maxsize if epochs is None else epochs * len(self)
+        size = len(self)  # always: what is wrong with the data is told here and not by a thread
+        end = sys.maxsize if epochs is None else epochs * size
         rows = np.arange(index, batch_size, count, dtype=np.int64)
 
         def batch(number: int) -> dict[str, np.ndarray]:

@@ -220,3 +220,5 @@ def test_wrong_fields(fields, message):
 def test_wrong_source_is_told_when_it_is_prepared():
     with pytest.raises(UserError, match=r"no file matches 'bultin'; did you mean builtin\?"):
         TokenDataset("bultin").prepare()
+    with pytest.raises(UserError, match="no file matches 'bultin'"):
+        TokenDataset("bultin").batches(0, 4)  # not only when the first batch is taken
