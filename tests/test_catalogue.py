@@ -1,0 +1,50 @@
+"""Walks the catalogue: every system's tiny config builds, is saved exactly, and learns for a few steps."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.systems import System, read_catalogue
+from research.config import build, from_json, load_config, of, to_json
+from research.training.optimizers import constant
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 3
+
+
+def few_steps(config: ConfigDict) -> ConfigDict:
+    """The same experiment with `STEPS` steps a stage, small batches and no evaluators."""
+    short = from_json(to_json(config))
+    short.evaluators = ()
+    for stage in short.stages:
+        stage.steps, stage.batch_size = STEPS, 8
+        # Warm-ups are longer than that.
+        stage.optimizer.schedule = of(constant, peak=stage.optimizer.schedule.peak)
+    return short
+
+
+@pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
+def test_the_tiny_config_builds_and_trains(system: System, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"{system.config}:tiny")
+    assert load_config(system.config) == config  # `tiny` is the default
+    assert from_json(to_json(config)) == config
+    trainer = build(few_steps(config))
+    # One device and no workdir: simulated devices and checkpoints have tests of their own, once.
+    state, metrics = trainer.train(progress=False, devices=jax.devices()[:1])
+    assert int(state.step) == STEPS * len(trainer.stages)
+    assert np.isfinite(metrics["train/loss"])
+    leaves = jax.tree.leaves(state.params)
+    assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
+def test_the_papers_config_builds(system: System, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trainer = build(load_config(f"{system.config}:paper"))
+    # Shapes only: the paper's size does not fit into a test.
+    params = jax.eval_shape(trainer.task.init, jax.random.key(0))
+    assert jax.tree.leaves(params)
