@@ -13,6 +13,7 @@ imports only modules of this project and a short list of public namespaces (`opt
 """
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -222,6 +223,11 @@ def _fields(target: Any) -> dict[str, _Field]:
     except (TypeError, ValueError) as error:
         raise UserError(f"{name_of(target)}: has no signature to check a config against") from error
     kinds = _annotations(target, parameters)
+    factories = {
+        field.name: field.default_factory
+        for field in (dataclasses.fields(target) if dataclasses.is_dataclass(target) else ())
+        if field.default_factory is not dataclasses.MISSING
+    }
     fields = {}
     for name, parameter in parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL or (is_linen and name in ("parent", "name")):
@@ -231,7 +237,8 @@ def _fields(target: Any) -> dict[str, _Field]:
         if parameter.kind is parameter.VAR_KEYWORD:
             fields["**"] = _Field(kinds[name], None)
         elif parameter.kind is not parameter.POSITIONAL_ONLY:
-            fields[name] = _Field(kinds[name], parameter.default)
+            default = factories[name]() if name in factories else parameter.default
+            fields[name] = _Field(kinds[name], default)
     return fields
 
 
@@ -413,6 +420,7 @@ def _override(config: ConfigDict, where: str, value: Any, is_text: bool) -> Conf
         if not isinstance(node, ConfigDict):
             what = "not set in this config" if node is ABSENT else show(node)
             raise UserError(f"{path}: is {what}, so there is no {below} to override")
+        current = node.get(part, ABSENT)
         if part == "cls" and "cls" in node:
             kind_below = str
         elif "cls" in node:
@@ -423,13 +431,16 @@ def _override(config: ConfigDict, where: str, value: Any, is_text: bool) -> Conf
                 if found := elsewhere.get(nearest(part, elsewhere) or ""):
                     raise UserError(f"{below}: unknown field of {name_of(target)}{hint(found)}")
             kind_below = _field(fields, part, target, path).kind
-        elif part in node:
-            kind_below = element_kind(node, kind, part)
+            default = _default(fields, part)
+            if rest and current is ABSENT and isinstance(default, ConfigDict) and "cls" not in default:
+                current = default  # `mesh.data=8` adds to a dict that the file leaves at its default
+        elif part in node or element_kind(node, kind, part) is not ANYTHING:
+            kind_below = element_kind(node, kind, part)  # a dict of annotated values takes new keys
         else:
             hint_text = hint(nearest(part, node)) or f"; its entries are {', '.join(node) or 'none'}"
             raise UserError(f"{below}: no such entry{hint_text}")
         copy = ConfigDict({key: node[key] for key in node if key != part})
-        copy[part] = replaced(node.get(part, ABSENT), rest, below, kind_below)
+        copy[part] = replaced(current, rest, below, kind_below)
         return copy
 
     return replaced(config, where.split("."), "config", ANYTHING)

@@ -90,7 +90,11 @@ def _describe_arm(arm: Any) -> str:
         return "a function or class ('module:name' or of(...))"
     if inspect.isclass(arm) and origin is None:
         return arm.__name__
-    return str(arm).replace("typing.", "").replace("collections.abc.", "")
+    if origin is not None and typing.get_args(arm):
+        name = getattr(origin, "__name__", str(origin))
+        args = ("..." if arg is Ellipsis else describe(arg) for arg in typing.get_args(arm))
+        return f"{name}[{', '.join(args)}]"
+    return str(arm).replace("typing.", "")
 
 
 def _origin(arm: Any) -> Any:

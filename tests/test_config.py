@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import flax.linen as nn
@@ -143,7 +144,7 @@ def test_linen_modules_build_nested_and_run():
         (lambda: of(Scene, title="t", main=of(Dog)), "Scene.main: expected Shape or None, got of(Dog)"),
         (lambda: of(Scene, title="t", main=3), "Scene.main: expected Shape or None, got 3 (int)"),
         (lambda: of(Owner, pet=3), "Owner.pet: expected Speaks, got 3 (int)"),
-        (lambda: of(Owner, pet=of(Dog), extra={"a": of(Dog)}), "Owner.extra: expected dict[str, "),
+        (lambda: of(Owner, pet=of(Dog), extra={"a": of(Dog)}), "Owner.extra: expected dict[str, Shape], "),
         (lambda: of(Scene, title=of(Dog)), "Scene.title: expected str, got of(Dog)"),
         (lambda: of(Scene, title="t", paint="double"), "Scene.paint: expected a function or class ("),
         (
@@ -200,8 +201,8 @@ def test_functions_are_called_and_public_names_are_used():
 def test_what_a_function_built_is_checked():
     config = of(Owner, pet=of(Dog), extra={"a": of(double, x=1.0)})
     assert message(lambda: build(config)) == (
-        "config.extra: expected dict[str, test_config.Shape], but it built {'a': 2.0} (dict)"
-    ).replace("test_config", __name__)
+        "config.extra: expected dict[str, Shape], but it built {'a': 2.0} (dict)"
+    )
 
 
 def test_a_shared_config_is_copied_not_aliased():
@@ -322,6 +323,7 @@ def test_diff_lists_leaves_and_counts_defaults():
     right = of(Scene, title="b", shapes=(of(Circle, radius=2.0), of(Square, side=1)), visible=True, scale=1.0)
     assert diff(left, right) == [("scale", 1, 1.0), ("shapes.0.radius", 1.0, 2.0), ("title", "a", "b")]
     assert diff(of(Scene, title="a", size=(4, 3), paint=None), of(Scene, title="a")) == []
+    assert diff(of(Scene, title="a", limits={}, layers=[]), of(Scene, title="a")) == []
     assert diff({"a": True}, {"a": 1}) == [("a", True, 1)]
     assert diff({"a": 1}, {"b": 1}) == [("a", 1, ABSENT), ("b", ABSENT, 1)]
     assert diff({"a": (1, 2)}, {"a": (1, 2, 3)}) == [("a", (1, 2), (1, 2, 3))]
@@ -407,6 +409,18 @@ def test_overrides_set_every_leaf(file: str, override: str, path: str, value: An
     assert all(changed.startswith(path) for changed, _, _ in diff(before, after))
 
 
+def test_an_annotated_dict_takes_new_keys(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(to_json(of(Scene, title="t", limits={"a": 1.0})))
+    monkeypatch.setattr("research.config.check_importable", lambda *_: None)  # `Scene` is a test's
+    config = load_config(tmp_path / "config.json", ["limits.b=2"])
+    assert config.limits == ConfigDict({"a": 1.0, "b": 2.0})
+    (tmp_path / "config.json").write_text(to_json(of(Scene, title="t")))
+    assert load_config(tmp_path / "config.json", ["limits.b=2"]).limits == ConfigDict({"b": 2.0})
+    assert message(lambda: load_config(tmp_path / "config.json", ["limits.b=x"])) == (
+        "config.limits.b: expected float, got 'x' (str)"
+    )
+
+
 def test_overrides_of_a_dict_are_python_values(file: str):
     config = load_config(file, {"mu_dtype.mlp": of(MLP, hidden_dim=3), "mu_dtype.widths": [7]})
     assert build(config.mu_dtype.mlp) == MLP(hidden_dim=3)
@@ -479,3 +493,15 @@ def test_a_broken_file_is_told_with_its_line(tmp_path, monkeypatch, source: str,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text(source)
     assert message(lambda: load_config("bad.py")).startswith(expected)
+
+
+def test_the_guides_examples_run(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "configs.md").read_text()
+    first, file = [block.split("```")[0] for block in guide.split("```python\n")[1:]]
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["mlp"] == GatedMLP(hidden_dim=1024)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example.py").write_text(file)
+    assert load_config("example.py") == of(GatedMLP, hidden_dim=64)
+    assert load_config("example.py:paper", ["hidden_dim=128"]) == of(GatedMLP, hidden_dim=128)
