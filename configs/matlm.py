@@ -1,0 +1,103 @@
+"""MatLM: a nested decoder language model (MatFormer, arXiv 2310.07707).
+
+    python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/matlm
+
+`tiny` (the default): 1.6M parameters on Python's standard library, about two minutes on two CPU cores.
+`base`: the 7.3M-parameter model that ships in research/language/base.
+`paper`: the 180M-parameter language model of the authors' released code, for accelerators.
+"""
+
+from ml_collections import ConfigDict
+
+from research.config import of
+from research.data.text import TokenDataset
+from research.elastic.matformer import MatFormer
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.mlp import GatedMLP
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+from research.training.evaluators import Evaluate
+from research.training.loop import Trainer
+from research.training.optimizers import adamw, cosine, muon, wsd
+from research.training.stages import Stage
+from research.training.task import LanguageModelling
+
+PRESETS = ("tiny", "base", "paper")
+
+
+def decoder(
+    width: int, num_layers: int, num_heads: int, hidden_dim: int, length: int, vocab_size: int = 4096, **block
+) -> ConfigDict:
+    attention = of(
+        Attention, num_heads=num_heads, head_dim=width // num_heads, rotary=of(Rotary), **block
+    )
+    return of(
+        DecoderLM,
+        vocab_size=vocab_size,
+        width=width,
+        max_length=length,
+        num_layers=num_layers,
+        blocks=(of(Block, attention=attention, mlp=of(GatedMLP, hidden_dim=hidden_dim)),),
+    )
+
+
+def experiment(
+    model: ConfigDict,
+    stage: ConfigDict,
+    *,
+    training: str,
+    sources: str = "builtin",
+    eval_every: int,
+    eval_batches: int | None = None,
+    compute_dtype: str = "float32",
+    **trainer,
+) -> ConfigDict:
+    length = model.max_length
+    held_out = of(TokenDataset, sources=sources, split="validation", length=length, shuffle=False)
+    return of(
+        Trainer,
+        task=of(
+            MatFormer,
+            task=of(LanguageModelling, model=model, compute_dtype=compute_dtype),
+            training=training,
+        ),
+        data=of(TokenDataset, sources=sources, split="train", length=length),
+        stages=(stage,),
+        evaluators=(of(Evaluate, name="validation", data=held_out, every=eval_every, batches=eval_batches),),
+        **trainer,
+    )
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    # The small presets use Muon: in 180 steps of `tiny` it reached 4.9 nats where AdamW (best of two rates) had 5.4.
+    if preset == "tiny":
+        optimizer = of(muon, schedule=of(wsd, peak=1e-2, warmup=50, decay=0.3, floor=0.02))
+        return experiment(
+            decoder(width=128, num_layers=4, num_heads=4, hidden_dim=512, length=256),
+            of(Stage, name="pretrain", steps=600, batch_size=16, optimizer=optimizer),
+            training="sampled",
+            eval_every=200,
+            eval_batches=8,
+            checkpoint_every=200,
+        )
+    if preset == "base":
+        optimizer = of(muon, schedule=of(wsd, peak=8e-3, warmup=100, decay=0.3, floor=0.02))
+        return experiment(
+            decoder(width=256, num_layers=6, num_heads=4, hidden_dim=1024, length=512),
+            of(Stage, name="pretrain", steps=2400, batch_size=16, optimizer=optimizer),
+            training="sampled",
+            eval_every=200,
+            eval_batches=8,
+            checkpoint_every=100,
+        )
+    # Width 512, 8 layers, 16 heads over one key-value head, batch 128 x 2048, 75k steps; FFN of 8 x width.
+    optimizer = of(adamw, schedule=of(cosine, peak=1e-3, warmup=4000, floor=0.1), weight_decay=0.01)
+    return experiment(
+        decoder(512, 8, 16, 4096, 2048, num_kv_heads=1),
+        of(Stage, name="pretrain", steps=75_000, batch_size=128, optimizer=optimizer),
+        training="joint",
+        eval_every=1000,
+        compute_dtype="bfloat16",
+        checkpoint_every=1000,
+    )
