@@ -1,0 +1,226 @@
+"""Decoding speed against `transformers` `generate`, with the same weights, in alternating runs of one
+process.
+
+Prompt of 32 tokens, 128 new ones, greedy, float32; every run includes prefill. Two shapes: 1M parameters with
+a vocabulary of 256 and 40M with one of 4096, both of the Llama family with an untied head. The bandwidth
+column is the rate at which decoding reads its weights (the embedding table apart, of which one row is read)
+over the rate at which this machine sums a large array.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.decoding.generator import Generator
+from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.mlp import GatedMLP
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+
+PROMPT, NEW = 32, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder's size."""
+
+    name: str
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    vocab: int
+
+
+SHAPES = (Shape("1M", 128, 4, 4, 512, 256), Shape("40M", 512, 10, 8, 2048, 4096))
+BATCHES = (1, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Tokens per second of this project and of `transformers`, medians and best runs, and what they read a
+    second.
+
+    `ratio` compares medians, `best_ratio` best runs; `bandwidth_fraction` is of the best run; `equal` says
+    whether both emitted the same tokens.
+    """
+
+    shape: str
+    parameters: int
+    batch: int
+    median: float
+    best: float
+    peer_median: float
+    peer_best: float
+    bandwidth_fraction: float
+    equal: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.median / self.peer_median
+
+    @property
+    def best_ratio(self) -> float:
+        return self.best / self.peer_best
+
+
+def run(
+    shapes: Sequence[Shape] = SHAPES,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 5,
+    new_tokens: int = NEW,
+    report: Callable[[str], None] = print,
+) -> list[Row]:
+    """Measure every shape and batch, report a line for each.
+
+    Raises:
+        UserError: torch or transformers is not installed.
+    """
+    bandwidth = memory_bandwidth()
+    report(f"decoding, {PROMPT} + {new_tokens} tokens, float32, greedy; memory {bandwidth / 1e9:.1f} GB/s")
+    rows = []
+    for shape in shapes:
+        model, params = _model(shape, PROMPT + new_tokens)
+        generator = Generator(model, params)
+        peer = _peer(shape, params, PROMPT + new_tokens)
+        for batch in batches:
+            row = _measure(shape, params, generator, peer, batch, rounds, new_tokens, bandwidth)
+            rows.append(row)
+            report(
+                f"{shape.name:>4} batch {batch}: {row.median:8.0f} tokens/s, transformers {row.peer_median:8.0f}: "
+                f"{row.ratio:.2f}x (best runs {row.best_ratio:.2f}x), {row.bandwidth_fraction:.0%} of memory "
+                f"bandwidth, tokens {'equal' if row.equal else 'DIFFER'}"
+            )
+    return rows
+
+
+def _measure(
+    shape: Shape,
+    params: Any,
+    generator: Generator,
+    peer: Callable[[np.ndarray, int], np.ndarray],
+    batch: int,
+    rounds: int,
+    new_tokens: int,
+    bandwidth: float,
+) -> Row:
+    prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, PROMPT))
+    ours, theirs, seconds, peer_seconds = None, None, [], []
+    for number in range(rounds + 1):  # the first one compiles
+        start = time.perf_counter()
+        ours = generator.generate(prompts.tolist(), max_new_tokens=new_tokens)
+        middle = time.perf_counter()
+        theirs = peer(prompts, new_tokens)
+        if number:
+            seconds.append(middle - start)
+            peer_seconds.append(time.perf_counter() - middle)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    streamed = 4 * (total - shape.vocab * shape.width)
+    work = batch * new_tokens
+    return Row(
+        shape=shape.name,
+        parameters=total,
+        batch=batch,
+        median=work / statistics.median(seconds),
+        best=work / min(seconds),
+        peer_median=work / statistics.median(peer_seconds),
+        peer_best=work / min(peer_seconds),
+        bandwidth_fraction=streamed * new_tokens / min(seconds) / bandwidth,
+        equal=[sample.tokens for sample in ours.samples] == theirs.tolist(),
+    )
+
+
+def memory_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes a second at which a large float32 array is summed with all threads; the best of several runs."""
+    data = jnp.ones((megabytes * 2**18,), jnp.float32).reshape(-1, 1024)
+    total = jax.jit(lambda x: jnp.sum(x, axis=1))
+    jax.block_until_ready(total(data))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(total(data))
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / min(seconds)
+
+
+def _model(shape: Shape, length: int) -> tuple[DecoderLM, Any]:
+    attention = Attention(shape.heads, shape.width // shape.heads, rotary=Rotary())
+    model = DecoderLM(
+        blocks=(Block(attention, GatedMLP(shape.hidden)),),
+        num_layers=shape.layers,
+        vocab_size=shape.vocab,
+        width=shape.width,
+        max_length=length,
+        tied_head=False,
+    )
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    return model, init(jax.random.key(0))
+
+
+def _peer(shape: Shape, params: Any, length: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    """`transformers` Llama with these weights: (prompts [B, T], new tokens) -> new tokens [B, new]."""
+    try:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise UserError(
+            f"the decoding benchmark compares with transformers: {error}; install .[parity]"
+        ) from error
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.width,
+            intermediate_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=length,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    ).eval()
+
+    def tensor(kernel: jax.Array) -> Any:
+        return torch.from_numpy(np.array(kernel).T.copy())
+
+    state = {
+        "model.embed_tokens.weight": torch.from_numpy(np.array(params["embedding"]["table"])),
+        "model.norm.weight": torch.from_numpy(np.array(params["final_norm"]["scale"])),
+        "lm_head.weight": tensor(params["head"]["kernel"]),
+    }
+    for i in range(shape.layers):
+        layer, prefix = params[f"layer_{i}"], f"model.layers.{i}"
+        state[f"{prefix}.input_layernorm.weight"] = torch.from_numpy(
+            np.array(layer["attention_norm"]["scale"])
+        )
+        state[f"{prefix}.post_attention_layernorm.weight"] = torch.from_numpy(
+            np.array(layer["mlp_norm"]["scale"])
+        )
+        for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "o"}.items():
+            state[f"{prefix}.self_attn.{theirs}_proj.weight"] = tensor(layer["attention"][ours]["kernel"])
+        for name in ("gate", "up", "down"):
+            state[f"{prefix}.mlp.{name}_proj.weight"] = tensor(layer["mlp"][name]["kernel"])
+    model.load_state_dict(state)
+
+    def generate(prompts: np.ndarray, new_tokens: int) -> np.ndarray:
+        inputs = torch.from_numpy(prompts)
+        with torch.inference_mode():
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+            )
+        return output[:, prompts.shape[1] :].numpy()
+
+    return generate

@@ -1,0 +1,1 @@
+"""One decoding engine: proposers draft, the model scores, a verifier keeps, the cache commits."""

@@ -1,0 +1,83 @@
+"""What drafts: the protocol of a proposer, and plain decoding.
+
+A proposer is static and hashable; its parameters and its state are pytrees. It reads neither the noise that
+verifies its drafts nor anything later than the last accepted token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+
+from research.decoding.tree import Tree, chain
+from research.decoding.verify import Accept, Draft
+
+
+class Prompt(struct.PyTreeNode):
+    """What is known after prefill, a row for every sequence.
+
+    tokens int32[B, T] padded on the right; lengths int32[B]; hidden [B, T, D] after the final norm; root
+    int32[B], the first token of the output; capacity: slots a cache of the drafter's own needs.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    hidden: jax.Array
+    root: jax.Array
+    capacity: int = struct.field(pytree_node=False)
+
+
+class Round(struct.PyTreeNode):
+    """What a proposer is told before a call: root int32[B], the newest token; length int32[B], tokens before
+    it; keys [B], fresh in every call; `warp(logits [B, N, V], tokens int32[B, N], tree)`, the processors of
+    the target, to be applied to logits at the nodes of a (partial) draft before drawing from them."""
+
+    root: jax.Array
+    length: jax.Array
+    keys: jax.Array
+    warp: Callable[[jax.Array, jax.Array, Tree], jax.Array] = struct.field(pytree_node=False)
+
+
+class Outcome(struct.PyTreeNode):
+    """What a proposer is told after a call: the draft; what was accepted (`accept.count` is 0 in finished
+    rows); logits float32[B, N, V], unprocessed, and hidden [B, N, D] of every node, virtual ones included."""
+
+    draft: Draft
+    accept: Accept
+    logits: jax.Array
+    hidden: jax.Array
+
+
+class Proposer(Protocol):
+    """`size` and `levels` bound the draft: nodes N in a call and one more than the greatest depth."""
+
+    size: int
+    levels: int
+
+    def init(self, params: Any, prompt: Prompt) -> Any:
+        """The state after prefill."""
+
+    def propose(self, params: Any, state: Any, round: Round) -> tuple[Draft, Any]:
+        """A draft below round.root."""
+
+    def observe(self, params: Any, state: Any, outcome: Outcome) -> Any:
+        """The state after a call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """No draft: the tree is the root, and every call gives one token."""
+
+    size: int = dataclasses.field(default=1, init=False)
+    levels: int = dataclasses.field(default=1, init=False)
+
+    def init(self, params: Any, prompt: Prompt) -> tuple[()]:
+        return ()
+
+    def propose(self, params: Any, state: tuple[()], round: Round) -> tuple[Draft, tuple[()]]:
+        return Draft(round.root[:, None], chain(1)), state
+
+    def observe(self, params: Any, state: tuple[()], outcome: Outcome) -> tuple[()]:
+        return state
