@@ -124,7 +124,7 @@ class Trainer:
 
 
 class _Termination:
-    """While open, SIGTERM only sets `requested`. Only the main thread can open it; elsewhere it does nothing."""
+    """While open, SIGTERM only sets `requested`. Signals reach the main thread; elsewhere it does nothing."""
 
     def __init__(self, active: bool):
         self.requested = False
@@ -502,6 +502,7 @@ class _Clock:
         self._mfu = (
             6 * matrix_elements(shapes) / (peak * mesh.size) if peak and self._unit == "tokens" else None
         )
+        self._warm = False
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -509,11 +510,15 @@ class _Clock:
         self._step, self._time = step, time.perf_counter()
 
     def rate(self, step: int) -> tuple[float | None, str, float | None]:
-        """(per second since the last logged step or `None`, unit, model FLOPs utilisation or `None`)."""
+        """(per second since the last call or restart, unit, model FLOPs utilisation or `None`).
+
+        The first call, which includes the device's warming up, has no rate.
+        """
         now = time.perf_counter()
         steps, seconds = step - self._step, now - self._time
         self.restart(step)
-        if steps <= 0:
+        if steps <= 0 or not self._warm:
+            self._warm = True
             return None, self._unit, None
         rate = steps * self._count / seconds
         return rate, self._unit, None if self._mfu is None else rate * self._mfu

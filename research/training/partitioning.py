@@ -28,11 +28,11 @@ REPLICATE_BELOW = 2**16
 # (pattern, spec). A spec names the axes of a leaf's *last* dimensions, so that it also fits scanned models
 # and stacks of experts; leading dimensions are not divided. The first rule found in a path counts.
 DEFAULT_RULES: Rules = (
-    (r"(^|/)(query|key|value|gate|up|head|patch_embedding)/kernel", ("fsdp", "tensor")),
+    (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
     (r"(^|/)embedding/table", ("tensor", "fsdp")),
     # As many rows as positions, often an odd number: only the width is divided.
-    (r"(^|/)position_embedding/table", (None, "fsdp")),
+    (r"(^|/)patch_embedding/positions$", (None, "fsdp")),
     (r"(^|/)(scale|bias|class_token)$", ()),
 )
 

@@ -106,6 +106,15 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
+def data_progress(what: str, done: int, total: int) -> None:
+    """Shows a dataset's `prepare(progress)`: live on a terminal, a line for each finished part elsewhere."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
+    elif done == total:
+        print(f"{what}: done", file=sys.stderr, flush=True)
+
+
 def human(number: float) -> str:
     """Three digits and a prefix: 950, 17.4k, 1.23M."""
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -1,0 +1,97 @@
+"""Trains what a config describes, or goes on with a run that was stopped.
+
+    python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/matlm
+    python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/short --config.stages.0.steps=50
+    python -m experiments.train --config=runs/matlm/config.json --workdir=runs/matlm
+
+The workdir keeps the config, the checkpoints, `metrics.jsonl`, TensorBoard files and, at the end, figures.
+The same command again continues from the last checkpoint to the same bits; SIGTERM saves first. Without a
+workdir nothing is kept. A run that stops because its loss is NaN or exploded says at which step and on which
+records.
+"""
+
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from experiments import cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ml_collections import ConfigDict
+
+    from research.training.loop import Trainer
+
+PROGRAM = cli.Program(__doc__)
+CONFIG = PROGRAM.config_flag()
+WORKDIR = PROGRAM.workdir_flag("Where the run is kept, and continued from if it is there already.")
+QUIET = PROGRAM.define(flags.DEFINE_boolean, "quiet", False, "No progress, only the final table.")
+FIGURES = PROGRAM.define(flags.DEFINE_boolean, "figures", True, "Draw the loss curves at the end.")
+
+
+def main(arguments: list[str]) -> None:
+    from research.config import build
+    from research.errors import UserError
+    from research.training.loop import Trainer
+
+    config = CONFIG.load()
+    trainer = build(config)
+    if not isinstance(trainer, Trainer):
+        raise UserError(
+            f"{CONFIG.value}: it builds a {type(trainer).__name__}, not a Trainer, so it trains nothing"
+        )
+    if WORKDIR.value is None:
+        prepare(trainer)
+        show(trainer.run(progress=not QUIET.value))
+        return
+    from research.training.workdir import open_workdir
+
+    with open_workdir(WORKDIR.value, config, tokenizer_path=tokenizer_path(config, trainer.data)) as workdir:
+        prepare(trainer)
+        show(trainer.run(workdir, progress=not QUIET.value))
+        print(f"run: {workdir.path}")
+        if FIGURES.value:
+            from research.training.figures import draw_figures
+
+            for path in draw_figures(workdir.path):
+                print(f"figure: {path}")
+
+
+def prepare(trainer: "Trainer") -> None:
+    """Prepares the training data aloud; the loop would do it in silence."""
+    if hasattr(trainer.data, "prepare") and not QUIET.value:
+        from research.training.progress import data_progress
+
+        trainer.data.prepare(data_progress)
+
+
+def tokenizer_path(config: "ConfigDict", data: object) -> "Path | None":
+    """The tokenizer.json of the experiment's text, `None` where it reads none."""
+    if not hasattr(data, "tokenizer"):
+        return None
+    from pathlib import Path
+
+    from research.data.tokenizer import SHIPPED
+
+    given = config.data.get("tokenizer")
+    path = SHIPPED if given is None else Path(given).expanduser()
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def show(metrics: dict[str, float]) -> None:
+    """Prints the last training loss and a table with a row for every model that was measured."""
+    from experiments.evaluate import print_table
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        model, _, metric = name.rpartition("/")
+        if model != "train":
+            rows.setdefault(model, {})[metric] = value
+    print(f"last training loss: {metrics['train/loss']:.5g}")
+    if rows:
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    PROGRAM.run(main)

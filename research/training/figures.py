@@ -1,0 +1,110 @@
+"""The figures of a run, drawn from its `metrics.jsonl`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from research.errors import UserError
+from research.training.metrics import Row, read_rows
+
+SMOOTHING = 50  # a training curve's points are means over about a fiftieth of the run
+
+
+def draw_figures(
+    workdir: str | os.PathLike, baselines: Mapping[str, tuple[int, float]] | None = None
+) -> list[Path]:
+    """Draws `figures/loss.png` and, for several variants or baselines, `loss_against_parameters.png`.
+
+    baselines: {label: (parameters, loss)} of independently trained models, drawn beside the variants.
+    Returns the paths written. Raises `UserError` if the run has logged nothing.
+    """
+    workdir = Path(workdir)
+    rows = read_rows(workdir / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{workdir / 'metrics.jsonl'}: nothing was logged, so there is nothing to draw")
+    folder = workdir / "figures"
+    folder.mkdir(exist_ok=True)
+    drawn = [_loss(rows, folder / "loss.png")]
+    measured = last_evaluation(rows)
+    if baselines or any(len(variants) > 1 for variants in measured.values()):
+        drawn.append(_trade_off(measured, baselines or {}, folder / "loss_against_parameters.png"))
+    return drawn
+
+
+def last_evaluation(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """{evaluator: {variant: its last row}}."""
+    measured: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["kind"] == "eval":
+            measured.setdefault(row["name"], {})[row["variant"]] = row
+    return measured
+
+
+def smoothed(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
+    """Means over consecutive groups of points, about `SMOOTHING` groups in all."""
+    size = max(len(steps) // SMOOTHING, 1)
+    starts = range(0, len(steps), size)
+    return [fmean(steps[i : i + size]) for i in starts], [fmean(values[i : i + size]) for i in starts]
+
+
+def _axes() -> tuple[Any, Any]:
+    # A second of import that only a finished run pays. Figure without pyplot: no display, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _loss(rows: list[Row], path: Path) -> Path:
+    figure, axes = _axes()
+    train = [row for row in rows if row["kind"] == "train"]
+    for stage in dict.fromkeys(row["stage"] for row in train):
+        own = [row for row in train if row["stage"] == stage]
+        steps, losses = [row["step"] for row in own], [row["loss"] for row in own]
+        (line,) = axes.plot(steps, losses, alpha=0.25, linewidth=0.8)
+        axes.plot(*smoothed(steps, losses), color=line.get_color(), label=f"training: {stage}")
+    curves: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "eval":
+            curves.setdefault((row["name"], row["variant"]), []).append(row)
+    for (name, variant), own in curves.items():
+        label = f"{name}: {variant}" if variant else name
+        axes.plot([row["step"] for row in own], [row["loss"] for row in own], marker="o", ms=3, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats)")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+    return path
+
+
+def _trade_off(
+    measured: dict[str, dict[str, Row]], baselines: Mapping[str, tuple[int, float]], path: Path
+) -> Path:
+    figure, axes = _axes()
+    for evaluator, variants in measured.items():
+        own = sorted(variants.values(), key=lambda row: row["parameters"])
+        axes.plot(
+            [row["parameters"] for row in own],
+            [row["loss"] for row in own],
+            marker="o",
+            ms=4,
+            label=evaluator,
+        )
+        for row in own:
+            point = (row["parameters"], row["loss"])
+            axes.annotate(row["variant"], point, textcoords="offset points", xytext=(4, 4), fontsize="small")
+    for label, point in baselines.items():
+        axes.plot(*point, marker="x", color="black", linestyle="")
+        axes.annotate(label, point, textcoords="offset points", xytext=(4, -10), fontsize="small")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("loss (nats)")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+    return path

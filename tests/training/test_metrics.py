@@ -1,0 +1,66 @@
+"""The record of a run: cut at the resumed step, safe after a kill, the same numbers in TensorBoard."""
+
+import json
+import struct
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from research.errors import UserError
+from research.training.metrics import MetricsWriter, read_rows
+
+
+def events(directory) -> list[tuple[str, int, float]]:
+    """(tag, step, value) of every scalar, read with the record framing of the format."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)  # length, its checksum, the event, its checksum
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            at += 12 + size + 4
+    return found
+
+
+def train(step: int, loss: float) -> dict:
+    return {"step": step, "kind": "train", "stage": "main", "loss": loss}
+
+
+def test_rows_are_lines_and_scalars(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    evaluation = {"step": 2, "kind": "eval", "name": "validation", "variant": "S", "loss": 0.25}
+    for row in (train(1, 1.5), train(2, 0.5), evaluation):
+        writer.write(row)
+    writer.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [train(1, 1.5), train(2, 0.5), evaluation]
+    assert events(tmp_path / "tensorboard") == [
+        ("train/loss", 1, 1.5),
+        ("train/loss", 2, 0.5),
+        ("validation/S/loss", 2, 0.25),
+    ]
+
+
+def test_resuming_cuts_the_later_rows_and_an_unfinished_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(json.dumps(train(step, step / 8)) + "\n" for step in (1, 2, 3, 4))
+    path.write_text(text + '{"step": 5, "ki')
+    writer = MetricsWriter(tmp_path, 2)
+    assert writer.rows == [train(1, 0.125), train(2, 0.25)]
+    writer.write(train(3, 9.0))
+    writer.close()
+    assert read_rows(path) == [train(1, 0.125), train(2, 0.25), train(3, 9.0)]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(train(1, 1.0)) + "\nnonsense\n" + json.dumps(train(2, 1.0)) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of metrics: b'nonsense"):
+        read_rows(path)
+
+
+def test_without_a_directory_rows_stay_in_memory():
+    writer = MetricsWriter(None, 0)
+    writer.write(train(1, 1.0))
+    writer.close()
+    assert writer.rows == [train(1, 1.0)]

@@ -1,0 +1,115 @@
+"""Tasks: losses and metrics computed by hand."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.errors import UserError
+from research.training.task import Classification, LanguageModelling, Task, cast_floats
+
+LN2 = math.log(2)
+
+
+class Fixed(nn.Module):
+    """Logits [log 1, log 3] for every token; records the dtype that its parameter arrives in."""
+
+    dtypes: tuple = ()
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None):
+        logits = self.param("logits", lambda key: jnp.log(jnp.asarray([1.0, 3.0])))
+        if jax.tree.leaves(self.dtypes):
+            assert logits.dtype == self.dtypes[0]
+        return jnp.broadcast_to(logits.astype(jnp.float32), (*tokens.shape, 2))
+
+
+def batch():
+    # Two rows of two tokens; p(0) = 1/4 and p(1) = 3/4 everywhere.
+    return {
+        "tokens": jnp.zeros((2, 2), jnp.int32),
+        "targets": jnp.asarray([[0, 1], [1, 0]]),
+        "positions": jnp.asarray([[0, 1], [0, 1]]),
+        "segments": jnp.ones((2, 2), jnp.int32),
+        "target_bytes": jnp.asarray([[3, 5], [7, 0]]),
+        "weights": jnp.asarray([[1.0, 1.0], [0.0, 1.0]]),
+    }
+
+
+def test_language_metrics():
+    task = LanguageModelling(Fixed())
+    assert isinstance(task, Task)
+    params = task.init(jax.random.key(0))
+    metrics = task.evaluate(params, batch())
+    # Weighted targets 0, 1, 0: nats ln 4 + ln 4/3 + ln 4 over 3 tokens, one of them right; bytes 3 + 5 + 0
+    # (the 7 bytes are behind a target of weight 0).
+    nats = 2 * math.log(4) + math.log(4 / 3)
+    np.testing.assert_allclose(metrics["loss"], (nats, 3), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], (1, 3), rtol=0)
+    np.testing.assert_allclose(metrics["bits_per_byte"], (nats / LN2, 8), rtol=1e-6)
+    assert all(x.dtype == jnp.float32 for pair in metrics.values() for x in pair)
+    loss = task.loss(params, batch(), jax.random.key(0))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, loss, metrics))
+
+
+def test_z_loss_is_added_in_training_only():
+    task = LanguageModelling(Fixed(), z_loss=0.1)
+    params = task.init(jax.random.key(0))
+    metrics = task.loss(params, batch(), jax.random.key(0))
+    # logsumexp = ln (1 + 3) at each of three weighted tokens.
+    nats = 2 * math.log(4) + math.log(4 / 3)
+    np.testing.assert_allclose(metrics["loss"][0], nats + 0.1 * 3 * math.log(4) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(metrics["cross_entropy"][0], nats, rtol=1e-6)
+    np.testing.assert_allclose(task.evaluate(params, batch())["loss"][0], nats, rtol=1e-6)
+
+
+def test_bfloat16_compute_keeps_float32_gradients_and_losses():
+    task = LanguageModelling(Fixed(dtypes=(jnp.bfloat16,)), compute_dtype="bfloat16")
+    params = {"logits": jnp.log(jnp.asarray([1.0, 3.0]))}
+
+    def loss(params):
+        total, weight = task.loss(params, batch(), jax.random.key(0))["loss"]
+        return total / weight
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    assert value.dtype == gradient["logits"].dtype == jnp.float32
+    # ln 3 = 1.098612 is 1.1015625 in bfloat16 (8 bits of mantissa: steps of 2**-7 between 1 and 2).
+    lse = math.log(1 + math.exp(1.1015625))
+    np.testing.assert_allclose(value, (3 * lse - 1.1015625) / 3, rtol=1e-6)
+    codes = {"codes": jnp.arange(3, dtype=jnp.int8), "scale": jnp.ones(1)}
+    cast = cast_floats(codes, "bfloat16")
+    assert (cast["codes"].dtype, cast["scale"].dtype) == (jnp.int8, jnp.bfloat16)
+
+
+class FixedImages(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        logits = self.param("logits", lambda key: jnp.log(jnp.asarray([1.0, 3.0])))
+        return jnp.broadcast_to(logits, (images.shape[0], 2)) + 0.0 * jnp.sum(images)
+
+
+def test_classification_metrics_and_smoothing():
+    images = {
+        "images": jnp.zeros((3, 2, 2, 1)),
+        "labels": jnp.asarray([1, 0, 1]),
+        "weights": jnp.asarray([1.0, 1.0, 0.0]),
+    }
+    task = Classification(FixedImages(), image_shape=(2, 2, 1), label_smoothing=0.2)
+    params = task.init(jax.random.key(0))
+    plain = math.log(4 / 3) + math.log(4)
+    metrics = task.evaluate(params, images)
+    np.testing.assert_allclose(metrics["loss"], (plain, 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], (1, 2), rtol=0)
+    # Smoothed: 0.8 of the nats plus 0.2 of the mean nats over both classes, for two images.
+    smooth = 0.8 * plain + 0.2 * 2 * (math.log(4 / 3) + math.log(4)) / 2
+    metrics = task.loss(params, images, jax.random.key(0))
+    np.testing.assert_allclose(metrics["loss"], (smooth, 2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["cross_entropy"], (plain, 2), rtol=1e-6)
+
+
+def test_unknown_compute_dtype():
+    with pytest.raises(UserError, match="compute_dtype: 'bfloat' is not one of .* did you mean bfloat16?"):
+        LanguageModelling(Fixed(), compute_dtype="bfloat")
