@@ -1,0 +1,116 @@
+"""Hugging Face checkpoints in and out: `config.json` and safetensors, without torch and without pickle.
+
+    model, variables, tokenizer = load("Qwen3-0.6B")
+    report = save(model, variables, "exported", tokenizer=tokenizer, dtype="bfloat16")
+
+Families: Llama, Mistral, Qwen 2, Qwen 3, Gemma 2, Gemma 3 (text), as transformers 4 and 5 write `config.json`.
+`expressible(model)` tells before training whether a model can be saved, and as what.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.data.tokenizer import Tokenizer
+from research.errors import UserError
+from research.interop.export import Export, expressible, save
+from research.interop.families import FAMILIES, Family, read_config
+from research.interop.fields import Fields, read_json
+from research.interop.files import TensorFiles, cast, check_dtype, some
+from research.interop.names import is_transposed, layer_count, shapes, tensor_name, unflatten
+from research.language.decoder import DecoderLM
+
+__all__ = ["FAMILIES", "Export", "expressible", "is_huggingface", "load", "save"]
+
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def is_huggingface(directory: str | Path) -> bool:
+    """Whether a directory's `config.json` is of the Hugging Face kind: it names a `model_type`."""
+    path = Path(directory) / "config.json"
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def load(
+    directory: str | Path, dtype: str | None = "float32"
+) -> tuple[DecoderLM, dict[str, Any], Tokenizer | None]:
+    """Reads a directory that transformers wrote.
+
+    Args:
+        directory: holds `config.json`, `model.safetensors` (or shards and their index), and maybe
+            `tokenizer.json`.
+        dtype: of the parameters: "float32", "float16" or "bfloat16"; None keeps what is stored.
+
+    Returns:
+        The model, its variables {"params": ...} (`model.apply(variables, tokens)` gives float32 logits), and
+        the tokenizer, None where there is no `tokenizer.json`.
+
+    Raises:
+        UserError: an unsupported family or option; a missing, unexpected or misshapen tensor; a damaged file.
+    """
+    check_dtype(dtype, ("float32", "float16", "bfloat16", None))
+    directory = Path(directory).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    config_path = directory / "config.json"
+    entries = read_json(config_path)
+    with TensorFiles(directory) as files:
+        depth = layer_count(files.names)
+        # Before the model is made: a depth that no file backs would take for ever.
+        if isinstance(entries.get("model_type"), str) and entries["model_type"] in FAMILIES:
+            wanted = Fields(entries, str(config_path)).integer("num_hidden_layers")
+            if wanted != depth:
+                raise UserError(
+                    f"{config_path}: num_hidden_layers is {wanted}, but the tensors are of {depth} layers"
+                )
+        family, model = read_config(entries, str(config_path))
+        params = _read_params(files, family, model, dtype)
+    tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+    return model, {"params": params}, tokenizer
+
+
+def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str | None) -> dict[str, Any]:
+    expected = shapes(model)
+    names = {path: tensor_name(path, family) for path in expected}
+    found = {
+        name for name in files.names if not name.endswith("rotary_emb.inv_freq")
+    }  # a buffer of old files
+    if model.tied_head and _HEAD in found and _TABLE in found:
+        if not np.array_equal(files.read(_HEAD), files.read(_TABLE)):
+            raise UserError(
+                f"{files.directory}: {_HEAD} differs from {_TABLE}, but tie_word_embeddings is true"
+            )
+        found.discard(_HEAD)
+    if missing := sorted(set(names.values()) - found):
+        raise UserError(
+            f"{files.directory}: missing tensors {some(missing)}{_instead(found - set(names.values()))}"
+        )
+    if unexpected := sorted(found - set(names.values())):
+        raise UserError(
+            f"{files.directory}: tensors that {family.model_type} doesn't have: {some(unexpected)}"
+        )
+    wrong = []
+    for path, name in names.items():
+        wanted = expected[path][::-1] if is_transposed(path) else expected[path]
+        if files.shape(name) != wanted:
+            wrong.append(f"{name} is {list(files.shape(name))} and config.json asks for {list(wanted)}")
+    if wrong:
+        raise UserError(f"{files.directory}: {'; '.join(wrong[:4])}{_more(wrong)}")
+
+    def read(path: str) -> jnp.ndarray:
+        array = files.read(names[path])
+        if dtype is not None:
+            array = cast(array, dtype, names[path])
+        return jnp.asarray(np.ascontiguousarray(array.T) if is_transposed(path) else array)
+
+    return unflatten({path: read(path) for path in expected})
+
+
+def _instead(surplus: set[str]) -> str:
+    return f"; there are {some(sorted(surplus))} instead" if surplus else ""
+
+
+def _more(wrong: list[str]) -> str:
+    return f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
