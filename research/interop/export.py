@@ -121,9 +121,9 @@ def save(
         return array.T if is_transposed(path) else array
 
     directory = Path(directory).expanduser()
+    item = np.dtype(DTYPES[dtype]).itemsize
     report = Export(directory, family.model_type, dtype, parameters, widths, padded_to)
-    with new_directory(directory) as content:
-        item = np.dtype(DTYPES[dtype]).itemsize
+    with new_directory(directory, parameters * item) as content:
         write_tensors(content, {name: int(np.prod(shape)) * item for name, shape in sizes.items()}, make)
         config = write_config(family, model, largest) | {"torch_dtype": dtype, "use_cache": True}
         config |= _special_ids(tokenizer)
@@ -156,7 +156,7 @@ def _family_of(model: DecoderLM, unequal: Unequal) -> Family:
 
 def _unequal_error(widths: tuple[int, ...]) -> UserError:
     return UserError(
-        f"FFN widths {', '.join(map(str, widths))} differ between layers, and the plain families of transformers "
+        f"FFN widths {', '.join(map(str, widths))} differ between layers, and transformers' plain families "
         f'have one; unequal="pad" fills with zeros and keeps the logits. {_GEMMA_3N}'
     )
 
@@ -286,8 +286,9 @@ def _readme(report: Export, model: DecoderLM) -> str:
         "library_name: transformers",
         "---",
         "",
-        f"A decoder language model of the {report.family} family, exported by Lathe: {model.num_layers} layers, "
-        f"width {model.width}, {report.parameters:,} parameters in {report.dtype}, context {model.max_length}.",
+        f"A decoder language model of the {report.family} family, exported by Lathe: {model.num_layers} "
+        f"layers, width {model.width}, {report.parameters:,} parameters in {report.dtype}, context "
+        f"{model.max_length}.",
         "",
         "    from transformers import AutoModelForCausalLM",
         '    model = AutoModelForCausalLM.from_pretrained(".")',
@@ -296,8 +297,8 @@ def _readme(report: Export, model: DecoderLM) -> str:
     if report.padded_to is not None:
         lines += [
             f"FFN widths per layer: {', '.join(map(str, report.ffn_widths))}. This family has one width, so "
-            f"narrower layers are filled up to {report.padded_to} with units whose weights are zero; the logits "
-            "are those of the unpadded model. The numbers above count the padding.",
+            f"narrower layers are filled up to {report.padded_to} with units whose weights are zero; the "
+            "logits are those of the unpadded model. The numbers above count the padding.",
             "",
         ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The text families of transformers as configurations of DecoderLM, both ways.
 
-A `Family` says what its `config.json` can express. Reading one builds the DecoderLM with the same function;
-`obstacles` lists why a DecoderLM is not a member; writing gives the `config.json`. Entries that transformers does
-not read for a family are ignored, as there; entries that change what is computed are honoured or refused.
+A `Family` says what its `config.json` can express: `read_config` builds the DecoderLM, `obstacles` lists why
+a DecoderLM is not a member, `write_config` is the way back. Entries that transformers does not read for a
+family are ignored, as there; entries that change what is computed are honoured or refused.
 """
 
 import dataclasses

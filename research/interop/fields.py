@@ -1,4 +1,4 @@
-"""Reading a JSON object whose every entry may be wrong: errors name the file, the entry and what is accepted."""
+"""Reading a JSON object whose every entry may be wrong: errors name the file, the entry and the options."""
 
 import json
 import math

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from research.errors import UserError
 from research.interop.fields import read_json
+from research.training.checkpoint_files import write_failure
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -95,12 +96,14 @@ class TensorFiles:
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise UserError(f"{index}: weight_map must give the file of every tensor")
-        for file in sorted(set(files.values())):
+        shards = sorted(set(files.values()))
+        for file in shards:
             # A plain name in this directory, so that no index reaches outside it.
-            if not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
                 raise UserError(
                     f"{index}: {file[:80]!r} is not the name of a safetensors file in this directory"
                 )
+        for file in shards:
             held = self._open(self.directory / file)
             named = [name for name, other in files.items() if other == file]
             differing = sorted(set(held) ^ set(named))
@@ -176,8 +179,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, needed: int) -> Iterator[Path]:
     """Yields an empty directory that becomes `target` when the block ends, and vanishes if it fails.
+
+    Args:
+        target: new, or an empty directory.
+        needed: bytes that will be written, for the message about a full disk.
 
     Raises:
         UserError: `target` exists and isn't an empty directory, or can't be written (disk full).
@@ -192,8 +199,10 @@ def new_directory(target: Path) -> Iterator[Path]:
         content.mkdir()
         yield content
         os.replace(content, target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} can't be written: {getattr(error, 'strerror', None) or error}") from error
+    except SafetensorError as error:  # reports what the file system refused, in words
+        raise write_failure(OSError(str(error)), target, target.parent, needed) from error
+    except OSError as error:
+        raise write_failure(error, target, target.parent, needed) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -3,7 +3,7 @@
     model, variables, tokenizer = load("Qwen3-0.6B")
     report = save(model, variables, "exported", tokenizer=tokenizer, dtype="bfloat16")
 
-Families: Llama, Mistral, Qwen 2, Qwen 3, Gemma 2, Gemma 3 (text), as transformers 4 and 5 write `config.json`.
+Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), from the `config.json` of transformers 4 or 5.
 `expressible(model)` tells before training whether a model can be saved, and as what.
 """
 

@@ -1,7 +1,7 @@
 """Names of parameters in safetensors files, and parameter trees as plain arrays under our own paths."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def is_transposed(path: str) -> bool:
     return path.endswith("/kernel")
 
 
-def layer_count(names: Iterator[str]) -> int:
+def layer_count(names: Iterable[str]) -> int:
     """One more than the largest layer in the names of a file."""
     return 1 + max((int(match[1][:9]) for name in names if (match := _THEIR_LAYER.match(name))), default=-1)
 

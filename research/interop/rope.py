@@ -1,7 +1,7 @@
 """Rotary embeddings as `config.json` describes them.
 
-transformers 4 writes `rope_theta` beside `rope_scaling`; transformers 5 one `rope_parameters`, for Gemma 3 with
-one entry per type of layer. Both are read. The first is written, because both versions read it.
+transformers 4 writes `rope_theta` beside `rope_scaling`; transformers 5 one `rope_parameters`, for Gemma 3
+with one entry per type of layer. Both are read. The first is written, because both versions read it.
 """
 
 import math
