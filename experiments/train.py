@@ -27,6 +27,12 @@ PROGRAM = cli.Program(__doc__)
 CONFIG = PROGRAM.config_flag()
 WORKDIR = PROGRAM.workdir_flag("Where the run is kept, and continued from if it is there already.")
 QUIET = PROGRAM.define(flags.DEFINE_boolean, "quiet", False, "No progress, only the final table.")
+DISTRIBUTED = PROGRAM.define(
+    flags.DEFINE_boolean,
+    "distributed",
+    False,
+    "Join the hosts of a TPU pod or cluster; run it on each of them.",
+)
 FIGURES = PROGRAM.define(flags.DEFINE_boolean, "figures", True, "Draw the loss curves at the end.")
 
 
@@ -36,6 +42,13 @@ def main(arguments: list[str]) -> None:
     from research.training.loop import Trainer
 
     config = CONFIG.load()
+    if DISTRIBUTED.value:
+        import jax
+
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(f"--distributed: no pod or cluster is found here: {error}") from error
     trainer = build(config)
     if not isinstance(trainer, Trainer):
         raise UserError(
@@ -49,7 +62,12 @@ def main(arguments: list[str]) -> None:
 
     with open_workdir(WORKDIR.value, config, tokenizer_path=tokenizer_path(config, trainer.data)) as workdir:
         prepare(trainer)
-        show(trainer.run(workdir, progress=not QUIET.value))
+        metrics = trainer.run(workdir, progress=not QUIET.value)
+        import jax
+
+        if jax.process_index() != 0:
+            return
+        show(metrics)
         print(f"run: {workdir.path}")
         if FIGURES.value:
             from research.training.figures import draw_figures

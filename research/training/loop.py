@@ -306,7 +306,7 @@ class _Run:
             state = self.initial() if state is None else state
             step = int(state.step) if resumed else 0
             self.progress = Progress(self.trainer.steps, step, shown=self.shown)
-            self.writer = MetricsWriter(self.directory if self.main else None, step)
+            self.writer = MetricsWriter(self.directory, step, writes=self.main)
             with self.progress, _Termination(self.directory is not None) as termination:
                 self._announce(step, resumed)
                 if resumed:

@@ -41,10 +41,10 @@ class MetricsWriter:
     """Appends rows to `directory/metrics.jsonl` and their numbers to `directory/tensorboard/`.
 
     `step` is where the run resumes (0 at its start): later rows belong to a history that is now repeated and
-    are cut off. `directory` None records nothing but keeps `rows`.
+    are cut off. `directory` None records nothing but keeps `rows`, and so does a host that does not write.
     """
 
-    def __init__(self, directory: Path | None, step: int):
+    def __init__(self, directory: Path | None, step: int, *, writes: bool = True):
         self.rows: list[Row] = []
         self._directory, self._step = directory, step
         self._board = self._file = None
@@ -53,6 +53,9 @@ class MetricsWriter:
         path = directory / "metrics.jsonl"
         kept = [(row, end) for row, end in _scan(path) if row["step"] <= step]
         self.rows = [row for row, _ in kept]
+        if not writes:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         # Steps only grow, so what is kept is a prefix.
         self._file.truncate(kept[-1][1] if kept else 0)

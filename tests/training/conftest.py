@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, constant
 from research.training.stages import Stage
@@ -104,6 +105,17 @@ def trainer(**changes) -> Trainer:
     return Trainer(**{**fields, **changes})
 
 
+def hosts_trainer(data=None) -> Trainer:
+    """Eight steps with FSDP over two devices, on one host or on two."""
+    return trainer(
+        data=data or Tokens(),
+        stages=(stage(steps=8),),
+        mesh={"fsdp": 2},
+        evaluators=(Evaluate("validation", Tokens(20), batch_size=16, every=4),),
+        log_every=2,
+    )
+
+
 def bits(tree) -> dict[str, bytes]:
     return {
         jax.tree_util.keystr(k): np.asarray(v).tobytes() for k, v in jax.tree_util.tree_leaves_with_path(tree)
@@ -117,6 +129,7 @@ def toy() -> SimpleNamespace:
         Tokens=Tokens,
         stage=stage,
         trainer=trainer,
+        hosts_trainer=hosts_trainer,
         bits=bits,
         one_device=jax.devices()[:1],
         VOCAB=VOCAB,
