@@ -95,9 +95,10 @@ def run(
             row = _measure(shape, params, generator, peer, batch, rounds, new_tokens, bandwidth)
             rows.append(row)
             report(
-                f"{shape.name:>4} batch {batch}: {row.median:8.0f} tokens/s, transformers {row.peer_median:8.0f}: "
-                f"{row.ratio:.2f}x (best runs {row.best_ratio:.2f}x), {row.bandwidth_fraction:.0%} of memory "
-                f"bandwidth, tokens {'equal' if row.equal else 'DIFFER'}"
+                f"{shape.name:>4} batch {batch}: {row.median:8.0f} tokens/s, "
+                f"transformers {row.peer_median:8.0f}: {row.ratio:.2f}x (best runs {row.best_ratio:.2f}x), "
+                f"{row.bandwidth_fraction:.0%} of memory bandwidth, "
+                f"tokens {'equal' if row.equal else 'DIFFER'}"
             )
     return rows
 

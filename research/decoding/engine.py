@@ -167,7 +167,9 @@ class Engine:
         end = _is_end(gained, ends) & (place < kept[:, None])
         ended = jnp.any(end, axis=1)
         kept = jnp.where(ended, jnp.argmax(end, axis=1).astype(jnp.int32) + 1, kept)
-        kept = jnp.where(state.done, 0, kept)
+        # Tokens are never negative. That the count depends on them orders the cache's update after its reads,
+        # so that it happens in place: without it every call copies the whole cache, twice.
+        kept = jnp.where(state.done, 0, kept) + jnp.minimum(accept.token, 0)
         # The cache takes as many rows as the output gains: the new root stays outside.
         accept = accept.replace(count=kept)
         count = state.count + kept
@@ -191,13 +193,16 @@ class Engine:
         )
 
 
-def row_keys(seed: int, ids: jax.Array, samples: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def row_keys(seed: jax.Array, ids: jax.Array, samples: int) -> jax.Array:
     """Keys [B * samples]: that of sample s of the prompt with id int32[B] depends on seed, id and s alone."""
     base = jax.random.key(seed)
-    keys = jax.vmap(
-        lambda i: jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(base, i), s))(jnp.arange(samples))
-    )
-    return keys(ids).reshape(-1)
+
+    def of_prompt(number: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(base, number)
+        return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(samples))
+
+    return jax.vmap(of_prompt)(ids).reshape(-1)
 
 
 # Two families of keys for a row: one for each output position, which verifies, and one for each call, which

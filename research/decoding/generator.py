@@ -182,7 +182,7 @@ class Generator:
     def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of prompts, checked."""
         encoded = []
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(prompts, 1):
             if isinstance(prompt, str):
                 if self.tokenizer is None:
                     raise UserError(

@@ -45,7 +45,10 @@ class DenseCache(struct.PyTreeNode):
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "DenseCache":
         # Rows beyond `count` are written too: they lie beyond the new length and the next append covers them.
-        return DenseCache(_write(self.key, fresh[0], length), _write(self.value, fresh[1], length))
+        # The place is made to depend on `count` (which is never negative), and so on every read of the cache that
+        # decided it: only then may a compiler without an order of its own overwrite the buffer in place.
+        start = length + jnp.minimum(count, 0)
+        return DenseCache(_write(self.key, fresh[0], start), _write(self.value, fresh[1], start))
 
     def select(self, rows: jax.Array) -> "DenseCache":
         return DenseCache(self.key[rows], self.value[rows])

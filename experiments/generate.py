@@ -1,0 +1,143 @@
+r"""Decodes prompts with a trained language model and streams the text.
+
+    python -m experiments.generate --prompt='def main('
+    python -m experiments.generate --workdir=runs/matlm --prompt='import ' --temperature=0.8 --top_p=0.95
+    python -m experiments.generate --prompt='class ' --temperature=1 --samples=4 --seed=7 --stop=$'\nclass'
+    cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
+
+Without --workdir it uses the model that ships. Only new text goes to standard output; a line of statistics
+goes to standard error. With several prompts or samples the first streams and the others follow, each below a
+line that says which it is. Everything is decoded in one batch, and a prompt is read once for all its samples.
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import cli
+
+PROGRAM = cli.Program(__doc__)
+WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
+STEP = PROGRAM.define(
+    flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
+)
+PROMPT = PROGRAM.define(
+    flags.DEFINE_multi_string, "prompt", [], "Text to continue; - reads standard input. Repeatable."
+)
+PROMPT_FILE = PROGRAM.define(
+    flags.DEFINE_multi_string, "prompt_file", [], "A file whose whole text is a prompt. Repeatable."
+)
+MAX_NEW_TOKENS = PROGRAM.define(
+    flags.DEFINE_integer, "max_new_tokens", 128, "The most tokens to add; fewer where the context is full."
+)
+TEMPERATURE = PROGRAM.define(
+    flags.DEFINE_float, "temperature", 0.0, "0 takes the most probable token; 1 samples as trained."
+)
+TOP_K = PROGRAM.define(flags.DEFINE_integer, "top_k", None, "Sample among the k most probable tokens.")
+TOP_P = PROGRAM.define(
+    flags.DEFINE_float, "top_p", None, "Sample among the fewest tokens that hold this much probability."
+)
+MIN_P = PROGRAM.define(
+    flags.DEFINE_float, "min_p", None, "Sample among tokens at least this times as probable as the best."
+)
+PENALTY = PROGRAM.define(
+    flags.DEFINE_float,
+    "repetition_penalty",
+    None,
+    "Above 1 makes tokens of the prompt and the output less likely to come again.",
+)
+STOP = PROGRAM.define(flags.DEFINE_multi_string, "stop", [], "Ends the output before this text. Repeatable.")
+SEED = PROGRAM.define(flags.DEFINE_integer, "seed", 0, "Of all draws.")
+SAMPLES = PROGRAM.define(flags.DEFINE_integer, "samples", 1, "Outputs for each prompt.")
+DTYPE = PROGRAM.define(
+    flags.DEFINE_enum, "dtype", "float32", "Precision of parameters and cache.", ["float32", "bfloat16"]
+)
+
+
+def main(arguments: list[str]) -> None:
+    from pathlib import Path
+
+    from research.decoding.sampling import Sampling
+
+    # Flags are checked before the model is read.
+    sampling = Sampling(
+        temperature=TEMPERATURE.value,
+        top_k=TOP_K.value,
+        top_p=TOP_P.value,
+        min_p=MIN_P.value,
+        repetition_penalty=PENALTY.value,
+    )
+    prompts = read_prompts(PROMPT.value, PROMPT_FILE.value)
+
+    import research.language
+    from research.decoding.generator import Generator
+    from research.errors import UserError
+    from research.training.workdir import load_model
+
+    workdir = WORKDIR.value or Path(research.language.__file__).parent / "base"
+    loaded = load_model(workdir, STEP.value)
+    if not hasattr(loaded.model, "extend"):
+        raise UserError(f"{workdir} holds a {type(loaded.model).__name__}, which does not decode text")
+    if loaded.tokenizer is None:
+        raise UserError(f"{workdir} has no tokenizer.json, so its model can't read a prompt")
+    generator = Generator(loaded.model, loaded.params, loaded.tokenizer, dtype=DTYPE.value)
+    stream = generator.stream(
+        prompts,
+        max_new_tokens=MAX_NEW_TOKENS.value,
+        sampling=sampling,
+        stop=STOP.value,
+        seed=SEED.value,
+        samples=SAMPLES.value,
+    )
+    several = len(prompts) * SAMPLES.value > 1
+    if several:
+        print(heading(0, 0))
+    for piece in stream:
+        if piece.row == 0:
+            print(piece.text, end="", flush=True)
+    print()
+    for sample in stream.result.samples[1:]:
+        print(heading(sample.prompt, sample.sample))
+        print(sample.text)
+    stats = stream.result.stats
+    ends = ", ".join(dict.fromkeys(sample.finish for sample in stream.result.samples))
+    speed = f"{stats.tokens_per_second:.0f} tokens/s"
+    seconds = f"prefill {stats.prefill_seconds:.3f} s, decoding {stats.decode_seconds:.3f} s"
+    print(
+        f"{stats.prompt_tokens} prompt tokens, {stats.new_tokens} new in {stats.calls} calls, "
+        f"ended by {ends}; {speed} ({seconds}), compilation {stats.compile_seconds:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def heading(prompt: int, sample: int) -> str:
+    """The line above an output where there are several."""
+    return f"=== prompt {prompt + 1}, sample {sample + 1} ==="
+
+
+def read_prompts(texts: list[str], files: list[str]) -> list[str]:
+    """The prompts of the command line: texts first (- is standard input), then files. Raises UserError."""
+    from pathlib import Path
+
+    from research.errors import UserError
+
+    if texts.count("-") > 1:
+        raise UserError("--prompt=- is given twice, and standard input can be read once")
+    prompts = []
+    for source in [*texts, *(Path(name).expanduser() for name in files)]:
+        try:
+            if source == "-":
+                prompts.append(sys.stdin.buffer.read().decode())
+            else:
+                prompts.append(source if isinstance(source, str) else source.read_bytes().decode())
+        except OSError as error:
+            raise UserError(f"--prompt_file={source}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt {source} is not UTF-8 text: {error}") from error
+    if not prompts:
+        raise UserError("no prompt: give --prompt=TEXT, --prompt=- for standard input, or --prompt_file=FILE")
+    return prompts
+
+
+if __name__ == "__main__":
+    PROGRAM.run(main)

@@ -1,0 +1,239 @@
+"""Acceptance rules: paths by hand, then the law of whole outputs against enumeration, with broken rules
+beside."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.decoding import engine as engines
+from research.decoding.proposers import Plain
+from research.decoding.sampling import argmax, gumbel
+from research.decoding.tree import dynamic_tree, static_tree
+from research.decoding.verify import Accept, Draft, Greedy, Sampled, follow
+from research.nn.cache import Cache
+
+TREE = static_tree([-1, 0, 0, 1, 1, 3])  # see test_tree.py
+
+
+def one_hot_logits(choices: list[int], vocab_size: int = 10) -> jax.Array:
+    return jax.nn.one_hot(jnp.asarray([choices]), vocab_size) * 5.0
+
+
+# The model chooses, at nodes 0..5:      2  7  5  6  0  8; the draft has tokens 1 | 2 3 | 7 4 | 6 below the
+# root.
+@pytest.mark.parametrize(
+    "tokens, path, count, token",
+    [
+        ([1, 2, 3, 7, 4, 6], [0, 1, 3, 5], 4, 8),  # 0 -> 2 = node 1 -> 7 = node 3 -> 6 = node 5 -> then 8
+        ([1, 2, 3, 4, 7, 6], [0, 1, 4], 3, 0),  # ... node 1 -> 7 = node 4, a leaf, -> then 0
+        ([1, 3, 2, 7, 4, 6], [0, 2], 2, 5),  # 0 -> 2 = node 2, a leaf
+        ([1, 3, 4, 7, 4, 6], [0], 1, 2),  # no child is 2
+    ],
+)
+def test_greedy_path_by_hand(tokens, path, count, token):
+    accept = Greedy()(one_hot_logits([2, 7, 5, 6, 0, 8]), Draft(jnp.asarray([tokens]), TREE))
+    assert accept.path[0, :count].tolist() == path
+    assert (accept.count.tolist(), accept.token.tolist()) == ([count], [token])
+
+
+def test_unreal_nodes_are_never_kept():
+    tree = static_tree([-1, 0, 1, 2], real=[True, True, False, True])
+    accept = Greedy()(one_hot_logits([2, 7, 5, 6]), Draft(jnp.asarray([[1, 2, 7, 5]]), tree))
+    assert (accept.count.tolist(), accept.token.tolist()) == ([2], [7])
+
+
+def test_rows_have_their_own_dynamic_tree():
+    parents = jnp.asarray([[-1, 0, 1], [-1, 0, 0]])  # a chain, and two siblings
+    tree = dynamic_tree(parents, jnp.ones((2, 3), bool), levels=3, width=2)
+    tokens = jnp.asarray([[1, 2, 7], [1, 9, 2]])
+    logits = jnp.concatenate([one_hot_logits([2, 7, 5])] * 2)
+    accept = Greedy()(logits, Draft(tokens, tree))
+    assert accept.count.tolist() == [3, 2]
+    assert accept.path[0].tolist() == [0, 1, 2] and accept.path[1, :2].tolist() == [0, 2]
+    assert accept.token.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_ratio_rule_by_hand(replacement):
+    """p = (.5, .5, 0, 0), q = (0, .5, .5, 0): token 2 is refused always; then p - q = (.5, 0, ...) leaves
+    token 0."""
+    tree = static_tree([-1, 0, 0])
+    p = jnp.log(jnp.asarray([0.5, 0.5, 0.0, 0.0]))
+    q = jnp.log(jnp.asarray([0.0, 0.5, 0.5, 0.0]))
+    keys = jax.random.split(jax.random.key(0), (500, 2))
+    logits, source = jnp.broadcast_to(p, (500, 3, 4)), jnp.broadcast_to(q, (500, 3, 4))
+    tokens = jnp.broadcast_to(jnp.asarray([3, 2, 1]), (500, 3))
+    accept = Sampled()(logits, Draft(tokens, tree, source, replacement), keys)
+    # After the refusal p is (1, 0, 0, 0): the second child, token 1, is refused too, and 0 is emitted.
+    assert set(accept.count.tolist()) == {1} and set(accept.token.tolist()) == {0}
+
+
+# A target that is a Markov chain over four tokens, through the real engine, so that outputs can be
+# enumerated.
+
+VOCAB, LENGTH, ROWS, START = 4, 4, 40_000, 0
+TABLE = jax.nn.softmax(1.2 * jax.random.normal(jax.random.key(3), (VOCAB, VOCAB)))
+FAR = jax.nn.softmax(2.0 * jax.random.normal(jax.random.key(4), (VOCAB, VOCAB)))
+TABLES = {"target": TABLE, "far": FAR, "mixed": 0.5 * TABLE + 0.5 * FAR}
+
+
+class MarkovModel:
+    """The contract of a decoder: the logits after a token are a row of the table; there is nothing to
+    cache."""
+
+    def __init__(self, table: jax.Array):
+        self.table = table
+
+    def init_cache(self, batch, capacity, dtype, margin):
+        return Cache((), jnp.zeros((batch,), jnp.int32))
+
+    def apply(self, variables, tokens, *args, method):
+        logits = jnp.log(self.table)[tokens]
+        return (logits[:, 0] if method == "prefill" else logits), logits, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Draws `fan` children of the root from `table`, and under each a chain down to `levels`."""
+
+    name: str
+    fan: int
+    levels: int
+    replacement: bool = True
+
+    @property
+    def size(self) -> int:
+        return 1 + self.fan * (self.levels - 1)
+
+    @property
+    def table(self) -> jax.Array:
+        return TABLES[self.name]
+
+    def init(self, params, prompt):
+        return ()
+
+    def propose(self, params, state, round):
+        log_q = jnp.log(self.table)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (self.levels, self.fan, VOCAB)))(round.keys)
+        scores = log_q[round.root][:, None] + noise[:, 0]
+        # The highest scores under one noise vector are distinct: drawn without replacement.
+        level = argmax(scores) if self.replacement else jax.lax.top_k(scores[:, 0], self.fan)[1]
+        tokens, parents = [round.root[:, None], level], [-1] + [0] * self.fan
+        for depth in range(1, self.levels - 1):
+            level = argmax(log_q[level] + noise[:, depth])
+            tokens.append(level)
+            parents += range(len(parents) - self.fan, len(parents))
+        tokens = jnp.concatenate(tokens, axis=1)
+        return Draft(tokens, static_tree(parents), log_q[tokens], self.replacement), state
+
+    def observe(self, params, state, outcome):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """Deterministic children: of the root tokens root + 1 and root + 2, below the first root + 3."""
+
+    size: int = 4
+    levels: int = 3
+
+    def init(self, params, prompt):
+        return ()
+
+    def propose(self, params, state, round):
+        tokens = (round.root[:, None] + jnp.arange(4)) % VOCAB
+        return Draft(tokens, static_tree([-1, 0, 0, 1])), state
+
+    def observe(self, params, state, outcome):
+        return state
+
+
+@dataclasses.dataclass(frozen=True)
+class NoResidual:
+    """Broken: after a refusal it draws from p instead of norm(max(p - q, 0))."""
+
+    def __call__(self, logits, draft, keys):
+        if draft.tree.size == 1:
+            return Sampled()(logits, draft, keys)
+        p, q = jax.nn.softmax(logits), jnp.exp(draft.q)
+        child = draft.tokens[:, 1]
+        ratio = jnp.take_along_axis(p[:, 0] / q[:, 0], child[:, None], axis=1)[:, 0]
+        passed = jax.vmap(lambda key: jax.random.uniform(key))(keys[:, 0]) < ratio
+        choice = argmax(logits[:, 0] + gumbel(keys[:, 1], VOCAB))
+        after = argmax(logits[:, 1] + gumbel(keys[:, 1], VOCAB))
+        path = jnp.broadcast_to(jnp.arange(2), (len(child), 2))
+        return Accept(path, jnp.where(passed, 2, 1), jnp.where(passed, after, choice))
+
+
+@dataclasses.dataclass(frozen=True)
+class SiblingsAnew:
+    """Broken: every sibling is tested with p(t) and a draw of its own, without removing those that were
+    refused."""
+
+    def __call__(self, logits, draft, keys):
+        if draft.tree.size == 1:
+            return Sampled()(logits, draft, keys)
+        p = jax.nn.softmax(logits)
+        parent = jnp.maximum(draft.tree.parent, 0)
+        mass = jnp.take_along_axis(p[:, parent], draft.tokens[..., None], axis=2)[..., 0]
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (draft.tree.size,)))(keys[:, 0])
+        return follow(uniform < mass, argmax(logits + gumbel(keys[:, 1:2], VOCAB)), draft.tree)
+
+
+def law(table: np.ndarray) -> np.ndarray:
+    """Probabilities of all outputs of LENGTH tokens after START."""
+    result = []
+    for string in itertools.product(range(VOCAB), repeat=LENGTH):
+        result.append(np.prod([table[a, b] for a, b in zip((START, *string[:-1]), string, strict=True)]))
+    return np.asarray(result)
+
+
+def sampled(proposer, verifier) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [ROWS, LENGTH] and the histogram of tokens gained in a call."""
+    engine = engines.Engine(MarkovModel(TABLE), proposer, verifier, capacity=LENGTH + 4)
+    weights, ends = engines.Weights((), (), ()), jnp.zeros((0,), jnp.int32)
+    keys = engines.row_keys(0, jnp.arange(ROWS), 1)
+    ones = jnp.ones((ROWS,), jnp.int32)
+    state = jax.jit(engine.prefill)(weights, jnp.full((ROWS, 1), START), ones, LENGTH * ones, keys, ends)
+    state = jax.jit(engine.decode)(weights, state, jnp.zeros((ROWS,), bool), jnp.int32(100), ends)
+    assert np.all(np.asarray(state.count) == LENGTH)
+    return np.asarray(state.tokens)[:, :LENGTH], np.asarray(state.histogram)
+
+
+def distance(tokens: np.ndarray) -> float:
+    """Total variation between the outputs and the law of plain sampling."""
+    numbers = tokens @ VOCAB ** np.arange(LENGTH - 1, -1, -1)
+    frequencies = np.bincount(numbers, minlength=VOCAB**LENGTH) / ROWS
+    return 0.5 * np.abs(frequencies - law(np.asarray(TABLE, np.float64))).sum()
+
+
+@pytest.mark.parametrize(
+    "proposer",
+    [Plain(), Fixed(), Drawn("far", 1, 3), Drawn("mixed", 2, 3), Drawn("mixed", 2, 3, replacement=False)],
+    ids=["plain", "fixed-tree", "chain", "tree", "tree-without-replacement"],
+)
+def test_sampling_keeps_the_law(proposer):
+    # 256 outcomes and 40 000 draws: about 0.02 is what exact sampling gives.
+    assert distance(sampled(proposer, Sampled())[0]) < 0.03
+
+
+@pytest.mark.parametrize(
+    "proposer, verifier", [(Drawn("far", 1, 2), NoResidual()), (Fixed(), SiblingsAnew())]
+)
+def test_broken_rules_are_found(proposer, verifier):
+    assert distance(sampled(proposer, verifier)[0]) > 0.08
+
+
+def test_fixed_drafts_give_the_tokens_of_plain_sampling():
+    assert np.array_equal(sampled(Fixed(), Sampled())[0], sampled(Plain(), Sampled())[0])
+
+
+def test_perfect_drafts_are_always_kept():
+    tokens, histogram = sampled(Drawn("target", 1, 3), Sampled())
+    # Prefill gives 1 token, one call the other 3: root + two drafts kept + the bonus.
+    assert histogram.tolist() == [[0, 0, 1]] * ROWS
+    assert distance(tokens) < 0.03
