@@ -168,7 +168,11 @@ def write_tensors(directory: Path, sizes: dict[str, int], make: Callable[[str], 
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
         arrays = {name: np.ascontiguousarray(make(name)) for name in names}
-        save_file(arrays, directory / file, metadata={"format": "pt"})
+        path = directory / file
+        path.touch()  # with the usual permissions, which the library would narrow to the owner's
+        mode = path.stat().st_mode
+        save_file(arrays, path, metadata={"format": "pt"})
+        path.chmod(mode)
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})

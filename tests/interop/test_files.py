@@ -159,6 +159,8 @@ def test_shards_are_written_within_the_limit(tmp_path, monkeypatch):
     write_tensors(tmp_path, sizes, lambda name: np.full(sizes[name] // 4, ord(name), np.float32))
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 96
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # whoever may read the index may read the tensors
     numbers = {name: file.split("-")[1] for name, file in index["weight_map"].items()}
     assert numbers == {"a": "00001", "b": "00001", "c": "00002", "d": "00003", "e": "00004"}
     with TensorFiles(tmp_path) as tensors:
