@@ -42,30 +42,27 @@ def decoder(
     )
 
 
-def experiment(
-    model: ConfigDict,
-    stage: ConfigDict,
-    *,
-    training: str,
-    sources: str = "builtin",
-    eval_every: int,
-    eval_batches: int | None = None,
-    compute_dtype: str = "float32",
-    **trainer,
-) -> ConfigDict:
-    length = model.max_length
+def experiment(task: ConfigDict, stage: ConfigDict, evaluator: dict, sources: str = "builtin", **trainer) -> ConfigDict:
+    """A language-model experiment on `sources`, evaluated on its validation split."""
+    length = find_model(task).max_length
     held_out = of(TokenDataset, sources=sources, split="validation", length=length, shuffle=False)
     return of(
         Trainer,
-        task=of(
-            MatFormer,
-            task=of(LanguageModelling, model=model, compute_dtype=compute_dtype),
-            training=training,
-        ),
+        task=task,
         data=of(TokenDataset, sources=sources, split="train", length=length),
         stages=(stage,),
-        evaluators=(of(Evaluate, name="validation", data=held_out, every=eval_every, batches=eval_batches),),
+        evaluators=(of(Evaluate, name="validation", data=held_out, **evaluator),),
         **trainer,
+    )
+
+
+def find_model(task: ConfigDict) -> ConfigDict:
+    return task.model if "model" in task else find_model(task.task)
+
+
+def matlm(model: ConfigDict, training: str, compute_dtype: str = "float32") -> ConfigDict:
+    return of(
+        MatFormer, task=of(LanguageModelling, model=model, compute_dtype=compute_dtype), training=training
     )
 
 
@@ -74,30 +71,24 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     if preset == "tiny":
         optimizer = of(muon, schedule=of(wsd, peak=1e-2, warmup=50, decay=0.3, floor=0.02))
         return experiment(
-            decoder(width=128, num_layers=4, num_heads=4, hidden_dim=512, length=256),
+            matlm(decoder(width=128, num_layers=4, num_heads=4, hidden_dim=512, length=256), "sampled"),
             of(Stage, name="pretrain", steps=600, batch_size=16, optimizer=optimizer),
-            training="sampled",
-            eval_every=200,
-            eval_batches=8,
+            dict(every=200, batches=8),
             checkpoint_every=200,
         )
     if preset == "base":
         optimizer = of(muon, schedule=of(wsd, peak=8e-3, warmup=100, decay=0.3, floor=0.02))
         return experiment(
-            decoder(width=256, num_layers=6, num_heads=4, hidden_dim=1024, length=512),
+            matlm(decoder(width=256, num_layers=6, num_heads=4, hidden_dim=1024, length=512), "sampled"),
             of(Stage, name="pretrain", steps=2400, batch_size=16, optimizer=optimizer),
-            training="sampled",
-            eval_every=200,
-            eval_batches=8,
+            dict(every=200, batches=8),
             checkpoint_every=100,
         )
     # Width 512, 8 layers, 16 heads over one key-value head, batch 128 x 2048, 75k steps; FFN of 8 x width.
     optimizer = of(adamw, schedule=of(cosine, peak=1e-3, warmup=4000, floor=0.1), weight_decay=0.01)
     return experiment(
-        decoder(512, 8, 16, 4096, 2048, num_kv_heads=1),
+        matlm(decoder(512, 8, 16, 4096, 2048, num_kv_heads=1), "joint", "bfloat16"),
         of(Stage, name="pretrain", steps=75_000, batch_size=128, optimizer=optimizer),
-        training="joint",
-        eval_every=1000,
-        compute_dtype="bfloat16",
+        dict(every=1000),
         checkpoint_every=1000,
     )
