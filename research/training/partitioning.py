@@ -30,7 +30,9 @@ REPLICATE_BELOW = 2**16
 DEFAULT_RULES: Rules = (
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
-    (r"(^|/)embedding/table", ("tensor", "fsdp")),
+    # Rows only: a lookup in a table of divided rows sums masked parts, while a divided width would have to
+    # change into a divided batch, for which XLA copies the whole activation to every device.
+    (r"(^|/)embedding/table", (("tensor", "fsdp"), None)),
     # As many rows as positions, often an odd number: only the width is divided.
     (r"(^|/)patch_embedding/positions$", (None, "fsdp")),
     (r"(^|/)(scale|bias|class_token)$", ()),
@@ -144,7 +146,7 @@ def follow_parameters(
             target = targets.get("/".join(parts[start:]))
             if target is not None and target[0] == leaf.shape:
                 return target[1]
-        if math.prod(leaf.shape) >= replicate_below:
+        if leaf.shape and math.prod(leaf.shape) >= replicate_below:
             raise UserError(f"optimizer state {path} of shape {tuple(leaf.shape)} follows no parameter")
         return NamedSharding(mesh, PartitionSpec())
 

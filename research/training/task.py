@@ -45,6 +45,11 @@ def cast_floats(params: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
 
 
+def dropout_rngs(key: jax.Array | None) -> dict[str, jax.Array] | None:
+    """The `rngs` of `apply`: dropout is active where the model has any and a key is given (in training)."""
+    return None if key is None else {"dropout": key}
+
+
 def check_compute_dtype(dtype: str, where: str) -> None:
     """Raise `UserError` unless `dtype` is one of `COMPUTE_DTYPES`."""
     if dtype not in COMPUTE_DTYPES:
@@ -91,7 +96,7 @@ class LanguageModelling:
         return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
-        metrics, partition = self._metrics(params, batch)
+        metrics, partition = self._metrics(params, batch, key)
         if self.z_loss:
             total, weight = metrics["loss"]
             squared = self.z_loss * jnp.sum(batch["weights"].reshape(-1) * jnp.square(partition))
@@ -99,17 +104,18 @@ class LanguageModelling:
         return metrics
 
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
-        return self._metrics(params, batch)[0]
+        return self._metrics(params, batch, None)[0]
 
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
 
-    def _metrics(self, params: PyTree, batch: Batch) -> tuple[Metrics, jax.Array]:
+    def _metrics(self, params: PyTree, batch: Batch, key: jax.Array | None) -> tuple[Metrics, jax.Array]:
         logits = self.model.apply(
             {"params": cast_floats(params, self.compute_dtype)},
             batch["tokens"],
             positions=batch["positions"],
             segments=batch["segments"],
+            rngs=dropout_rngs(key),
         )
         return language_metrics(logits, batch)
 
@@ -154,7 +160,7 @@ class Classification:
         return self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32))["params"]
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
-        logits = self._logits(params, batch)
+        logits = self._logits(params, batch, key)
         metrics = classification_metrics(logits, batch)
         if self.label_smoothing:
             uniform = jnp.mean(jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits, axis=-1)
@@ -166,14 +172,15 @@ class Classification:
         return metrics
 
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
-        return classification_metrics(self._logits(params, batch), batch)
+        return classification_metrics(self._logits(params, batch, None), batch)
 
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
 
-    def _logits(self, params: PyTree, batch: Batch) -> jax.Array:
+    def _logits(self, params: PyTree, batch: Batch, key: jax.Array | None) -> jax.Array:
         images = batch["images"].astype(self.compute_dtype)
-        logits = self.model.apply({"params": cast_floats(params, self.compute_dtype)}, images)
+        variables = {"params": cast_floats(params, self.compute_dtype)}
+        logits = self.model.apply(variables, images, rngs=dropout_rngs(key))
         return logits.astype(jnp.float32)
 
 

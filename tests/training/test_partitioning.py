@@ -7,9 +7,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.masks import Full
+from research.nn.mlp import GatedMLP
+from research.nn.transformer import Block
 from research.training import partitioning
 from research.training.partitioning import make_mesh, parameter_shardings
 from research.training.paths import named_leaves
+from research.training.task import Classification, LanguageModelling
+from research.vision.vit import ViT
 
 
 def shapes(**leaves):
@@ -41,7 +48,7 @@ def test_default_rules_cover_a_decoder():
     into, out = PartitionSpec("fsdp", "tensor"), PartitionSpec("tensor", "fsdp")
     assert found["layer_0/attention/query/kernel"] == found["layer_1/mlp/gate/kernel"] == into
     assert found["layer_0/attention/output/kernel"] == found["layer_1/mlp/down/kernel"] == out
-    assert found["embedding/table"] == out and found["head/kernel"] == into
+    assert found["embedding/table"] == PartitionSpec(("tensor", "fsdp")) and found["head/kernel"] == into
     assert found["layer_0/mlp_norm/scale"] == PartitionSpec()
 
 
@@ -178,3 +185,38 @@ def test_batch_must_divide_over_the_devices(toy):
         toy.trainer(stages=(toy.stage(batch_size=12),)).train(progress=False)
     with pytest.raises(UserError, match="microbatch 4 is not a multiple of the 8 parts"):
         toy.trainer(stages=(toy.stage(accumulate=2),)).train(progress=False)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_default_rules_cover_every_large_parameter_of_the_models(scan_layers):
+    block = Block(attention=Attention(num_heads=4, head_dim=8, num_kv_heads=2), mlp=GatedMLP(hidden_dim=64))
+    decoder = DecoderLM(
+        vocab_size=64,
+        width=32,
+        max_length=16,
+        num_layers=2,
+        blocks=(block,),
+        tied_head=False,
+        scan_layers=scan_layers,
+    )
+    image_block = Block(
+        attention=Attention(num_heads=4, head_dim=8, rule=Full()), mlp=GatedMLP(hidden_dim=64)
+    )
+    vit = ViT(
+        num_classes=8,
+        width=32,
+        patch=4,
+        num_layers=2,
+        blocks=(image_block,),
+        pool="class",
+        scan_layers=scan_layers,
+    )
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    for task in (LanguageModelling(decoder), Classification(vit, image_shape=(8, 8, 4))):
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        # From the first element on, a parameter that no rule matches is an error.
+        shardings = parameter_shardings(params, mesh, replicate_below=1)
+        for path, sharding in named_leaves(shardings).items():
+            axes = {axis for entry in sharding.spec if entry for axis in np.atleast_1d(entry)}
+            if path.endswith("kernel"):
+                assert axes == {"fsdp", "tensor"}, path

@@ -113,3 +113,24 @@ def test_classification_metrics_and_smoothing():
 def test_unknown_compute_dtype():
     with pytest.raises(UserError, match="compute_dtype: 'bfloat' is not one of .* did you mean bfloat16?"):
         LanguageModelling(Fixed(), compute_dtype="bfloat")
+
+
+class Dropped(nn.Module):
+    """Logits that dropout zeroes where it draws so."""
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None):
+        logits = self.param("logits", lambda key: jnp.log(jnp.asarray([1.0, 3.0])))
+        dropout = nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))
+        return dropout(jnp.broadcast_to(logits, (*tokens.shape, 2)))
+
+
+def test_dropout_is_active_in_training_only_and_follows_the_key():
+    task = LanguageModelling(Dropped())
+    params = task.init(jax.random.key(0))
+    plain = LanguageModelling(Fixed())
+    assert float(task.evaluate(params, batch())["loss"][0]) == float(
+        plain.evaluate(params, batch())["loss"][0]
+    )
+    losses = [float(task.loss(params, batch(), jax.random.key(i))["loss"][0]) for i in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
