@@ -4,6 +4,7 @@
     model.safetensors    the parameters, float32 or bfloat16, named by `/`-joined path
     tokenizer.json       of the `tokenizers` library, where the model reads text
     README.md            the model card, where there is one
+    experiment.json      the config of the run it was trained by, where it is known
 
 Nothing in it is code: the config builds only what `research.config` allows, the arrays are read by the
 safetensors library, and no pickle is ever opened.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from research.data.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+EXPERIMENT = "experiment.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 TOKENS = (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
@@ -159,11 +161,12 @@ def save_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     card: str | None = None,
     inputs: Sequence[jax.ShapeDtypeStruct] = TOKENS,
+    experiment: ConfigDict | None = None,
 ) -> None:
     """Writes a model directory, complete or not at all; an older model directory there is replaced.
 
     params: nested dict of floating arrays, as `model.init` makes them for `inputs` (tokens by default). card:
-    the text of README.md. Raises `UserError` if the directory holds anything that is not part of a model
+    the text of README.md. experiment: the config of the run that trained it. Raises `UserError` if the directory holds anything that is not part of a model
     directory, if the parameters do not fit the config, or if they can't be written.
     """
     target = files.local_directory(directory)
@@ -181,7 +184,10 @@ def save_model(
     saving = target.with_name(f".{target.name}.saving-{os.getpid()}")
     try:
         saving.mkdir(parents=True)
-        _write(saving, model_config, arrays, tokenizer, card, inputs)
+        texts = {CONFIG: configs.to_json(model_config), CARD: card}
+        if experiment is not None:
+            texts[EXPERIMENT] = configs.to_json(experiment)
+        _write(saving, texts, arrays, tokenizer, inputs)
         _replace(saving, target)
     except Exception as error:
         shutil.rmtree(saving, ignore_errors=True)
@@ -191,22 +197,24 @@ def save_model(
 
 def _write(
     directory: Path,
-    model_config: ConfigDict,
+    texts: Mapping[str, str | None],
     arrays: Mapping[str, np.ndarray],
     tokenizer: "Tokenizer | None",
-    card: str | None,
     inputs: Sequence[jax.ShapeDtypeStruct],
 ) -> None:
     import safetensors.numpy
 
-    (directory / CONFIG).write_text(configs.to_json(model_config), encoding="utf-8")
+    for name, text in texts.items():
+        if text is not None:
+            (directory / name).write_text(text, encoding="utf-8")
     shapes = json.dumps([[str(x.dtype), list(x.shape)] for x in inputs])
     metadata = {"format": "flax", "inputs": shapes}
+    (directory / WEIGHTS).touch()
+    mode = (directory / WEIGHTS).stat().st_mode
     safetensors.numpy.save_file(dict(arrays), directory / WEIGHTS, metadata=metadata)
+    (directory / WEIGHTS).chmod(mode)  # safetensors would leave it readable to its owner only
     if tokenizer is not None:
         tokenizer.save(directory / TOKENIZER)
-    if card is not None:
-        (directory / CARD).write_text(card, encoding="utf-8")
     for path in directory.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -217,7 +225,7 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target} is a file; a model directory is written to a new or empty directory")
-    strangers = sorted({path.name for path in target.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER, CARD})
+    strangers = sorted({path.name for path in target.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER, CARD, EXPERIMENT})
     if strangers:
         raise UserError(f"{target} is not a model directory, it holds {strangers[0]}: choose a new directory")
 
