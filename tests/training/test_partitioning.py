@@ -167,6 +167,17 @@ def test_one_and_eight_devices_take_the_same_steps(toy, mesh, accumulate):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_a_decoder_takes_the_same_steps_on_every_mesh_axis(toy):
+    block = Block(attention=Attention(num_heads=4, head_dim=4, num_kv_heads=2), mlp=GatedMLP(hidden_dim=32))
+    model = DecoderLM(vocab_size=toy.VOCAB, width=16, max_length=toy.LENGTH, num_layers=1, blocks=(block,))
+    results = []
+    for mesh, where in (({}, dict(devices=toy.one_device)), ({"data": 2, "fsdp": 2, "tensor": 2}, {})):
+        trainer = toy.trainer(task=LanguageModelling(model), stages=(toy.stage(steps=2),), mesh=mesh)
+        results.append(trainer.train(progress=False, **where))
+    # As above: 32 tokens and widths up to 32, so 2e-6 for sums, taken through two layers' products.
+    assert results[1][1]["train/loss"] == pytest.approx(results[0][1]["train/loss"], rel=4e-6)
+
+
 def test_optimizer_state_that_follows_no_parameter_is_named():
     mesh = make_mesh({"fsdp": 8})
     params = {"up": shapes(kernel=(16, 32))}
