@@ -87,6 +87,8 @@ def _loss(rows: list[Row], path: Path) -> Path:
 def _trade_off(
     measured: dict[str, dict[str, Row]], baselines: Mapping[str, tuple[int, float]], path: Path
 ) -> Path:
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _axes()
     for evaluator, variants in measured.items():
         own = sorted(variants.values(), key=lambda row: row["parameters"])
@@ -103,6 +105,7 @@ def _trade_off(
     for label, point in baselines.items():
         axes.plot(*point, marker="x", color="black", linestyle="")
         axes.annotate(label, point, textcoords="offset points", xytext=(4, -10), fontsize="small")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("parameters")
     axes.set_ylabel("loss (nats)")
     axes.legend(fontsize="small")

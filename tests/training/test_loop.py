@@ -7,6 +7,7 @@ import re
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from research.errors import UserError
 from research.training.evaluators import Evaluate
 from research.training.monitor import Diverged
 from research.training.optimizers import adamw, constant, sgd
+from research.training.state import initial_state, step_key
 
 UNTIMED = ("tokens_per_second", "seconds")
 
@@ -140,9 +142,11 @@ def test_sigterm_saves_and_exits_with_zero(toy, tmp_path, capsys, uninterrupted)
 
     trainer = two_stages(toy)
     object.__setattr__(trainer, "data", Terminates(trainer.data, 3))
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
         trainer.train(tmp_path, progress=False, devices=toy.one_device)
     assert caught.value.code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
     # The signal came while batch 3 was made, that is after step 3 was dispatched.
     assert "stopped by SIGTERM after step 3; saved" in capsys.readouterr().err
     assert (tmp_path / "checkpoints" / "3").is_dir()
@@ -188,6 +192,14 @@ def test_records_continue_across_stages_that_share_data(toy):
     )
     toy.trainer(stages=stages, data=own).train(progress=False, devices=toy.one_device)
     assert own.starts == [0, 0, 24]  # b reads its own data from 0; c goes on after a's 3 * 8 records
+
+
+def test_every_step_draws_from_a_key_of_its_own(toy):
+    state = initial_state({"w": jnp.ones(1)}, (), seed=3, ema=False)
+    draws = [float(jax.random.normal(step_key(state.replace(step=jnp.int32(i))))) for i in (0, 1, 2, 1)]
+    assert len(set(draws)) == 3 and draws[1] == draws[3]
+    other = initial_state({"w": jnp.ones(1)}, (), seed=4, ema=False)
+    assert float(jax.random.normal(step_key(other))) != draws[0]
 
 
 def test_average_is_over_the_parameters_seen(toy):
