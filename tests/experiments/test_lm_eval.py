@@ -169,6 +169,35 @@ def test_local_tasks_of_a_cut_model(offline, directory, tasks, tmp_path, capsys)
     assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_task_of_the_guide(offline, directory, tmp_path, monkeypatch, capsys):
+    from research.interop.lm_eval import HarnessModel
+
+    guide = Path(__file__).resolve().parents[2] / "docs" / "lm_eval.md"
+    (text,) = re.findall(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL)
+    folder = tmp_path / "my_tasks"
+    folder.mkdir()
+    (folder / "task.yaml").write_text(
+        text.replace("data_files:", f"cache_dir: {tmp_path}/cache\n  data_files:")
+    )
+    for split, numbers in {"train": (7, 8, 9), "test": (1100, 12)}.items():
+        lines = [json.dumps({"question": f"n + {n}?", "answer": f"Easy.\n#### {n}"}) for n in numbers]
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text("\n".join(lines))
+    prompts = []
+
+    def answers(model, requests):
+        prompts.extend(request.args[0] for request in requests)
+        return [" So much.\n#### 1,100", "#### 13"]
+
+    monkeypatch.setattr(HarnessModel, "generate_until", answers)
+    output = tmp_path / "out.json"
+    code = call(
+        f"--workdir={directory}", f"--include_path={folder}", "--tasks=gsm8k_local", f"--output={output}"
+    )
+    assert code == 0, capsys.readouterr().err
+    assert json.loads(output.read_text())["results"]["gsm8k_local"]["exact_match,number"] == 0.5
+    assert prompts[1].endswith("\n\nQuestion: n + 12?\nAnswer:") and prompts[1].count("Easy.\n#### ") == 2
+
+
 def test_mistakes_are_one_line(offline, directory, tasks, tmp_path, capsys):
     def error(*argv: str) -> str:
         assert call(f"--workdir={directory}", f"--include_path={tasks}", *argv) == 2
