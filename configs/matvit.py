@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/matvit.py:tiny --workdir=runs/matvit
 
-`tiny` (the default): 0.2M parameters on scikit-learn's 8 x 8 digits, about half a minute on two CPU cores, 97 % of the
-test images right. `paper`: ViT-B/16 on ImageNet with the widths {384, 768, 1536, 3072}; the paper's
+`tiny` (the default): 0.2M parameters on scikit-learn's 8 x 8 digits, about half a minute on two CPU cores,
+97 % of the test images right. `paper`: ViT-B/16 on ImageNet with the widths {384, 768, 1536, 3072}; the paper's
 augmentation (mixup 0.5, RandAugment) is not part of it.
 """
 
@@ -27,9 +27,16 @@ from research.vision.vit import ViT
 PRESETS = ("tiny", "paper")
 
 
-def vit(width: int, num_layers: int, num_heads: int, hidden_dim: int, patch: int, num_classes: int, **vit) -> ConfigDict:
+def vit(
+    width: int, num_layers: int, num_heads: int, hidden_dim: int, patch: int, num_classes: int, **vit
+) -> ConfigDict:
     attention = of(
-        Attention, num_heads=num_heads, head_dim=width // num_heads, rule=of(Full), use_bias=True, output_bias=True
+        Attention,
+        num_heads=num_heads,
+        head_dim=width // num_heads,
+        rule=of(Full),
+        use_bias=True,
+        output_bias=True,
     )
     block = of(Block, attention=attention, mlp=of(MLP, hidden_dim=hidden_dim), norm=of(LayerNorm))
     return of(
@@ -38,7 +45,13 @@ def vit(width: int, num_layers: int, num_heads: int, hidden_dim: int, patch: int
 
 
 def experiment(
-    task: ConfigDict, stage: ConfigDict, evaluator: dict, source: str, held_out: str, size: int | None = None, **trainer
+    task: ConfigDict,
+    stage: ConfigDict,
+    evaluator: dict,
+    source: str,
+    held_out: str,
+    size: int | None = None,
+    **trainer,
 ) -> ConfigDict:
     """An image experiment on `source`, evaluated on its split `held_out`."""
     data = dict(source=source, size=size)
@@ -65,7 +78,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
             held_out="test",
         )
     # Adam 1e-3, decay 0.1, batch 2048, 300 epochs of 1.28M images.
-    model = vit(width=768, num_layers=12, num_heads=12, hidden_dim=3072, patch=16, num_classes=1000, pool="class")
+    model = vit(
+        width=768, num_layers=12, num_heads=12, hidden_dim=3072, patch=16, num_classes=1000, pool="class"
+    )
     task = of(Classification, model=model, image_shape=(224, 224, 3), compute_dtype="bfloat16")
     optimizer = of(adamw, schedule=of(cosine, peak=1e-3, warmup=10_000), b2=0.999)
     return experiment(

@@ -13,8 +13,8 @@ from research.config import of
 def capture(obj: Any) -> ConfigDict:
     """The config that builds an equal object. Fields that hold their default are left out.
 
-    Takes linen modules and dataclasses, nested in fields, tuples, lists and dicts. A model that was loaded from
-    foreign files or sliced gets its config this way.
+    Takes linen modules and dataclasses, nested in fields, tuples, lists and dicts. A model that was loaded
+    from foreign files or sliced gets its config this way.
 
     Raises:
         TypeError: `obj` is not a dataclass, or holds something a config can't.

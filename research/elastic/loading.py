@@ -13,7 +13,9 @@ from research.training.model_directory import CONFIG, EXPERIMENT, Loaded, read_c
 from research.training.workdir import load_model
 
 
-def load_nested(path: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> tuple[MatFormer, Loaded]:
+def load_nested(
+    path: str | os.PathLike[str], step: int | None = None, ema: bool = False
+) -> tuple[MatFormer, Loaded]:
     """The MatFormer task and the loaded model of a run or a model directory.
 
     Raises UserError if it was not trained as a MatFormer, or if `load_model` can't read it.
@@ -25,7 +27,9 @@ def load_nested(path: str | os.PathLike[str], step: int | None = None, ema: bool
         if node.get("cls") == f"{MatFormer.__module__}:{MatFormer.__qualname__}":
             return build(node), loaded
         node = node.get("task")
-    raise UserError(f"{path} holds one width only: it was not trained as a MatFormer, so there is nothing to cut")
+    raise UserError(
+        f"{path} holds one width only: it was not trained as a MatFormer, so there is nothing to cut"
+    )
 
 
 def load_submodel(

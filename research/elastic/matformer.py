@@ -7,12 +7,13 @@ g ** L of them (Mix'n'Match), none of which needs further training:
     FFN_i(x) = (act(x W_gate[:, :m_i]) * x W_up[:, :m_i]) W_down[:m_i, :]        (sections 3.1 and 3.2)
     L = sum_i lambda_i CE(M_i(x), y)                                             (joint training, equation 3)
 
-A submodel is a slice of the tree, never a mask: training, evaluation and extraction all multiply the smaller arrays.
-The task below wraps any task whose model is a stack of blocks: MatLM around a decoder, MatViT around a ViT.
+A submodel is a slice of the tree, never a mask: training, evaluation and extraction all multiply the smaller
+arrays. The task below wraps any task whose model is a stack of blocks: MatLM around a decoder, MatViT around
+a ViT.
 
 Sampled training (the authors' later release) draws one width a step. Both code bases sum the losses with
-lambda_i = 1. The rule for Mix'n'Match (widths that grow slowly with depth) follows the paper's section 3.3 and the
-slicing notes of Gemma 3n.
+lambda_i = 1. The rule for Mix'n'Match (widths that grow slowly with depth) follows the paper's section 3.3
+and the slicing notes of Gemma 3n.
 """
 
 import dataclasses
@@ -21,7 +22,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from research.elastic.slicing import ElasticSpec, mlp_widths, nested_widths, slice_mlp, slice_model, slice_params
+from research.elastic.slicing import (
+    ElasticSpec,
+    mlp_widths,
+    nested_widths,
+    slice_mlp,
+    slice_model,
+    slice_params,
+)
 from research.errors import UserError, nearest
 from research.nn.transformer import LayerStack
 from research.training.task import Batch, Metrics, PyTree, Task
@@ -47,12 +55,16 @@ class MatFormer:
     loss_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if list(self.divisors) != sorted(set(self.divisors), reverse=True) or self.divisors[-1] != 1:
+        falling = list(self.divisors) == sorted(set(self.divisors), reverse=True)
+        if not falling or self.divisors[-1:] != (1,):
             raise UserError(f"MatFormer.divisors must fall and end with 1, got {list(self.divisors)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.divisors):
             raise UserError(
-                f"MatFormer.loss_weights needs {len(self.divisors)} values, one per divisor, got {len(self.loss_weights)}"
+                f"MatFormer.loss_weights needs {len(self.divisors)} values, one per divisor, "
+                f"got {len(self.loss_weights)}"
             )
+        if self.loss_weights is not None and self.training == "sampled":
+            raise UserError("MatFormer.loss_weights weigh the terms of a joint loss; sampled has one")
         for width in set(mlp_widths(self.model)):
             nested_widths(width, self.divisors)
 
@@ -106,7 +118,9 @@ class MatFormer:
                 loss, count = self.task.loss(self.granularity(params, i), batch, key)["loss"]
                 metrics = {"loss": (loss, count)}
                 for j, name in enumerate(self.names):  # weight 0 where another granularity was drawn
-                    metrics[f"loss_{name}"] = metrics["loss"] if i == j else (jnp.zeros_like(loss), jnp.zeros_like(count))
+                    metrics[f"loss_{name}"] = (
+                        metrics["loss"] if i == j else (jnp.zeros_like(loss), jnp.zeros_like(count))
+                    )
                 return loss, metrics
 
             return objective
@@ -145,9 +159,10 @@ def nest(params: PyTree, divisor: int) -> PyTree:
 
 
 def mix_n_match(num_layers: int, widths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The recommended per-layer widths, smallest model first: never shrinking with depth, and only neighbours mixed.
+    """The recommended per-layer widths, smallest model first.
 
-    Between two neighbouring widths the deepest layers grow first, one at a time: (g - 1) L + 1 models.
+    They never shrink with depth, and only neighbours are mixed. Between two neighbouring widths the deepest
+    layers grow first, one at a time: (g - 1) L + 1 models.
     """
     mixes = [(widths[0],) * num_layers]
     for small, large in zip(widths, widths[1:], strict=False):
@@ -156,7 +171,7 @@ def mix_n_match(num_layers: int, widths: tuple[int, ...]) -> list[tuple[int, ...
 
 
 def parse_widths(text: str, task: MatFormer) -> ElasticSpec:
-    """A submodel from words: a granularity ("M"), or one width or granularity a layer ("S,S,L,XL", "128,256,-,512").
+    """A submodel from words: a granularity ("M"), or one a layer ("S,S,L,XL", or by width "128,256,-,512").
 
     "-" skips the layer. Widths must be granularities: no others were trained.
     """
@@ -171,7 +186,7 @@ def parse_widths(text: str, task: MatFormer) -> ElasticSpec:
         if word == "-":
             continue
         trained = dict(zip(task.names, nested_widths(hidden_dim, task.divisors), strict=True))
-        width = trained.get(word, int(word) if word.isdigit() else None)
+        width = trained.get(word, int(word) if word.isdecimal() else None)
         if width not in trained.values():
             options = [f"{name} ({value})" for name, value in trained.items()]
             closest = (
@@ -180,7 +195,9 @@ def parse_widths(text: str, task: MatFormer) -> ElasticSpec:
                 else nearest(word, trained)
             )
             meant = f"; nearest: {closest}" if closest else ""
-            raise UserError(f"width {word!r} of layer {layer} is not a granularity: {', '.join(options)}{meant}")
+            raise UserError(
+                f"width {word!r} of layer {layer} is not a granularity: {', '.join(options)}{meant}"
+            )
         keep.append(layer)
         widths.append(width)
     if not keep:

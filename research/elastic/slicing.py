@@ -1,4 +1,4 @@
-"""Physical slices of trained models: narrower FFNs, fewer layers. Functions from parameter tree to parameter tree."""
+"""Physical slices of trained models: narrower FFNs, fewer layers. Functions from tree to tree."""
 
 import dataclasses
 import re
@@ -23,7 +23,8 @@ class ElasticSpec:
     def __post_init__(self) -> None:
         if len(self.keep_layers) != len(self.widths):
             raise UserError(
-                f"a submodel of {len(self.keep_layers)} kept layers needs as many widths, got {len(self.widths)}"
+                f"a submodel of {len(self.keep_layers)} kept layers needs as many widths, "
+                f"got {len(self.widths)}"
             )
         if list(self.keep_layers) != sorted(set(self.keep_layers)) or not self.keep_layers:
             raise UserError(f"kept layers must rise and not repeat, got {list(self.keep_layers)}")
@@ -42,6 +43,11 @@ def slice_mlp(params: dict, width: int) -> dict:
 
     Also takes stacked kernels [layers, in, out]. The output bias is shared by all widths and never sliced.
     """
+    if "gate_up" in params:
+        raise UserError("this FFN is fused for decoding (gate_up): slice it before `fuse_projections`")
+    hidden_dim = params["down"]["kernel"].shape[-2]
+    if not 0 < width <= hidden_dim:
+        raise UserError(f"width {width} is not between 1 and the {hidden_dim} hidden units of the FFN")
     sliced = dict(params)
     for name in ("gate", "up"):
         if name in params:
@@ -64,11 +70,15 @@ def mlp_widths(model: LayerStack) -> tuple[int, ...]:
 def slice_params(params: dict, spec: ElasticSpec) -> dict:
     """Parameters of the submodel, in smaller arrays; kept layers are renumbered from 0.
 
-    A scanned tree (`layers/...`) keeps every layer and takes one width for all: convert with `unscan_params` for more.
+    A scanned tree (`layers/...`) keeps every layer and takes one width for all: convert with
+    `unscan_params` for more.
     """
     if "layers" in params:
-        if len(set(spec.widths)) > 1 or list(spec.keep_layers) != list(range(len(spec.keep_layers))):
-            raise UserError("scanned layers are sliced to one width and all kept; unscan_params the tree first")
+        count = sum(layer["mlp"]["down"]["kernel"].shape[0] for layer in params["layers"].values())
+        if len(set(spec.widths)) > 1 or list(spec.keep_layers) != list(range(count)):
+            raise UserError(
+                "scanned layers are sliced to one width and all kept; unscan_params the tree first"
+            )
         layers = {name: _slice_layer(layer, spec.widths[0]) for name, layer in params["layers"].items()}
         return {**params, "layers": layers}
     count = sum(bool(_LAYER.fullmatch(name)) for name in params)

@@ -46,7 +46,8 @@ class DecoderLM(LayerStack, kw_only=True):
     ) -> jax.Array:
         """tokens int32[B, T] -> float32 logits [B, T, V].
 
-        positions int32[B, T] (default 0..T-1); segments int32[B, T], 0 on padding; prefix int32[B] for prefix LMs.
+        positions int32[B, T] (default 0..T-1); segments int32[B, T], 0 on padding; prefix int32[B] for
+        prefix LMs.
         """
         return self.logits(self.features(tokens, positions, segments, prefix)[0])
 
@@ -106,7 +107,9 @@ class DecoderLM(LayerStack, kw_only=True):
         hidden = self.final_norm(hidden)
         return self.logits(hidden), hidden, fresh
 
-    def init_cache(self, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, margin: int = 64) -> Cache:
+    def init_cache(
+        self, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, margin: int = 64
+    ) -> Cache:
         """An empty cache for `capacity` tokens a row. Every append writes all its rows before the surplus is
         forgotten, so capacity must cover the longest sequence plus the largest append; `margin` is how far
         windowed layers can roll back."""

@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return Linear(x.shape[-1], self.output_bias, name="output")(out), (key, value)
 
     def _project(self, x: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """-> query [B, T, H, d], key and value [B, T, Hkv, d]; one product where the tree holds a fused `qkv`."""
+        """-> query [B, T, H, d], key and value [B, T, Hkv, d]; one product where the tree holds `qkv`."""
         wide, narrow = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         if "qkv" in self.variables.get("params", {}):
             fused = Linear(wide + 2 * narrow, self.use_bias, name="qkv")(x)
@@ -104,7 +104,9 @@ class Attention(nn.Module):
             value = Linear(narrow, self.use_bias, name="value")(x)
         return tuple(y.reshape(*shape, -1, self.head_dim) for y in (query, key, value))
 
-    def _cached(self, query, key, value, context: Context, cache: caches.LayerCache, scale: float) -> jax.Array:
+    def _cached(
+        self, query, key, value, context: Context, cache: caches.LayerCache, scale: float
+    ) -> jax.Array:
         old_key, old_value, index, valid = cache.read(context.length)
         positions = context.positions
         cached_mask = self.rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]

@@ -33,7 +33,7 @@ class AttentionKernel(Protocol):
 
 
 def group_queries(query: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, H, T, d] -> [B, Hkv, H / Hkv * T, d]: the queries that share a key head become rows of one matrix."""
+    """[B, H, T, d] -> [B, Hkv, H / Hkv * T, d]: queries that share a key head become rows of one matrix."""
     batch, heads, length, dim = query.shape
     return query.reshape(batch, kv_heads, heads // kv_heads * length, dim)
 
@@ -58,7 +58,10 @@ class DenseAttention:
         kv_heads = key.shape[1]
         groups = heads // kv_heads
         scores = jax.lax.dot_general(
-            group_queries(query, kv_heads), key, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
+            group_queries(query, kv_heads),
+            key,
+            (((3,), (3,)), ((0, 1), (0, 1))),
+            preferred_element_type=jnp.float32,
         ).reshape(batch, kv_heads, groups, length, length)
         scores = cap(scores * scale, softcap)
         mask = None
@@ -66,7 +69,9 @@ class DenseAttention:
             index = jnp.arange(length)[None]
             mask = rule.allowed(index, index, prefix)
         if segments is not None:
-            same = (segments[:, None, :, None] == segments[:, None, None, :]) & (segments[:, None, None, :] > 0)
+            same = (segments[:, None, :, None] == segments[:, None, None, :]) & (
+                segments[:, None, None, :] > 0
+            )
             mask = same if mask is None else mask & same
         if mask is not None:
             scores = jnp.where(group_mask(mask, heads, kv_heads), scores, NEGATIVE)
@@ -82,10 +87,10 @@ class DenseAttention:
 class BlockedAttention:
     """Causal attention over blocks of queries, each against the keys it can see, with its own derivative.
 
-    Skips the masked half of the work and keeps the backward products in the form that CPU matrix libraries take;
-    stores the unnormalised probabilities of every block, so it saves time and not memory. The blocks are unrolled
-    into the program: for lengths up to about a thousand. Refuses a soft cap, prefix masks and rules
-    without a key range.
+    Skips the masked half of the work and keeps the backward products in the form that CPU matrix libraries
+    take; stores the unnormalised probabilities of every block, so it saves time and not memory. The blocks
+    are unrolled into the program: for lengths up to about a thousand. Refuses a soft cap, prefix masks and
+    rules without a key range.
     """
 
     block: int = 64
@@ -93,8 +98,8 @@ class BlockedAttention:
     def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
         if softcap is not None or prefix is not None or rule.key_range(0, 1) is None:
             raise ValueError(
-                f"BlockedAttention computes rules with a key range and no soft cap; got {rule}, softcap={softcap}. "
-                "Use DenseAttention or AutoAttention."
+                f"BlockedAttention computes rules with a key range and no soft cap; got {rule}, "
+                f"softcap={softcap}. Use DenseAttention or AutoAttention."
             )
         return _blocked(query, key, value, segments, rule, self.block, scale)
 
@@ -192,8 +197,8 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 class AutoAttention:
     """Blocked on CPU for causal rules up to `longest` tokens, dense otherwise.
 
-    Measured on two cores: blocks of 64 make causal attention about 1.3 times faster than the dense form at 256
-    tokens; accelerators prefer the dense form, which their compilers fuse.
+    Measured on two cores: blocks of 64 make causal attention about 1.3 times faster than the dense form at
+    256 tokens; accelerators prefer the dense form, which their compilers fuse.
     """
 
     longest: int = 1024
@@ -225,7 +230,8 @@ def cached_attention(
     """Attention of N new tokens over a cached prefix of S rows and over each other.
 
     query [B, H, N, d]; cached key and value [B, Hkv, S, d]; fresh key and value [B, Hkv, N, d]; masks bool
-    [b, 1 or H, N, S] and [b, 1 or H, N, N]. The two sets of keys are never concatenated: only their scores are.
+    [b, 1 or H, N, S] and [b, 1 or H, N, N]. The two sets of keys are never concatenated: only their
+    scores are.
     """
     batch, heads, count, dim = query.shape
     kv_heads = cached[0].shape[1]

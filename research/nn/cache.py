@@ -22,7 +22,10 @@ class LayerCache(Protocol):
         """-> key, value [B, Hkv, S, d], index int32[B, S] of the token in each slot, valid bool[B, S]."""
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "LayerCache":
-        """Write rows 0..count[b] of fresh [B, Hkv, P, d] at positions length[b]...; needs length + P <= capacity."""
+        """Write rows 0..count[b] of fresh [B, Hkv, P, d] from position length[b] on.
+
+        Needs length + P <= capacity.
+        """
 
     def select(self, rows: jax.Array) -> "LayerCache":
         """The rows of the batch named by int32[B']."""
@@ -45,8 +48,8 @@ class DenseCache(struct.PyTreeNode):
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "DenseCache":
         # Rows beyond `count` are written too: they lie beyond the new length and the next append covers them.
-        # The place is made to depend on `count` (which is never negative), and so on every read of the cache that
-        # decided it: only then may a compiler without an order of its own overwrite the buffer in place.
+        # The place is made to depend on `count` (which is never negative), and so on every read of the cache
+        # that decided it: only then may a compiler without an order of its own overwrite the buffer in place.
         start = length + jnp.minimum(count, 0)
         return DenseCache(_write(self.key, fresh[0], start), _write(self.value, fresh[1], start))
 
@@ -65,9 +68,10 @@ def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
 
 
 class RingCache(struct.PyTreeNode):
-    """For windowed layers: slot s holds the newest token t with t % slots == s. key, value [B, Hkv, slots, d].
+    """For windowed layers: slot s holds the newest token t with t % slots == s.
 
-    `slots` is the window plus a margin; a roll-back of at most the margin leaves the window whole.
+    key, value [B, Hkv, slots, d]. `slots` is the window plus a margin; a roll-back of at most the margin
+    leaves the window whole.
     """
 
     key: jax.Array

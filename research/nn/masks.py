@@ -21,7 +21,7 @@ class MaskRule(Protocol):
         """
 
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
-        """Smallest half-open range of keys that queries start..stop can see, or None where it is not known."""
+        """The half-open range of keys that queries start..stop can see, or None where it is not known."""
 
 
 def _differences(query: jax.Array, key: jax.Array) -> jax.Array:

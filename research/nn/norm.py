@@ -8,7 +8,7 @@ from research.nn.linear import parameter
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale (Zhang & Sennrich, arXiv 1910.07467). `unit_offset`: scale is stored minus one (Gemma)."""
+    """x / rms(x) * scale (arXiv 1910.07467). `unit_offset`: the scale is stored minus one (Gemma)."""
 
     epsilon: float = 1e-6
     unit_offset: bool = False

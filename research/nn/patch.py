@@ -34,5 +34,7 @@ class PatchEmbedding(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         table = parameter(self, "positions", nn.initializers.normal(0.02), (x.shape[1], self.width))
         if table.shape[0] != x.shape[1]:
-            raise ValueError(f"the position table holds {table.shape[0]} positions, the image has {x.shape[1]}")
+            raise ValueError(
+                f"the position table holds {table.shape[0]} positions, the image has {x.shape[1]}"
+            )
         return x + table.astype(x.dtype)

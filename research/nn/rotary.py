@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864) and the frequency scalings of released checkpoints."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and the scalings of released checkpoints."""
 
 import dataclasses
 import math

@@ -83,8 +83,9 @@ class LayerStack(nn.Module):
     Args:
         blocks: the pattern of blocks; layer i is a copy of blocks[i % len(blocks)].
         num_layers: how many.
-        scan_layers: compile one period of the pattern and loop over it (`lax.scan`); parameters are then stacked
-            below `layers/`. Unrolled layers run faster on CPU, scanned ones compile faster when there are many.
+        scan_layers: compile one period of the pattern and loop over it (`lax.scan`); parameters are then
+            stacked below `layers/`. Unrolled layers run faster on CPU, scanned ones compile faster when there
+            are many.
         remat: what the backward pass recomputes: nothing, all but matrix products ("dots"), all ("full").
         token_layout: "flat" keeps activations as [batch * length, width] outside attention, which saves CPU a
             transposition in every weight gradient; "batched" keeps [batch, length, width], needed where the
@@ -103,7 +104,8 @@ class LayerStack(nn.Module):
         if self.scan_layers:
             if self.num_layers % period:
                 raise ValueError(
-                    f"scan_layers needs num_layers ({self.num_layers}) to be a multiple of the pattern ({period})"
+                    f"scan_layers needs num_layers ({self.num_layers}) to be a multiple of the pattern "
+                    f"({period})"
                 )
             scan = nn.scan(
                 _Repeat,
@@ -138,7 +140,7 @@ class LayerStack(nn.Module):
 
 
 def scan_params(params: dict, period: int) -> dict:
-    """Parameters of unrolled layers -> those of scanned ones (`layer_i/...` -> `layers/layer_j/...` stacked)."""
+    """Parameters of unrolled layers -> scanned ones (`layer_i/...` -> `layers/layer_j/...`, stacked)."""
     count = sum(bool(re.fullmatch(r"layer_\d+", name)) for name in params)
     if count % period:
         raise ValueError(f"{count} layers are not a multiple of the pattern of {period}")

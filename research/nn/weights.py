@@ -31,7 +31,10 @@ class Weight(Protocol):
         """The kernel as one array [in, out]."""
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "Kernel":
-        """The kernel of the first `inputs` inputs and `outputs` outputs (None: all), really smaller."""
+        """The kernel of the first `inputs` inputs and `outputs` outputs (None: all), really smaller.
+
+        Stacked kernels [layers, in, out] are cut alike.
+        """
 
 
 Kernel = jax.Array | Weight
@@ -79,7 +82,7 @@ class LowRank(struct.PyTreeNode):
         return self.down @ self.up
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "LowRank":
-        return LowRank(self.down[:inputs], self.up[:, :outputs])
+        return LowRank(self.down[..., :inputs, :], self.up[..., :outputs])
 
 
 class Sum(struct.PyTreeNode):
