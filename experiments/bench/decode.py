@@ -4,7 +4,8 @@ process.
 Prompt of 32 tokens, 128 new ones, greedy, float32; every run includes prefill. Two shapes: 1M parameters with
 a vocabulary of 256 and 40M with one of 4096, both of the Llama family with an untied head. The bandwidth
 column is the rate at which decoding reads its weights (the embedding table apart, of which one row is read)
-over the rate at which this machine sums a large array.
+over the rate at which this machine sums a large array; weights that fit into the processor's cache can exceed
+it.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 
 PROMPT, NEW = 32, 128
+_PAUSE = 0.3  # seconds; the threads of one library spin for a while after its run and would slow the other's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +118,17 @@ def _measure(
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, PROMPT))
     ours, theirs, seconds, peer_seconds = None, None, [], []
     for number in range(rounds + 1):  # the first one compiles
+        time.sleep(_PAUSE)
         start = time.perf_counter()
         ours = generator.generate(prompts.tolist(), max_new_tokens=new_tokens)
-        middle = time.perf_counter()
+        seconds.append(time.perf_counter() - start)
+        time.sleep(_PAUSE)
+        start = time.perf_counter()
         theirs = peer(prompts, new_tokens)
-        if number:
-            seconds.append(middle - start)
-            peer_seconds.append(time.perf_counter() - middle)
+        peer_seconds.append(time.perf_counter() - start)
+        if not number:
+            seconds.clear()
+            peer_seconds.clear()
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     streamed = 4 * (total - shape.vocab * shape.width)
     work = batch * new_tokens
@@ -139,7 +145,7 @@ def _measure(
     )
 
 
-def memory_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+def memory_bandwidth(megabytes: int = 256, repeats: int = 10) -> float:
     """Bytes a second at which a large float32 array is summed with all threads; the best of several runs."""
     data = jnp.ones((megabytes * 2**18,), jnp.float32).reshape(-1, 1024)
     total = jax.jit(lambda x: jnp.sum(x, axis=1))
