@@ -1,0 +1,56 @@
+"""Every notebook runs from top to bottom as it is, and is stored without outputs."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import research.language
+from configs.matlm import decoder
+from research.config import build
+from research.data.tokenizer import Tokenizer
+from research.training.workdir import save_model
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SHIPPED = Path(research.language.__file__).parent / "base"
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path) -> None:
+    """The process of a notebook: one device, no display, and a random model where none ships."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "host_platform_device_count" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    if not SHIPPED.exists():
+        config = decoder(width=32, num_layers=2, num_heads=2, hidden_dim=64, length=64)
+        params = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        save_model(tmp_path / "model", config, params, Tokenizer.load())
+        monkeypatch.setenv("LATHE_NOTEBOOK_MODEL", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and all(cell.execution_count is None and not cell.outputs for cell in code)
+    assert any("%pip install" in cell.source for cell in code)
+
+
+def test_matformer(kernel, tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "01_matformer.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    figures = [output for output in outputs if "image/png" in output.get("data", ())]
+    assert len(figures) == 1
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert " nats  widths (" in text
+    small, large = text.split("=== S, ")[1].split("=== XL, ")
+    for written in (small, large):
+        assert len(written.split("def read_file(path):\n")[1]) > 1
