@@ -1,7 +1,7 @@
 """Trains what a config describes, or goes on with a run that was stopped.
 
     python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/matlm
-    python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/short --config.stages.0.steps=200
+    python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/a --config.stages.0.steps=200
     python -m experiments.train --config=runs/matlm/config.json --workdir=runs/matlm
 
 The workdir keeps the config, the checkpoints, `metrics.jsonl`, TensorBoard files and, at the end, figures.
