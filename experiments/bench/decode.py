@@ -9,6 +9,7 @@ it.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -87,7 +88,9 @@ def run(
         UserError: torch or transformers is not installed.
     """
     bandwidth = memory_bandwidth()
-    report(f"decoding, {PROMPT} + {new_tokens} tokens, float32, greedy; memory {bandwidth / 1e9:.1f} GB/s")
+    load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    memory = f"memory {bandwidth / 1e9:.1f} GB/s"
+    report(f"decoding, {PROMPT} + {new_tokens} tokens, float32, greedy; {memory}, {load}")
     rows = []
     for shape in shapes:
         model, params = _model(shape, PROMPT + new_tokens)

@@ -1,0 +1,1 @@
+"""Benchmarks against the peers, with the same weights or the same architecture."""
