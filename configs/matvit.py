@@ -3,8 +3,8 @@
     python -m experiments.train --config=configs/matvit.py:tiny --workdir=runs/matvit
 
 `tiny` (the default): 0.2M parameters on scikit-learn's 8 x 8 digits, about half a minute on two CPU cores,
-97 % of the test images right. `paper`: ViT-B/16 on ImageNet with the widths {384, 768, 1536, 3072}; the paper's
-augmentation (mixup 0.5, RandAugment) is not part of it.
+97 % of the test images right. `paper`: ViT-B/16 on ImageNet with the widths {384, 768, 1536, 3072}; the
+paper's augmentation (mixup 0.5, RandAugment) is not part of it.
 """
 
 from ml_collections import ConfigDict

@@ -1,0 +1,195 @@
+"""Attention kernels against loops in float64 and against each other, forward and backward.
+
+Values are of order 1 and every output is a mean of at most 150 of them, so float32 rounding stays near
+150 * 2 ** -24 = 1e-5; gradients sum as many such terms again.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention, cached_attention
+from research.nn.masks import Causal, Full, Prefix, Window
+
+PLAIN = dict(segments=None, prefix=None, scale=0.3, softcap=None)
+
+
+def inputs(length, heads=4, kv_heads=2, batch=2, dim=8, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(length), 4)
+    shapes = [(batch, h, length, dim) for h in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def loops(query, key, value, visible, scale=0.3, softcap=None):
+    """Attention in float64 by its definition. visible(b, h, q, k) -> bool; at least one key a query."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for b, h, q in np.ndindex(query.shape[:3]):
+        group = h // (query.shape[1] // key.shape[1])
+        keys = [k for k in range(key.shape[2]) if visible(b, h, q, k)]
+        scores = key[b, group, keys] @ query[b, h, q] * scale
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, h, q] = weights @ value[b, group, keys] / weights.sum()
+    return out
+
+
+SEGMENTS = jnp.asarray([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 3]])
+CASES = {
+    "full": (Full(), {}, lambda b, h, q, k: True),
+    "causal": (Causal(), {}, lambda b, h, q, k: k <= q),
+    "window": (Window(3), {}, lambda b, h, q, k: q - 2 <= k <= q),
+    "sinks": (Window(2, sinks=1), {}, lambda b, h, q, k: q - 1 <= k <= q or k == 0),
+    "spans": (Window((1, 2, 3, 7)), {}, lambda b, h, q, k: q - (1, 2, 3, 7)[h] < k <= q),
+    "softcap": (Causal(), dict(softcap=0.5), lambda b, h, q, k: k <= q),
+    "prefix": (
+        Prefix(),
+        dict(prefix=jnp.asarray([3, 0])),
+        lambda b, h, q, k: k <= q or max(q, k) < (3, 0)[b],
+    ),
+    "segments": (
+        Causal(),
+        dict(segments=SEGMENTS),
+        lambda b, h, q, k: k <= q and SEGMENTS.tolist()[b][k] == SEGMENTS.tolist()[b][q],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_dense_attention_is_its_definition(case, kv_heads):
+    rule, options, visible = CASES[case]
+    query, key, value, _ = inputs(7, kv_heads=kv_heads)
+    options = {**PLAIN, **options}
+    result = jax.jit(lambda *qkv: DenseAttention()(*qkv, rule, **options))(query, key, value)
+    expected = loops(query, key, value, visible, softcap=options["softcap"])
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+
+
+def segments_of(length):
+    """Three documents and padding at the end of row 0, padding on the left of row 1."""
+    first = np.repeat([1, 2, 3, 0], [length // 4, length // 3, length // 3, length])[:length]
+    return jnp.asarray([first, np.where(np.arange(length) < length // 5, 0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("rule", "length", "kv_heads", "packed"),
+    [
+        (Causal(), 64, 2, False),  # whole blocks
+        (Causal(), 37, 1, True),  # a last block of 5
+        (Window(5), 37, 4, True),  # keys below the window are never touched
+        (Window((1, 3, 20, 40)), 50, 2, False),
+        (Window(4, sinks=2), 33, 2, True),  # a last block of 1
+        (Causal(), 3, 2, False),  # shorter than a block
+    ],
+    ids=str,
+)
+def test_blocked_equals_dense_forward_and_backward(rule, length, kv_heads, packed):
+    query, key, value, cotangent = inputs(length, kv_heads=kv_heads)
+    segments = segments_of(length) if packed else None
+    if packed:  # what padding rows compute is unspecified, so no loss reads them
+        cotangent = cotangent * (segments > 0)[:, None, :, None]
+
+    def both(kernel):
+        def run(*qkv):
+            return kernel(*qkv, rule, **{**PLAIN, "segments": segments})
+
+        def forward_and_backward(*qkv):
+            out, pullback = jax.vjp(run, *qkv)
+            return out, pullback(cotangent)
+
+        return jax.jit(forward_and_backward)(query, key, value)
+
+    (dense, dense_gradients), (blocked, gradients) = both(DenseAttention()), both(BlockedAttention(16))
+    real = np.ones((2, length), bool) if segments is None else np.asarray(segments) > 0
+    np.testing.assert_allclose(blocked.swapaxes(1, 2)[real], dense.swapaxes(1, 2)[real], atol=1e-5)
+    for ours, theirs in zip(gradients, dense_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+@pytest.mark.parametrize("kernel", [DenseAttention(), BlockedAttention(4)], ids=lambda k: type(k).__name__)
+def test_fully_padded_rows_give_no_nan(kernel):
+    query, key, value, cotangent = inputs(10)
+    segments = jnp.zeros((2, 10), jnp.int32).at[1, 5:].set(1)
+
+    def run(*qkv):
+        return jnp.sum(kernel(*qkv, Window(3), **{**PLAIN, "segments": segments}) * cotangent)
+
+    for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(query, key, value)):
+        assert np.isfinite(leaf).all()
+
+
+def test_bfloat16_agrees_to_its_rounding():
+    query, key, value, _ = inputs(20, dtype=jnp.bfloat16)
+    exact = DenseAttention()(*(x.astype(jnp.float32) for x in (query, key, value)), Causal(), **PLAIN)
+    for kernel in (DenseAttention(), BlockedAttention(8)):
+        out = jax.jit(lambda *qkv, kernel=kernel: kernel(*qkv, Causal(), **PLAIN))(query, key, value)
+        assert out.dtype == jnp.bfloat16
+        # Probabilities and the result are rounded to 8 bits: 2 * 2 ** -8 of values up to about 3.
+        np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.025)
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [(Causal(), dict(softcap=5.0)), (Full(), {}), (Prefix(), dict(prefix=jnp.zeros(2, jnp.int32)))],
+)
+def test_blocked_attention_refuses_what_it_cannot_compute(rule, changes):
+    query, key, value, _ = inputs(4)
+    with pytest.raises(
+        ValueError, match="a key range and no soft cap; got .* Use DenseAttention or AutoAttention"
+    ):
+        BlockedAttention()(query, key, value, rule, **{**PLAIN, **changes})
+
+
+@pytest.mark.parametrize(
+    ("rule", "length", "changes", "kernel"),
+    [
+        (Causal(), 65, {}, BlockedAttention()),
+        (Causal(), 64, {}, DenseAttention()),  # one block: nothing to skip
+        (Causal(), 101, {}, DenseAttention()),  # beyond `longest`
+        (Causal(), 65, dict(softcap=5.0), DenseAttention()),
+        (Full(), 65, {}, DenseAttention()),
+    ],
+)
+def test_auto_attention_chooses(rule, length, changes, kernel):
+    query, key, value, _ = inputs(length)
+    options = {**PLAIN, **changes}
+
+    def program(k):
+        return str(jax.make_jaxpr(lambda *qkv: k(*qkv, rule, **options))(query, key, value))
+
+    assert program(AutoAttention(longest=100)) == program(kernel)
+
+
+def test_vmap_equals_one_at_a_time():
+    query, key, value, _ = (jnp.stack([x, 2 * x]) for x in inputs(10))
+    segments = jnp.stack([segments_of(10), jnp.ones((2, 10), jnp.int32)])
+
+    def run(q, k, v, s):
+        return jnp.sum(BlockedAttention(4)(q, k, v, Causal(), **{**PLAIN, "segments": s})[1, :, 2:])
+
+    mapped = jax.jit(jax.vmap(jax.grad(run, argnums=(0, 1, 2))))(query, key, value, segments)
+    for i in range(2):
+        single = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(query[i], key[i], value[i], segments[i])
+        for ours, theirs in zip(mapped, single, strict=True):
+            np.testing.assert_allclose(ours[i], theirs, atol=1e-5)
+
+
+def test_cached_attention_is_attention_over_both_sets_of_keys():
+    query, key, value, _ = inputs(7)
+    new = 3
+    parts = [(x[:, :, :-new], x[:, :, -new:]) for x in (key, value)]
+    cached_mask = jnp.ones((1, 1, new, 7 - new), bool).at[..., 0].set(False)  # token 0 was forgotten
+    out = cached_attention(
+        query[:, :, -new:],
+        (parts[0][0], parts[1][0]),
+        (parts[0][1], parts[1][1]),
+        cached_mask,
+        jnp.tril(jnp.ones((new, new), bool))[None, None],
+        scale=0.3,
+        softcap=2.0,
+    )
+    expected = loops(query, key, value, lambda b, h, q, k: k == q or 0 < k <= q, softcap=2.0)
+    np.testing.assert_allclose(out, expected[:, :, -new:], atol=2e-6)

@@ -1,0 +1,45 @@
+"""Fused projections hold the same numbers and give the same attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn.attention import Attention, Context
+from research.nn.fuse import fuse_projections
+from research.nn.weights import LowRank
+
+
+def test_kernels_and_biases_are_joined_in_order():
+    def linear(value, features):
+        return {"kernel": jnp.full((2, features), value), "bias": jnp.full((features,), -value)}
+
+    attention = {
+        "query": linear(1.0, 4),
+        "key": linear(2.0, 2),
+        "value": linear(3.0, 2),
+        "output": linear(4.0, 2),
+    }
+    mlp = {"gate": linear(5.0, 3), "up": linear(6.0, 3), "down": linear(7.0, 2)}
+    fused = fuse_projections({"layer_0": {"attention": attention, "mlp": mlp}, "table": jnp.ones(3)})
+    layer = fused["layer_0"]
+    assert set(layer["attention"]) == {"qkv", "output"} and set(layer["mlp"]) == {"gate_up", "down"}
+    assert layer["attention"]["qkv"]["kernel"].tolist() == [[1.0] * 4 + [2.0] * 2 + [3.0] * 2] * 2
+    assert layer["attention"]["qkv"]["bias"].tolist() == [-1.0] * 4 + [-2.0] * 2 + [-3.0] * 2
+    assert layer["mlp"]["gate_up"]["kernel"].tolist() == [[5.0] * 3 + [6.0] * 3] * 2
+    assert set(attention) == {"query", "key", "value", "output"}  # the argument is left as it was
+
+
+def test_structured_kernels_are_left_alone():
+    low = {"kernel": LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))}
+    mlp = {"gate": low, "up": {"kernel": jnp.ones((2, 3))}, "down": {"kernel": jnp.ones((3, 2))}}
+    assert fuse_projections({"mlp": mlp})["mlp"].keys() == mlp.keys()
+
+
+def test_grouped_attention_is_the_same():
+    module = Attention(num_heads=4, head_dim=4, num_kv_heads=2, use_bias=True)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    context = Context(jnp.broadcast_to(jnp.arange(5), (2, 5)))
+    params = module.init(jax.random.key(1), x, context)["params"]
+    run = jax.jit(lambda p: module.apply({"params": p}, x, context)[0])
+    # The products are the same sums of 8 terms; libraries may order them by the width of the matrix.
+    np.testing.assert_allclose(run(fuse_projections(params)), run(params), atol=1e-6)

@@ -1,0 +1,46 @@
+"""Norms against hand-computed values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn.norm import LayerNorm, RMSNorm
+
+
+def test_rms_norm_of_3_4():
+    x = jnp.asarray([[3.0, 4.0]])
+    rms = 12.5**0.5  # sqrt((9 + 16) / 2)
+    ones = {"params": {"scale": jnp.asarray([1.0, 2.0])}}
+    np.testing.assert_allclose(RMSNorm(0.0).apply(ones, x), [[3 / rms, 8 / rms]], rtol=1e-6)
+    # A stored scale of [0, 1] means [1, 2] with the unit offset.
+    offset = {"params": {"scale": jnp.asarray([0.0, 1.0])}}
+    np.testing.assert_array_equal(
+        RMSNorm(0.0, unit_offset=True).apply(offset, x), RMSNorm(0.0).apply(ones, x)
+    )
+    # epsilon joins the mean square: 3 / sqrt(12.5 + 3.5) = 3 / 4.
+    np.testing.assert_allclose(RMSNorm(3.5).apply(ones, x), [[0.75, 2.0]], rtol=1e-6)
+
+
+def test_layer_norm_by_hand():
+    # Mean 2, deviation 1: [-1, 1] * [1, 3] + [10, 20]
+    params = {"scale": jnp.asarray([1.0, 3.0]), "bias": jnp.asarray([10.0, 20.0])}
+    y = LayerNorm(0.0).apply({"params": params}, jnp.asarray([[1.0, 3.0]]))
+    np.testing.assert_allclose(y, [[9.0, 23.0]], rtol=1e-6)
+
+
+def test_initial_norms_change_nothing_but_the_scale():
+    x = jnp.asarray([[2.0, -2.0]])
+    for norm in (RMSNorm(0.0), RMSNorm(0.0, unit_offset=True), LayerNorm(0.0)):
+        y, _ = norm.init_with_output(jax.random.key(0), x)
+        np.testing.assert_allclose(y, [[1.0, -1.0]], rtol=1e-6)
+
+
+def test_bfloat16_is_rounded_once_at_the_end():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 64)), jnp.bfloat16)
+    scale = rng.normal(size=64).astype("f")
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True)) * scale
+    y = RMSNorm(0.0).apply({"params": {"scale": jnp.asarray(scale)}}, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y), expected.astype(jnp.bfloat16))

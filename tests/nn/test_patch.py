@@ -1,0 +1,36 @@
+"""Patches in reading order, and what is learned with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.nn.patch import PatchEmbedding, patchify
+
+
+def test_patches_are_row_major():
+    # 2 x 4 pixels of 2 channels, numbered: patch 0 holds columns 0 and 1, patch 1 columns 2 and 3.
+    image = jnp.arange(16).reshape(1, 2, 4, 2)
+    assert patchify(image, 2).tolist() == [[[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]]
+
+
+def test_embedding_by_hand():
+    image = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
+    params = {
+        "projection": {"kernel": jnp.asarray([[1.0, 10.0]]), "bias": jnp.asarray([0.5, 0.0])},
+        "class_token": jnp.asarray([[7.0, 7.0]]),
+        "positions": jnp.arange(5.0)[:, None] * jnp.asarray([[100.0, 0.0]]),
+    }
+    y = PatchEmbedding(1, 2, class_token=True).apply({"params": params}, image)
+    # The class token first, at position 0; then pixel p at position i: [p + 0.5 + 100 i, 10 p].
+    assert y[0].tolist() == [[7.0, 7.0], [101.5, 10.0], [202.5, 20.0], [303.5, 30.0], [404.5, 40.0]]
+
+
+def test_sizes_that_do_not_fit_are_told():
+    with pytest.raises(ValueError, match="images of 3x4 pixels don't divide into patches of 2x2"):
+        patchify(jnp.zeros((1, 3, 4, 1)), 2)
+    embedding = PatchEmbedding(2, 4)
+    variables = embedding.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    assert variables["params"]["positions"].shape == (4, 4)
+    with pytest.raises(ValueError, match="holds 4 positions, the image has 8"):
+        embedding.apply(variables, np.zeros((1, 4, 8, 1), "f"))
