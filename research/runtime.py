@@ -39,7 +39,8 @@ def tune_allocator() -> bool:
 
     XLA on CPU takes its temporaries (half a gigabyte for a small model) afresh each step. By default glibc
     maps and unmaps them, and the kernel zeroes every page again: a fifth to a half of a training step. All
-    three settings are needed: no mmap for large blocks, no trimming, and one arena, because XLA's threads
+    three settings are needed: no mmap for large blocks, no trimming at all (a threshold of 2 GiB would trim every step
+    of a larger model), and one arena, because XLA's threads
     would use their own. The price: freed memory is not given back to the system.
 
     Applies to Linux with glibc where the CPU computes; nothing is done elsewhere or with
@@ -51,7 +52,7 @@ def tune_allocator() -> bool:
     if choice == "system" or not _is_cpu_only() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
