@@ -3,10 +3,12 @@
     python -m experiments.evaluate --workdir=runs/matlm
     python -m experiments.evaluate --workdir=runs/matlm --step=400 --batches=50
     python -m experiments.evaluate --workdir=runs/matlm --split=test --json
+    python -m experiments.evaluate --workdir=runs/matlm --widths=S,S,M,M --widths=M,M,L,L
 
 One row for each variant (the granularities of a nested model, for instance): loss in nats, accuracy, bits per
-byte for text, parameters. `--split` reads another split of the evaluators' data than the config names. The
-moving average is measured where the run keeps one, as in training.
+byte for text, parameters. `--widths` measures submodels of a nested model instead (Mix'n'Match). `--split`
+reads another split of the evaluators' data than the config names. The moving average is measured where the run
+keeps one, as in training.
 """
 
 import json
@@ -34,6 +36,12 @@ BATCHES = PROGRAM.define(
     "At most so many batches; all of the split by default.",
     lower_bound=1,
 )
+WIDTHS = PROGRAM.define(
+    flags.DEFINE_multi_string,
+    "widths",
+    [],
+    "A submodel instead: one word a layer, as in extract. Repeatable.",
+)
 JSON = PROGRAM.define(
     flags.DEFINE_boolean, "json", False, "Print JSON: {evaluator: {variant: {metric: value}}}."
 )
@@ -56,7 +64,7 @@ def main(arguments: list[str]) -> None:
     trainer = build(replaced(config, SPLIT.value, BATCHES.value))
     state, mesh = trainer.restore(path, STEP.value)
     params = state.params if state.ema is None else state.ema
-    evaluation = Evaluation(trainer.task, mesh)
+    evaluation = Evaluation(submodels(trainer.task, WIDTHS.value) if WIDTHS.value else trainer.task, mesh)
     results = {evaluator.name: evaluation.run(evaluator, params) for evaluator in trainer.evaluators}
     if JSON.value:
         print(json.dumps({"step": int(state.step), "results": results}, indent=2))
@@ -68,6 +76,16 @@ def main(arguments: list[str]) -> None:
     }
     print(f"{path} after step {int(state.step)}")
     print_table(rows)
+
+
+def submodels(task: Any, widths: list[str]) -> Any:
+    """A task that evaluates the submodels that `widths` describe. Raises UserError if the task is not nested."""
+    from research.elastic.matformer import MatFormer, Submodels, parse_widths
+    from research.errors import UserError
+
+    if not isinstance(task, MatFormer):
+        raise UserError(f"--widths={widths[0]}: the run trains one width only, there is nothing to cut")
+    return Submodels(task, {text: parse_widths(text, task) for text in widths})
 
 
 def replaced(config: "ConfigDict", split: str | None, batches: int | None) -> "ConfigDict":

@@ -42,8 +42,9 @@ class Tokenizer:
       fingerprint: hex digest of everything that decides how text is encoded.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str] | None = None):
-        """Wraps `backend`. `special` names the `bos`, `eos` and `pad` tokens; else common names are tried."""
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[str, str | None] | None = None):
+        """Wraps `backend`. `special` names the `bos`, `eos` and `pad` tokens (`None`: there is none); common
+        names are tried for the roles it leaves out."""
         backend.no_padding()
         backend.no_truncation()
         # The text of a special token inside a document is text: data can't end its own document.
@@ -53,8 +54,9 @@ class Tokenizer:
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         ids = {}
         for role, names in _NAMES.items():
-            chosen = (special or {}).get(role)
-            known = [backend.token_to_id(name) for name in ((chosen,) if chosen else names)]
+            if special is not None and role in special:
+                names = () if special[role] is None else (special[role],)
+            known = [backend.token_to_id(name) for name in names]
             ids[role] = next((i for i in known if i is not None), None)
         self.bos_id: int | None = ids["bos"]
         self.eos_id: int | None = ids["eos"]
@@ -192,17 +194,17 @@ def train(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     return tokenizer
 
 
-def _configured_names(path: Path) -> dict[str, str] | None:
+def _configured_names(path: Path) -> dict[str, str | None] | None:
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
-    names = {role: config.get(f"{role}_token") for role in _NAMES}
+    # Null says that the model was trained without the token (Qwen has no <bos>).
+    names = {role: config[f"{role}_token"] for role in _NAMES if f"{role}_token" in config}
     # Older files hold the whole description of the token instead of its text.
-    names = {role: value["content"] if isinstance(value, dict) else value for role, value in names.items()}
-    return {role: value for role, value in names.items() if value}
+    return {role: value["content"] if isinstance(value, dict) else value for role, value in names.items()}
 
 
 def _token_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:

@@ -158,6 +158,26 @@ def nest(params: PyTree, divisor: int) -> PyTree:
     return {name: cut(value) if name.startswith("layer_") else value for name, value in params.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Submodels:
+    """Evaluates chosen submodels of a MatFormer instead of its granularities: a Task whose variants they are."""
+
+    task: MatFormer
+    specs: dict[str, ElasticSpec]
+
+    def init(self, key: jax.Array) -> PyTree:
+        return self.task.init(key)
+
+    def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
+        return self.task.loss(params, batch, key)
+
+    def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
+        return self.task.evaluate(params, batch)
+
+    def variants(self, params: PyTree) -> dict[str, PyTree]:
+        return {name: slice_params(params, spec) for name, spec in self.specs.items()}
+
+
 def mix_n_match(num_layers: int, widths: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The recommended per-layer widths, smallest model first.
 

@@ -166,8 +166,10 @@ def save_model(
     """Writes a model directory, complete or not at all; an older model directory there is replaced.
 
     params: nested dict of floating arrays, as `model.init` makes them for `inputs` (tokens by default). card:
-    the text of README.md. experiment: the config of the run that trained it. Raises `UserError` if the directory holds anything that is not part of a model
-    directory, if the parameters do not fit the config, or if they can't be written.
+    the text of README.md. experiment: the config of the run that trained it.
+
+    Raises `UserError` if the directory holds anything that is not part of a model directory, if the parameters
+    do not fit the config, or if they can't be written.
     """
     target = files.local_directory(directory)
     _check_replaceable(target)
