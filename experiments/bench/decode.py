@@ -19,31 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.contender import PAUSE
+from experiments.bench.peak import memory_bandwidth
+from experiments.bench.shapes import SHAPES, Shape, make_decoder
 from research.decoding.generator import Generator
 from research.errors import UserError
 from research.language.decoder import DecoderLM
-from research.nn.attention import Attention
-from research.nn.mlp import GatedMLP
-from research.nn.rotary import Rotary
-from research.nn.transformer import Block
 
 PROMPT, NEW = 32, 128
-_PAUSE = 0.3  # seconds; the threads of one library spin for a while after its run and would slow the other's
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A decoder's size."""
-
-    name: str
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    vocab: int
-
-
-SHAPES = (Shape("1M", 128, 4, 4, 512, 256), Shape("40M", 512, 10, 8, 2048, 4096))
 BATCHES = (1, 8)
 
 
@@ -74,9 +57,12 @@ class Row:
     def best_ratio(self) -> float:
         return self.best / self.peer_best
 
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "best_ratio": self.best_ratio}
+
 
 def run(
-    shapes: Sequence[Shape] = SHAPES,
+    shapes: Sequence[Shape] = (SHAPES["1M"], SHAPES["40M"]),
     batches: Sequence[int] = BATCHES,
     rounds: int = 5,
     new_tokens: int = NEW,
@@ -121,11 +107,11 @@ def _measure(
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, PROMPT))
     ours, theirs, seconds, peer_seconds = None, None, [], []
     for number in range(rounds + 1):  # the first one compiles
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         start = time.perf_counter()
         ours = generator.generate(prompts.tolist(), max_new_tokens=new_tokens)
         seconds.append(time.perf_counter() - start)
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         start = time.perf_counter()
         theirs = peer(prompts, new_tokens)
         peer_seconds.append(time.perf_counter() - start)
@@ -148,29 +134,8 @@ def _measure(
     )
 
 
-def memory_bandwidth(megabytes: int = 256, repeats: int = 10) -> float:
-    """Bytes a second at which a large float32 array is summed with all threads; the best of several runs."""
-    data = jnp.ones((megabytes * 2**18,), jnp.float32).reshape(-1, 1024)
-    total = jax.jit(lambda x: jnp.sum(x, axis=1))
-    jax.block_until_ready(total(data))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(total(data))
-        seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
-
-
 def _model(shape: Shape, length: int) -> tuple[DecoderLM, Any]:
-    attention = Attention(shape.heads, shape.width // shape.heads, rotary=Rotary())
-    model = DecoderLM(
-        blocks=(Block(attention, GatedMLP(shape.hidden)),),
-        num_layers=shape.layers,
-        vocab_size=shape.vocab,
-        width=shape.width,
-        max_length=length,
-        tied_head=False,
-    )
+    model = make_decoder(shape, length, tied_head=False)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
     return model, init(jax.random.key(0))
 

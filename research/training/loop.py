@@ -109,6 +109,16 @@ class Trainer:
         directory = None if workdir is None else Path(getattr(workdir, "path", workdir))
         return _Run(self, directory, progress, params, devices).train()
 
+    def compile_first_stage(
+        self, devices: Sequence[jax.Device] | None = None
+    ) -> tuple[jax.stages.Compiled, State, jax.sharding.Mesh]:
+        """(step, state, mesh): what `train` runs first, for those who drive it themselves.
+
+        `step(state, batch) -> (state, metrics)` donates its state; `feed` makes batches for the mesh.
+        """
+        run = _Run(self, None, False, None, devices)
+        return run.compile(run.plans[0]), run.initial(), run.mesh
+
     def restore(
         self, workdir: Any, step: int | None = None, devices: Sequence[jax.Device] | None = None
     ) -> tuple[State, jax.sharding.Mesh]:
@@ -325,7 +335,7 @@ class _Run:
 
     def _train_stage(self, plan: _Plan, start: int, state: State, termination: _Termination) -> State:
         stage, trainer = plan.stage, self.trainer
-        step_function = self._compile(plan)
+        step_function = self.compile(plan)
         spec = batch_spec(plan.data, stage.batch_size)
         record = plan.record + (start - plan.first) * stage.batch_size
         batches = feed(plan.data, record, stage.batch_size, self.mesh, spec)
@@ -360,7 +370,7 @@ class _Run:
         self._log(plan, monitor, clock, everything=True)
         return state
 
-    def _compile(self, plan: _Plan) -> Any:
+    def compile(self, plan: _Plan) -> jax.stages.Compiled:
         """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
         began = time.perf_counter()
         trainer, stage = self.trainer, plan.stage
@@ -441,9 +451,10 @@ class _Run:
             row = {"step": step, "kind": "train", "stage": plan.stage.name, **values}
             if rate is not None:
                 row[f"{unit}_per_second"] = round(rate, 1)
-            self.writer.write(row)
+            # Shown first: the first write imports TensorBoard's writer.
             text = "" if rate is None else f"{human(rate)} {unit}/s"
             self.progress.update(plan.stage.name, step, values, text, mfu)
+            self.writer.write(row)
 
     def _evaluate(self, step: int, state: State, *, again: bool) -> dict[str, float]:
         """Runs the evaluators due after `step`, recorded ones only `again`. Returns their flat metrics."""

@@ -1,0 +1,140 @@
+"""Measures speed: this project and its peers in one run, on the same weights, in turns.
+
+    python -m experiments.bench                           everything; about ten minutes on two CPU cores
+    python -m experiments.bench train --sizes=1M,6M       training against PyTorch, eager and torch.compile
+    python -m experiments.bench decode                    decoding against `generate` of transformers
+    python -m experiments.bench startup                   start of a process to its first training step
+    python -m experiments.bench peak                      this machine's matrix products and memory
+
+Ratios above 1 mean that this project is faster. They compare medians over alternating turns, and in brackets
+the best turns, which other programs on the machine disturb less. Absolute numbers are this machine's; ratios
+of one run are what to compare. Nothing else should be running: the load is printed. Peers need
+`pip install -e '.[parity]'`. What came out on one machine is in docs/speed.md.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from experiments.bench.shapes import find_shape
+from research.errors import UserError, nearest
+
+PARTS = ("peak", "train", "decode", "startup")
+PEERS = ("eager", "compile")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+
+PROGRAM = cli.Program(__doc__, arguments="peak | train | decode | startup | all ...")
+SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
+ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
+THREADS = PROGRAM.define(flags.DEFINE_integer, "threads", 2, "Threads of every contender.", lower_bound=1)
+PEER_FLAG = PROGRAM.define(
+    flags.DEFINE_list, "peers", ",".join(PEERS), "PyTorch in training: eager, compile."
+)
+JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the parts named, in the order of PARTS."""
+    chosen = select(arguments)
+    shapes = [find_shape(name) for name in SIZES.value]
+    for peer in PEER_FLAG.value:
+        if peer not in PEERS:
+            found = nearest(peer, PEERS)
+            hint = f"did you mean {found}?" if found else f"there are {', '.join(PEERS)}"
+            raise UserError(f"--peers: no peer {peer!r}; {hint}")
+    if JSON.value is not None and not Path(JSON.value).absolute().parent.is_dir():
+        raise UserError(f"--json={JSON.value}: its folder does not exist")
+    limit_threads(THREADS.value)
+    record: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    print(", ".join(f"{name} {value}" for part in record.values() for name, value in part.items()))
+    for part in PARTS:
+        if part in chosen:
+            record[part] = measure(part, shapes)
+    if JSON.value is not None:
+        Path(JSON.value).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        print(f"numbers: {JSON.value}")
+
+
+def select(arguments: list[str]) -> set[str]:
+    """The parts that were named; all of them if none was."""
+    for name in arguments:
+        if name not in (*PARTS, "all"):
+            found = nearest(name, (*PARTS, "all"))
+            hint = f"did you mean {found}?" if found else f"there are {', '.join(PARTS)} and all"
+            raise UserError(f"no benchmark {name!r}; {hint}")
+    return set(PARTS) if not arguments or "all" in arguments else set(arguments)
+
+
+def measure(part: str, shapes: list[Any]) -> Any:
+    """Runs one part and returns its numbers."""
+    if part == "train":
+        from experiments.bench import train
+
+        rows = train.run(shapes, PEER_FLAG.value, ROUNDS.value, THREADS.value)
+        return [row.as_dict() for row in rows]
+    if part == "decode":
+        from experiments.bench import decode
+
+        return [row.as_dict() for row in decode.run(rounds=ROUNDS.value)]
+    if part == "startup":
+        from experiments.bench import startup
+
+        return startup.run(rounds=ROUNDS.value).as_dict()
+    from experiments.bench.peak import matmul_flops, memory_bandwidth
+
+    flops, bandwidth = matmul_flops(), memory_bandwidth()
+    print(f"matrix product {flops / 1e9:.0f} GFLOP/s (float32), memory {bandwidth / 1e9:.1f} GB/s")
+    return {"matmul_flops": flops, "memory_bandwidth": bandwidth}
+
+
+def limit_threads(threads: int) -> None:
+    """Gives every library here and in child processes `threads` threads. Before jax or torch is imported.
+
+    Raises UserError if the machine lends this process fewer cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if threads > cores:
+        raise UserError(f"--threads={threads}: this process may use {cores} cores")
+    os.environ["NPROC"] = str(threads)  # XLA on CPU
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # torch
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, cores, memory, load, date."""
+    described = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()}
+    return described | {
+        "load": round(os.getloadavg()[0], 1),
+        "threads": THREADS.value,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of those that are installed, and Python's."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    PROGRAM.run(main)
