@@ -250,6 +250,7 @@ def make_ours(shape: Shape, batch: dict[str, np.ndarray]) -> Ours:
 
 
 def make_peer(*args: Any) -> Any:
+    runtime.tune_allocator()  # the same for both, though it changes little for torch
     from experiments.bench.torch_decoder import Peer
 
     return Peer(*args)

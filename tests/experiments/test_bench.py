@@ -106,7 +106,8 @@ def test_mistakes_are_one_line(capsys, flags, message):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
 
-def test_startup_sees_the_first_step(tmp_path):
+def test_startup_sees_the_first_step(monkeypatch, tmp_path):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
     config = "configs/matlm.py:tiny"
     smaller = ("--config.task.task.model.width=16", "--config.task.task.model.num_layers=1")
     overrides = (
