@@ -3,6 +3,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def main('
     python -m experiments.generate --workdir=runs/matlm --prompt='import ' --temperature=0.8 --top_p=0.95
     python -m experiments.generate --prompt='class ' --temperature=1 --samples=4 --seed=7 --stop=$'\nclass'
+    python -m experiments.generate --prompt='class ' --widths=S
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships. Only new text goes to standard output; a line of statistics
@@ -20,6 +21,9 @@ PROGRAM = cli.Program(__doc__)
 WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
+)
+WIDTHS = PROGRAM.define(
+    flags.DEFINE_string, "widths", None, "Decode with a submodel of a nested model, as in extract: M, or S,S,L,XL."
 )
 PROMPT = PROGRAM.define(
     flags.DEFINE_multi_string, "prompt", [], "Text to continue; - reads standard input. Repeatable."
@@ -55,8 +59,6 @@ DTYPE = PROGRAM.define(
 
 
 def main(arguments: list[str]) -> None:
-    from pathlib import Path
-
     from research.decoding.sampling import Sampling
 
     # Flags are checked before the model is read.
@@ -69,13 +71,18 @@ def main(arguments: list[str]) -> None:
     )
     prompts = read_prompts(PROMPT.value, PROMPT_FILE.value)
 
-    import research.language
     from research.decoding.generator import Generator
     from research.errors import UserError
+    from research.language import BASE
     from research.training.workdir import load_model
 
-    workdir = WORKDIR.value or Path(research.language.__file__).parent / "base"
-    loaded = load_model(workdir, STEP.value)
+    workdir = WORKDIR.value or BASE
+    if WIDTHS.value is None:
+        loaded = load_model(workdir, STEP.value)
+    else:
+        from research.elastic.loading import load_submodel
+
+        loaded, _ = load_submodel(workdir, WIDTHS.value, STEP.value)
     if not hasattr(loaded.model, "extend"):
         raise UserError(f"{workdir} holds a {type(loaded.model).__name__}, which does not decode text")
     if loaded.tokenizer is None:

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from lm_eval.tasks import TaskManager
 
-    from research.elastic.matformer import MatFormer
     from research.interop.lm_eval import HarnessModel
-    from research.training.workdir import Loaded
 
 PROGRAM = cli.Program(__doc__)
 TASKS = PROGRAM.define(
@@ -122,13 +120,12 @@ def run(
 def load() -> "HarnessModel":
     """The model that the flags name."""
     import sys
-    from pathlib import Path
 
     import jax
 
-    import research.language
     from research.errors import UserError
     from research.interop.lm_eval import HarnessModel, adds_bos
+    from research.language import BASE
     from research.training.workdir import load_model
 
     options = {"batch_size": BATCH_SIZE.value, "dtype": DTYPE.value}
@@ -146,46 +143,22 @@ def load() -> "HarnessModel":
         return HarnessModel(
             model, variables["params"], tokenizer, bos=adds_bos(tokenizer), name=HF.value, **options
         )
-    path = Path(WORKDIR.value or Path(research.language.__file__).parent / "base").expanduser()
-    loaded = load_model(path, STEP.value, EMA.value)
-    model, params, name = loaded.model, loaded.params, str(path)
-    if WIDTHS.value is not None:
-        from research.elastic.matformer import extract, parse_widths
+    path = WORKDIR.value or BASE
+    name = str(path)
+    if WIDTHS.value is None:
+        loaded = load_model(path, STEP.value, EMA.value)
+    else:
+        from research.elastic.loading import load_submodel
 
-        spec = parse_widths(WIDTHS.value, nested_task(path, loaded))
-        model, params = extract(model, params, spec)
+        loaded, spec = load_submodel(path, WIDTHS.value, STEP.value, EMA.value)
         name = f"{path} cut to {WIDTHS.value}"
         layers = ", ".join(
             f"{layer}: {width}" for layer, width in zip(spec.keep_layers, spec.widths, strict=True)
         )
         print(f"submodel of {path} with FFN widths by layer {layers}", file=sys.stderr)
+    model, params = loaded.model, loaded.params
     params = jax.tree.map(lambda leaf: leaf.astype(DTYPE.value), params)
     return HarnessModel(model, params, loaded.tokenizer, name=name, **options)
-
-
-def nested_task(path: "Path", loaded: "Loaded") -> "MatFormer":
-    """The task that knows a model's granularities: the run's, or of a model directory the method's defaults.
-
-    Raises UserError if the run does not train nested widths.
-    """
-    from ml_collections import ConfigDict
-
-    from research.config import build
-    from research.elastic.matformer import MatFormer
-    from research.errors import UserError
-    from research.training.task import LanguageModelling
-    from research.training.workdir import read_config
-
-    if loaded.step is None:
-        return MatFormer(LanguageModelling(loaded.model))
-    node = read_config(path / "config.json")
-    while isinstance(node.get("task"), ConfigDict):
-        node = node["task"]
-        if node["cls"] == f"{MatFormer.__module__}:{MatFormer.__qualname__}":
-            return build(node)
-    raise UserError(
-        f"--widths={WIDTHS.value}: the run in {path} trains one width only (its task is no MatFormer)"
-    )
 
 
 def checked_limit(limit: float | None) -> float | int | None:
