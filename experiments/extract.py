@@ -15,7 +15,9 @@ from experiments import cli
 
 PROGRAM = cli.Program(__doc__)
 WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
-WIDTHS = PROGRAM.define(flags.DEFINE_string, "widths", None, "The submodel: M, or one word a layer.", required=True)
+WIDTHS = PROGRAM.define(
+    flags.DEFINE_string, "widths", None, "The submodel: M, or one word a layer.", required=True
+)
 TO = PROGRAM.define(flags.DEFINE_string, "to", None, "The new model directory.", required=True)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0

@@ -307,10 +307,8 @@ def _fitted(value: Any, kind: Any, path: str) -> Any:
 
     result = fit(value, kind, built_class)
     if result is NO_FIT:
-        if isinstance(value, ConfigDict) and "cls" in value:
-            got = f"of({name_of(built_class(value))})"
-        else:
-            got = show(value)
+        built = isinstance(value, ConfigDict) and "cls" in value
+        got = f"of({name_of(built_class(value))})" if built else show(value)
         hint_text = hint(nearest(value, choices(kind))) if isinstance(value, str) else ""
         raise UserError(f"{path}: expected {describe(kind)}, got {got}{hint_text}")
     if type(result) is str and names_code(result, kind):

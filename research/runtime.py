@@ -40,7 +40,8 @@ def tune_allocator() -> bool:
     XLA on CPU takes its temporaries (half a gigabyte for a small model) afresh each step. By default glibc
     maps and unmaps them, and the kernel zeroes every page again: a fifth to a half of a training step. All
     three settings are needed: no mmap for large blocks, no trimming at all (the largest threshold, 2 GiB,
-    would trim every step of a larger model), and one arena, because XLA's threads would use their own. The price: freed memory is not given back to the system.
+    would trim every step of a larger model), and one arena, because XLA's threads would use their own. The
+    price: freed memory is not given back to the system.
 
     Applies to Linux with glibc where the CPU computes; nothing is done elsewhere or with
     LATHE_ALLOCATOR=system.

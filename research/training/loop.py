@@ -15,7 +15,6 @@ import optax
 
 from research.errors import UserError
 from research.training import partitioning
-from research.training.checkpoint_files import newest_intact
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
@@ -290,15 +289,16 @@ class _Run:
         """The state of `step`, or of the newest intact checkpoint; `None` where there is none."""
         if self.checkpoints is None:
             return None
+        # The stage decides what an optimizer state looks like, and the step decides the stage.
         if step is None:
-            # The stage decides what an optimizer state looks like, and the step decides the stage.
-            found = newest_intact(self.checkpoints.directory, self._warn)
+            found = self.checkpoints.restore_latest(lambda step: self.plan_of(step).abstract)
             if found is None:
                 return None
-            step = found[1]["step"]
-        plan = self.plan_of(step)
-        state, position = self.checkpoints.restore(step, plan.abstract)
-        expected = {"records": self.records(step), "stage": plan.index}
+            state, position = found
+            step = int(state.step)
+        else:
+            state, position = self.checkpoints.restore(step, self.plan_of(step).abstract)
+        expected = {"records": self.records(step), "stage": self.plan_of(step).index}
         if step > self.trainer.steps or position != expected:
             raise UserError(
                 f"{self.directory}: the checkpoint of step {step} stands at {position}, but the config's "
