@@ -376,13 +376,13 @@ def _(_):
 @runs(
     "MatFormer",
     "decoding",
-    "the engine's greedy tokens of S, of XL and of a Mix'n'Match model with a skipped layer are those of full forwards",
+    "the engine's greedy tokens of S and of a Mix'n'Match model with a skipped layer are those of full forwards",
 )
 def _(_):
     model = decoder((Window(3), Causal()), num_layers=2, attention=dict(num_kv_heads=1))
     params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, init(model))
     mat = MatFormer(LanguageModelling(model))
-    for widths in ("S", "XL", "-,4"):
+    for widths in ("S", "-,4"):
         small, cut = extract(model, params, parse_widths(widths, mat))
         (sample,) = Generator(small, cut).generate([[5, 9, 2]], max_new_tokens=8).samples
         tokens = [5, 9, 2]
@@ -434,10 +434,8 @@ def _(_):
     drafted = Generator(model, params, proposer=Submodel(small), proposer_params=cut)
     result = drafted.generate(prompts, max_new_tokens=count)
     assert [sample.tokens for sample in result.samples] == [sample.tokens for sample in plain.samples]
-    # S alone says something else: the verifier did work, and some drafts were right.
-    alone = Generator(small, cut).generate(prompts, max_new_tokens=count)
-    assert [sample.tokens for sample in alone.samples] != [sample.tokens for sample in plain.samples]
-    assert result.stats.calls < plain.stats.calls
+    # Prefill gives 1 of 16 tokens and 4 calls the others if every draft is right: some were, and some were not.
+    assert 1 + 4 < result.stats.calls < plain.stats.calls == 16
 
 
 @runs(

@@ -103,10 +103,10 @@ def test_joint_loss_is_the_sum_and_its_monitors_are_the_terms(case, nested):
 def test_units_beyond_the_drawn_width_get_a_gradient_of_exactly_zero(case, nested):
     task, batch = case
     params = nested.init(task)
-    mat = MatFormer(task, training="sampled")
+    mat = MatFormer(task, divisors=(4, 1), training="sampled")
     sampled = jax.jit(jax.grad(lambda p, k: loss_of(mat, p, batch, k), has_aux=True))
-    for index, width in enumerate((2, 4, 8, 16)):
-        key = key_that_draws(index, 4)
+    for index, width in enumerate((4, 16)):
+        key = key_that_draws(index, 2)
         drawn, metrics = sampled(params, key)
         alone = gradient(task, params, batch, part=lambda p, i=index: mat.granularity(p, i))
         # The same operations on the same arrays; only their order inside sums may differ.
@@ -117,7 +117,7 @@ def test_units_beyond_the_drawn_width_get_a_gradient_of_exactly_zero(case, neste
                 assert all((part == 0).all() for part in beyond)
                 assert (layer["up"]["kernel"][:, :width] != 0).any(0).all()
         weights = [float(metrics[f"loss_{name}"][1]) for name in mat.names]
-        assert [w > 0 for w in weights] == [i == index for i in range(4)]
+        assert [w > 0 for w in weights] == [i == index for i in range(2)]
         np.testing.assert_array_equal(metrics[f"loss_{mat.names[index]}"], metrics["loss"])
 
 
@@ -195,9 +195,9 @@ def test_scanned_trees_nest_like_unrolled_ones(nested):
     params = nested.init(nested.language())
     equal(nest(scan_params(params, 1), 4), scan_params(nest(params, 4), 1))
     task = nested.language(scan_layers=True)
-    metrics = jax.jit(MatFormer(task).loss)(scan_params(params, 1), nested.batch, KEY)
-    unrolled = jax.jit(MatFormer(nested.language()).loss)(params, nested.batch, KEY)
-    for name in ("loss", "loss_S", "loss_L"):
+    metrics = jax.jit(MatFormer(task, (8, 1)).loss)(scan_params(params, 1), nested.batch, KEY)
+    unrolled = jax.jit(MatFormer(nested.language(), (8, 1)).loss)(params, nested.batch, KEY)
+    for name in ("loss", "loss_1/8", "loss_1/1"):
         np.testing.assert_allclose(metrics[name], unrolled[name], rtol=1e-6)
 
 

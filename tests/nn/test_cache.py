@@ -39,6 +39,17 @@ def test_the_slots_of_a_ring():
     assert valid.tolist() == [[True] * 4, [True, True, False, False], [False] * 4]
 
 
+def test_more_rows_than_slots_leave_the_last_ones():
+    rows = np.arange(18).reshape(3, 6)
+    cache = empty(RingCache).commit((fresh(rows),), None, jnp.asarray([6, 5, 2]))
+    # Row 0 keeps tokens 2..5 of 0..5, row 1 tokens 1..4 of 6..10, row 2 has two.
+    assert contents(cache.layers[0], cache.length) == [
+        {2: 2, 3: 3, 4: 4, 5: 5},
+        {1: 7, 2: 8, 3: 9, 4: 10},
+        {0: 12, 1: 13},
+    ]
+
+
 @pytest.mark.parametrize("kind", [DenseCache, RingCache])
 def test_appends_roll_backs_and_selection_follow_a_record(kind):
     """Random commits of up to 6 rows (more than the ring has) with unequal counts, and small roll-backs."""
