@@ -3,6 +3,7 @@
     python -m experiments.systems                  a table: what is here and whether its claim held
     python -m experiments.systems --family=moe     one family
     python -m experiments.systems --json           every entry, for scripts
+    python -m experiments.systems --markdown > docs/results/README.md
 
 Each entry names the file that holds what the paper adds, the config that trains it and the claim that checks
 it (`python -m experiments.claims NAME`). `holds` is what the recorded claim found: yes, partly, no, or -
@@ -22,6 +23,7 @@ from research.errors import UserError, nearest
 
 PROGRAM = cli.Program(__doc__)
 JSON = PROGRAM.define(flags.DEFINE_boolean, "json", False, "Print a JSON list instead of a table.")
+MARKDOWN = PROGRAM.define(flags.DEFINE_boolean, "markdown", False, "Print the page docs/results/README.md.")
 FAMILY = PROGRAM.define(flags.DEFINE_string, "family", None, "Only the systems of this family.")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +103,9 @@ def main(arguments: list[str]) -> None:
     if JSON.value:
         print(json.dumps([dataclasses.asdict(system) for system in systems], indent=2))
         return
+    if MARKDOWN.value:
+        print(results_page(systems), end="")
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -112,6 +117,29 @@ def main(arguments: list[str]) -> None:
         row = (system.name, system.title, system.arxiv, system.family, system.config, verdict)
         table.add_row(*row)
     Console().print(table)
+
+
+def results_page(systems: list[System], results: Path = RESULTS) -> str:
+    """docs/results/README.md: every system with the verdict of its claim and the sentence that says why."""
+    lines = [
+        "# Results of the claims",
+        "",
+        "`python -m experiments.claims NAME --record` measures one again; `python -m experiments.systems --markdown`",
+        "writes this page. A claim that did not hold says so.",
+        "",
+        "| system | family | paper | holds | why |",
+        "|---|---|---|---|---|",
+    ]
+    for system in systems:
+        paper = f"[{system.arxiv}](https://arxiv.org/abs/{system.arxiv})"
+        name, why = system.name, "not recorded yet"
+        if system.holds is not None:
+            name = f"[{system.title}]({system.name}/README.md)"
+            why = json.loads((results / system.name / "result.json").read_text(encoding="utf-8"))["why"]
+        lines.append(
+            f"| {name} | {system.family} | {paper} | {system.holds or '-'} | {why.replace('|', chr(92) + '|')} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -63,3 +63,8 @@ def test_the_program_prints_json_and_a_table(capsys):
     assert "matformer" in capsys.readouterr().out
     assert systems.PROGRAM.call(systems.main, ["--family=elastc"]) == 2
     assert capsys.readouterr().err == "error: no family 'elastc'; did you mean elastic?\n"
+
+
+def test_the_results_page_is_up_to_date():
+    """Mend it with: python -m experiments.systems --markdown > docs/results/README.md"""
+    assert (systems.RESULTS / "README.md").read_text(encoding="utf-8") == systems.results_page(systems.read_catalogue())
