@@ -43,7 +43,7 @@ class Trainer:
     ema: decay of the moving average of the parameters that evaluators then measure; `None` keeps none.
     log_every, checkpoint_every: steps. The last step of every stage is saved too.
     keep_last, keep_best: checkpoints kept; best by the loss of the first evaluator's first variant.
-    explode: stop when the loss exceeds this many times its running median; `None` stops for NaN only.
+    explode: stop when the loss exceeds this many times its usual height (see `monitor`); `None`: for NaN only.
     """
 
     task: Task

@@ -5,7 +5,6 @@ device never idles, and yet every single step's loss is looked at.
 """
 
 import math
-import statistics
 from collections import deque
 from dataclasses import dataclass
 
@@ -16,8 +15,8 @@ from research.training.evaluators import means
 from research.training.task import Metrics
 
 AHEAD = 2  # steps that may be unfinished: one in work, one queued
-WINDOW = 100  # losses in the running median
-SETTLED = 20  # losses before the median means anything
+WINDOW = 100  # losses that say what is usual
+SETTLED = 20  # losses before that means anything
 
 
 class Diverged(UserError):
@@ -41,8 +40,9 @@ class Pending:
 class Monitor:
     """Holds metrics back until they are there, and checks every loss.
 
-    watched: the metric to check. explode: a loss above `explode` times the running median (of the last
-    `WINDOW` losses, once there are `SETTLED`) counts as exploding; `None` checks for NaN and infinity only.
+    watched: the metric to check. explode: a loss above `explode` times what nine in ten of the last `WINDOW`
+    losses stay below (once there are `SETTLED`) counts as exploding; `None` checks for NaN and infinity only.
+    A median would not do: near zero, the losses of a well-trained classifier scatter over a factor of ten.
     """
 
     def __init__(self, watched: str, explode: float | None):
@@ -77,10 +77,10 @@ class Monitor:
         if not math.isfinite(loss):
             raise Diverged(f"the {self._watched} is {loss} {where}")
         if self._explode is not None and len(self._losses) >= SETTLED:
-            usual = statistics.median(self._losses)
+            usual = sorted(self._losses)[len(self._losses) * 9 // 10]
             if 0 < usual * self._explode < loss:
                 raise Diverged(
-                    f"the {self._watched} exploded {where}: {loss:.6g}, over {self._explode:g} times its "
-                    f"running median {usual:.6g}"
+                    f"the {self._watched} exploded {where}: {loss:.6g}, over {self._explode:g} times what nine in "
+                    f"ten of the last {len(self._losses)} stayed below, {usual:.6g}"
                 )
         self._losses.append(loss)

@@ -13,7 +13,7 @@ import pytest
 
 from research.errors import UserError
 from research.training.evaluators import Evaluate
-from research.training.monitor import Diverged
+from research.training.monitor import Diverged, Monitor, Pending
 from research.training.optimizers import adamw, constant, sgd
 from research.training.state import initial_state, step_key
 
@@ -288,3 +288,18 @@ def test_data_that_ends_is_an_error(toy):
 
     with pytest.raises(UserError, match="stage 'main': its data ended at record 16, before its last step"):
         toy.trainer(data=Short(toy.Tokens(16), 0)).train(progress=False, devices=toy.one_device)
+
+
+def test_small_losses_may_scatter():
+    """9 of 10 losses stay below 0.05, so 0.45 is usual and 0.51 is over ten times it."""
+    monitor = Monitor("loss", 10.0)
+
+    def see(*losses: float) -> None:
+        for loss in losses:
+            monitor.add(Pending(1, "records", {"loss": (jnp.float32(loss), jnp.float32(1.0))}, False))
+        monitor.settle(0)
+
+    see(*[0.01] * 18, 0.05, 0.05, 0.05)
+    see(0.45)
+    with pytest.raises(Diverged, match="exploded at step 1 .*: 0.51, over 10 times .* 0.05"):
+        see(*[0.01] * 8, 0.51)
