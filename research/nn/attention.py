@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from research.errors import UserError
 from research.nn import cache as caches
 from research.nn.attention_kernels import AttentionKernel, AutoAttention, cached_attention
 from research.nn.linear import Linear
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         self, x: jax.Array, context: Context, cache: caches.LayerCache | None = None
     ) -> tuple[jax.Array, caches.Fresh]:
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
+            raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
         query, key, value = self._project(x, context.positions.shape)
         if self.query_norm is not None:
             query = self.query_norm(query)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.errors import UserError
 from research.nn.masks import Full, MaskRule
 
 NEGATIVE = -1e30  # finite, so that a fully masked row gives a uniform distribution instead of NaN
@@ -97,7 +98,7 @@ class BlockedAttention:
 
     def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
         if softcap is not None or prefix is not None or rule.key_range(0, 1) is None:
-            raise ValueError(
+            raise UserError(
                 f"BlockedAttention computes rules with a key range and no soft cap; got {rule}, "
                 f"softcap={softcap}. Use DenseAttention or AutoAttention."
             )

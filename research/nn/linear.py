@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.errors import UserError
 from research.nn import weights
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -40,7 +41,7 @@ class Linear(nn.Module):
         kernel = parameter(self, "kernel", init, (width, self.features))
         if kernel.shape[0] != width:
             path = "/".join(self.path)
-            raise ValueError(f"{path}/kernel takes {kernel.shape[0]} inputs, but its input is {width} wide")
+            raise UserError(f"{path}/kernel takes {kernel.shape[0]} inputs, but its input is {width} wide")
         y = weights.dot(x, kernel)
         if self.use_bias:
             bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))

@@ -10,6 +10,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from research.errors import UserError
+
 
 class MaskRule(Protocol):
     """Which keys a query sees. Frozen dataclasses: rules are static and hashable."""
@@ -56,7 +58,7 @@ class Prefix:
 
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         if prefix is None:
-            raise ValueError("a Prefix mask needs the prefix length of every row (`prefix` int32[B])")
+            raise UserError("a Prefix mask needs the prefix length of every row (`prefix` int32[B])")
         inside = jnp.maximum(query[:, None, :, None], key[:, None, None, :]) < prefix[:, None, None, None]
         return (_differences(query, key) >= 0) | inside
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
@@ -81,7 +83,7 @@ class Rotary:
     def __call__(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """positions int32[B, T] -> cosines and sines, float32[B, T, head_dim / 2]."""
         if head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+            raise UserError(f"rotary positions need an even head_dim, not {head_dim}")
         frequencies = self.base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         scale = 1.0
         if self.scaling is not None:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
 from research.nn.norm import RMSNorm
@@ -103,7 +104,7 @@ class LayerStack(nn.Module):
         period = len(self.blocks)
         if self.scan_layers:
             if self.num_layers % period:
-                raise ValueError(
+                raise UserError(
                     f"scan_layers needs num_layers ({self.num_layers}) to be a multiple of the pattern "
                     f"({period})"
                 )
@@ -127,7 +128,7 @@ class LayerStack(nn.Module):
             x = x.reshape(-1, shape[-1])
         if self.scan_layers:
             if cache is not None:
-                raise ValueError("decoding runs unrolled layers: convert with `unscan_layers` first")
+                raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")
             x, stacked = self.layers(x, context)
             repeats = self.num_layers // len(self.blocks)
             fresh = tuple(jax.tree.map(lambda y: y[i], rows) for i in range(repeats) for rows in stacked)  # noqa: B023
@@ -143,14 +144,14 @@ def scan_params(params: dict, period: int) -> dict:
     """Parameters of unrolled layers -> scanned ones (`layer_i/...` -> `layers/layer_j/...`, stacked)."""
     count = sum(bool(re.fullmatch(r"layer_\d+", name)) for name in params)
     if count % period:
-        raise ValueError(f"{count} layers are not a multiple of the pattern of {period}")
+        raise UserError(f"{count} layers are not a multiple of the pattern of {period}")
     rest = {name: value for name, value in params.items() if not re.fullmatch(r"layer_\d+", name)}
     stacked = {}
     for j in range(period):
         trees = [params[f"layer_{i}"] for i in range(j, count, period)]
         shapes = [jax.tree.map(jnp.shape, tree) for tree in trees]
         if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"layers {list(range(j, count, period))} differ in shape and can't be scanned")
+            raise UserError(f"layers {list(range(j, count, period))} differ in shape and can't be scanned")
         stacked[f"layer_{j}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
     return {**rest, "layers": stacked}
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.cache import RingCache
@@ -162,7 +163,7 @@ def test_scanned_rematerialised_and_batched_forms_are_the_same_model():
         (model, fuse_projections(params)),
     ):
         close(call(other, tree, TOKENS), logits)
-    with pytest.raises(ValueError, match="decoding runs unrolled layers: convert with `unscan_layers` first"):
+    with pytest.raises(UserError, match="decoding runs unrolled layers: convert with `unscan_layers` first"):
         call(model.clone(scan_layers=True), stacked, TOKENS[:, :1], model.init_cache(3, 24), method="extend")
 
 

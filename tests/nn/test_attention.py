@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.attention import Attention, Context
 from research.nn.attention_kernels import BlockedAttention, DenseAttention
 from research.nn.cache import Cache, DenseCache, RingCache
@@ -87,7 +88,7 @@ def test_parameters_of_a_layer():
         "key_norm": {"scale": (4,)},
     }
     assert make(output_bias=True)[1]["output"]["bias"].shape == (6,)
-    with pytest.raises(ValueError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
+    with pytest.raises(UserError, match="num_heads=4 is not a multiple of num_kv_heads=3"):
         make(num_kv_heads=3)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention, cached_attention
 from research.nn.masks import Causal, Full, Prefix, Window
 
@@ -138,7 +139,7 @@ def test_bfloat16_agrees_to_its_rounding():
 def test_blocked_attention_refuses_what_it_cannot_compute(rule, changes):
     query, key, value, _ = inputs(4)
     with pytest.raises(
-        ValueError, match="a key range and no soft cap; got .* Use DenseAttention or AutoAttention"
+        UserError, match="a key range and no soft cap; got .* Use DenseAttention or AutoAttention"
     ):
         BlockedAttention()(query, key, value, rule, **{**PLAIN, **changes})
 

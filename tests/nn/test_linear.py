@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from research.errors import UserError
 from research.nn.linear import Embedding, Linear
 from research.nn.weights import LowRank
 
@@ -34,7 +35,7 @@ def test_a_kernel_of_other_inputs_is_named():
     class Two(Linear):
         pass
 
-    with pytest.raises(ValueError, match="kernel takes 3 inputs, but its input is 2 wide"):
+    with pytest.raises(UserError, match="kernel takes 3 inputs, but its input is 2 wide"):
         Two(4).apply({"params": {"kernel": jnp.ones((3, 4))}}, jnp.ones((1, 2)))
 
 

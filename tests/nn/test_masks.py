@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.masks import Causal, Full, Prefix, Window
 
 
@@ -52,7 +53,7 @@ def test_key_range_is_the_smallest_that_holds_all_visible_keys(rule, start, stop
 
 def test_rules_without_a_range_and_a_prefix_without_lengths():
     assert Full().key_range(0, 4) is None and Prefix().key_range(0, 4) is None
-    with pytest.raises(ValueError, match="Prefix mask needs the prefix length"):
+    with pytest.raises(UserError, match="Prefix mask needs the prefix length"):
         table(Prefix())
 
 

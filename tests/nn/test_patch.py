@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.patch import PatchEmbedding, patchify
 
 
@@ -27,10 +28,10 @@ def test_embedding_by_hand():
 
 
 def test_sizes_that_do_not_fit_are_told():
-    with pytest.raises(ValueError, match="images of 3x4 pixels don't divide into patches of 2x2"):
+    with pytest.raises(UserError, match="images of 3x4 pixels don't divide into patches of 2x2"):
         patchify(jnp.zeros((1, 3, 4, 1)), 2)
     embedding = PatchEmbedding(2, 4)
     variables = embedding.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
     assert variables["params"]["positions"].shape == (4, 4)
-    with pytest.raises(ValueError, match="holds 4 positions, the image has 8"):
+    with pytest.raises(UserError, match="holds 4 positions, the image has 8"):
         embedding.apply(variables, np.zeros((1, 4, 8, 1), "f"))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling, rotate
 
 
@@ -77,5 +78,5 @@ def test_yarn_scales_the_rotated_vectors():
 
 
 def test_an_odd_head_is_refused():
-    with pytest.raises(ValueError, match="even head_dim, not 3"):
+    with pytest.raises(UserError, match="even head_dim, not 3"):
         Rotary()(jnp.zeros((1, 1), jnp.int32), 3)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import UserError
 from research.nn.attention import Attention, Context
 from research.nn.masks import Window
 from research.nn.mlp import MLP, GatedMLP
@@ -145,12 +146,12 @@ def test_dropout_needs_a_key_and_differs_between_layers():
 
 
 def test_what_does_not_fit_is_told():
-    with pytest.raises(ValueError, match=r"num_layers \(3\) to be a multiple of the pattern \(2\)"):
+    with pytest.raises(UserError, match=r"num_layers \(3\) to be a multiple of the pattern \(2\)"):
         init(make(num_layers=3, scan_layers=True))
     params = init(make(num_layers=3))
-    with pytest.raises(ValueError, match="3 layers are not a multiple of the pattern of 2"):
+    with pytest.raises(UserError, match="3 layers are not a multiple of the pattern of 2"):
         scan_params(params, 2)
-    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] differ in shape and can't be scanned"):
+    with pytest.raises(UserError, match=r"layers \[0, 1, 2\] differ in shape and can't be scanned"):
         scan_params({**params, "layer_1": {"mlp": {"up": {"kernel": jnp.ones((1, 1))}}}}, 1)
 
 
