@@ -10,7 +10,7 @@ from research.nn import cache as caches
 from research.nn.attention_kernels import AttentionKernel, AutoAttention, cached_attention
 from research.nn.linear import Linear
 from research.nn.masks import Causal, MaskRule, Window
-from research.nn.rotary import Rotary, rotate
+from research.nn.rotary import Rotary, compute_once, rotate
 
 
 class Context(struct.PyTreeNode):
@@ -74,6 +74,8 @@ class Attention(nn.Module):
             key = self.key_norm(key)
         if self.rotary is not None:
             angles = self.rotary(context.positions, self.head_dim)
+            if cache is None:
+                angles = compute_once(angles)
             query, key = rotate(query, *angles), rotate(key, *angles)
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
