@@ -45,8 +45,11 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--record needs at least the claim's own seeds, --seeds={own} ({system.name})")
     from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240  # a log file has no width, and a table folded to 80 columns can't be read
     for system, claim in zip(systems, claims, strict=True):
-        run_claim(system, claim, claim.seeds if seeds is None else seeds, Path(WORKDIR.value), Console())
+        run_claim(system, claim, claim.seeds if seeds is None else seeds, Path(WORKDIR.value), console)
 
 
 def select(names: list[str], family: str | None, catalogue: list[System]) -> list[System]:
