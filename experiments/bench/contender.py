@@ -53,7 +53,8 @@ class Contender:
 
     def close(self) -> None:
         """Ends the process."""
-        self._connection.close()
+        self._connection.close()  # on which it ends by itself, unless it is in the middle of something
+        self._process.join(timeout=5)
         self._process.terminate()
         self._process.join()
 

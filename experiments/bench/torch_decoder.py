@@ -127,6 +127,16 @@ class Peer:
         float(loss)
         return (time.perf_counter() - start) / steps
 
+    def peak(self, size: int = 2048, repeats: int = 3) -> float:
+        """FLOP/s of torch's float32 product of two `size` x `size` matrices; the best run after one more."""
+        a = torch.ones(size, size)
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            torch.mm(a, a)
+            seconds.append(time.perf_counter() - start)
+        return 2 * size**3 / min(seconds[1:])
+
     def _step(self) -> torch.Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self._tokens, self._targets)

@@ -42,11 +42,13 @@ def test_training_agrees_with_torch_and_counts(monkeypatch):
 
 def test_ratios_by_hand():
     seconds = {"lathe": [2.0, 1.0, 4.0], "eager": [3.0, 9.0, 5.0]}
-    row = train.Row("x", parameters=1, tokens=100, flops=30.0, peak=60.0, loss=0.0, seconds=seconds)
+    peaks = {"lathe": 60.0, "eager": 40.0}
+    row = train.Row("x", parameters=1, tokens=100, flops=30.0, peaks=peaks, loss=0.0, seconds=seconds)
     assert row.ratio("eager") == 5 / 2  # medians
     assert row.best_ratio("eager") == 3 / 1
     assert row.tokens_per_second("lathe") == 100 / 2
     assert row.peak_fraction("lathe") == 30 / 2 / 60
+    assert row.peak_fraction("eager") == 30 / 5 / 60  # of the best library's, not of its own
 
 
 def test_different_losses_are_no_comparison():
