@@ -25,6 +25,7 @@ from experiments.bench.shapes import SHAPES, Shape, make_decoder
 from research.decoding.generator import Generator
 from research.errors import UserError
 from research.language.decoder import DecoderLM
+from research.nn.accounting import count_parameters
 
 PROMPT, NEW = 32, 128
 BATCHES = (1, 8)
@@ -118,7 +119,7 @@ def _measure(
         if not number:
             seconds.clear()
             peer_seconds.clear()
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    total = count_parameters(params)
     streamed = 4 * (total - shape.vocab * shape.width)
     work = batch * new_tokens
     return Row(

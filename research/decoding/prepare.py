@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.nn.accounting import count_parameters
 from research.nn.fuse import fuse_projections
 from research.nn.transformer import LayerStack, unscan_layers
 from research.nn.weights import Weight
@@ -26,7 +27,7 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
         return jnp.asarray(leaf, dtype)
 
     params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Weight))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = count_parameters(params)
     if jax.default_backend() == "cpu" and count >= _FUSE_FROM:
         params = fuse_projections(params)
     return model, params

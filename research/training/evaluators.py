@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from research.errors import UserError
+from research.nn.accounting import count_parameters
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
 from research.training.task import Metrics, Task
 
@@ -78,7 +79,7 @@ class Evaluation:
                 variant = self._extract[name](params)
                 totals = self._totals(evaluator, variant)
                 results[name] = means(totals, f"evaluator {evaluator.name!r}")
-                results[name]["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(variant))
+                results[name]["parameters"] = count_parameters(variant)
                 results[name]["seconds"] = round(time.perf_counter() - start, 3)
         return results
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from research.errors import UserError
+from research.nn.accounting import count_parameters
 from research.training import partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
@@ -418,7 +419,7 @@ class _Run:
     # Reporting
 
     def _announce(self, step: int, resumed: bool) -> None:
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        size = count_parameters(self.shapes)
         abstract = self.plan_of(step + 1).abstract
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         resident = partitioning.device_bytes(abstract, shardings)
