@@ -401,11 +401,11 @@ class Submodel:
     def __init__(self, model):
         self.model = model
 
-    def init(self, params, prompt):
+    def init(self, params, target, prompt):
         room = self.model.max_length - prompt.tokens.shape[1]
         return jnp.pad(prompt.tokens, ((0, 0), (0, room)))
 
-    def propose(self, params, text, round):
+    def propose(self, params, target, text, round):
         rows = jnp.arange(text.shape[0])
         drafted = [round.root]
         for depth in range(self.size):
@@ -416,7 +416,7 @@ class Submodel:
                 drafted.append(jnp.argmax(scores, -1).astype(jnp.int32))
         return Draft(jnp.stack(drafted, 1), chain(self.size)), text
 
-    def observe(self, params, text, outcome):
+    def observe(self, params, target, text, outcome):
         return text
 
 

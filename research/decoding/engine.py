@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from research.decoding.proposers import Outcome, Prompt, Proposer, Round
+from research.decoding.proposers import Outcome, Prompt, Proposer, Round, Target
 from research.decoding.sampling import Chain, apply_chain, position_keys
 from research.decoding.tree import Tree, chain
 from research.decoding.verify import Draft, Verifier
@@ -25,7 +25,8 @@ class State(struct.PyTreeNode):
     cache holds the prompt and all output tokens but the newest; root int32[B] is the newest. tokens int32[B,
     capacity] is the output, count int32[B] its length, limit int32[B] its greatest length. done bool[B] rows
     are frozen. keys [B] decide every draw of a row. histogram int32[B, levels]: in how many calls the row
-    gained 1, 2, ... tokens. processors and proposer are their states.
+    gained 1, 2, ... tokens; drafted int32[B]: tokens offered to the verifier. processors and proposer are
+    their states.
     """
 
     cache: Cache
@@ -36,6 +37,7 @@ class State(struct.PyTreeNode):
     done: jax.Array
     keys: jax.Array
     histogram: jax.Array
+    drafted: jax.Array
     processors: tuple[Any, ...]
     proposer: Any
 
@@ -112,8 +114,9 @@ class Engine:
             done=(limit <= 1) | _is_end(root, ends),
             keys=keys,
             histogram=jnp.zeros((logits.shape[0], self.proposer.levels), jnp.int32),
+            drafted=jnp.zeros_like(lengths),
             processors=states,
-            proposer=self.proposer.init(weights.proposer, prompt),
+            proposer=self.proposer.init(weights.proposer, Target(weights.target, self.model), prompt),
         )
 
     def decode(
@@ -139,8 +142,10 @@ class Engine:
             return apply_chain(weights.processors, logits, along)
 
         round_ = Round(state.root, state.cache.length, _call_keys(state), warp)
-        draft, proposer_state = self.proposer.propose(weights.proposer, state.proposer, round_)
+        target = Target(weights.target, self.model)
+        draft, proposer_state = self.proposer.propose(weights.proposer, target, state.proposer, round_)
         tree = draft.tree
+        virtual = 0 if draft.virtual is None else draft.virtual.size
         if tree.size != self.proposer.size or tree.levels != self.proposer.levels:
             raise ValueError(
                 f"{self.proposer} drafted {tree.size} nodes on {tree.levels} levels, not the "
@@ -149,10 +154,11 @@ class Engine:
         variables = {"params": weights.target}
         logits, hidden, fresh = self.model.apply(
             variables,
-            draft.tokens,
+            draft.tokens[:, : tree.size - virtual],
             state.cache,
             jnp.asarray(tree.mask),
             jnp.asarray(tree.depth),
+            *(() if draft.virtual is None else (draft.virtual,)),
             method="extend",
         )
         keys = _position_keys(state.keys, state.count, tree.levels)
@@ -183,12 +189,13 @@ class Engine:
             done=state.done | ended | (count >= state.limit),
             keys=state.keys,
             histogram=state.histogram + (place == kept[:, None] - 1),
+            drafted=state.drafted + jnp.where(state.done, 0, jnp.sum(tree.real, -1, dtype=jnp.int32) - 1),
             processors=tuple(
                 p.update(s, along_path, kept)
                 for p, s in zip(weights.processors, state.processors, strict=True)
             ),
             proposer=self.proposer.observe(
-                weights.proposer, proposer_state, Outcome(draft, accept, logits, hidden)
+                weights.proposer, target, proposer_state, Outcome(draft, accept, logits, hidden)
             ),
         )
 

@@ -23,7 +23,7 @@ from research.decoding.prepare import prepare
 from research.decoding.proposers import Plain, Proposer
 from research.decoding.sampling import Sampling
 from research.decoding.text import RowText
-from research.decoding.verify import Greedy, Sampled
+from research.decoding.verify import Greedy, Sampled, Verifier
 from research.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,15 +54,16 @@ class Stats:
     """What a generation took.
 
     calls: of the model, prefill included, for the whole batch; new_tokens: over all rows, end tokens
-        included;
-    gained[k]: in how many calls a row gained k + 1 tokens; seconds of compilation, of prefill and of
-    decoding, the latter with everything the host does in between.
+        included; gained[k]: in how many calls a row gained k + 1 tokens; drafted: tokens offered to the
+        verifier; seconds of compilation, of prefill and of decoding, the latter with everything the host does
+        in between.
     """
 
     prompt_tokens: int
     new_tokens: int
     calls: int
     gained: tuple[int, ...]
+    drafted: int
     compile_seconds: float
     prefill_seconds: float
     decode_seconds: float
@@ -71,6 +72,11 @@ class Stats:
     def tokens_per_second(self) -> float:
         """New tokens of all rows per second of prefill and decoding."""
         return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def wasted(self) -> int:
+        """Drafted tokens that are no part of the output."""
+        return self.drafted - sum(k * n for k, n in enumerate(self.gained))
 
     @property
     def tokens_per_call(self) -> float:
@@ -105,6 +111,8 @@ class Generator:
         tokenizer: for prompts and outputs that are text, or None.
         dtype: of the parameters and the cache, "float32" or "bfloat16".
         proposer, proposer_params: what drafts; plain decoding by default.
+        verifier: which drafts are kept; by default the exact rule, `Greedy` at temperature 0, else `Sampled`.
+            Another rule may change the output.
         ends: token ids that end a sequence; the tokenizer's end token by default.
     """
 
@@ -117,6 +125,7 @@ class Generator:
         dtype: Literal["float32", "bfloat16"] = "float32",
         proposer: Proposer | None = None,
         proposer_params: Any = (),
+        verifier: Verifier | None = None,
         ends: Sequence[int] | None = None,
     ):
         if dtype not in ("float32", "bfloat16"):
@@ -126,6 +135,7 @@ class Generator:
         self.dtype = dtype
         self.proposer = Plain() if proposer is None else proposer
         self.proposer_params = proposer_params
+        self.verifier = verifier
         if ends is None:
             ends = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.ends = tuple(ends)
@@ -258,7 +268,7 @@ class Stream:
         self._engine = engines.Engine(
             generator.model,
             generator.proposer,
-            Greedy() if sampling.greedy else Sampled(),
+            generator.verifier or (Greedy() if sampling.greedy else Sampled()),
             capacity,
             samples,
             generator.dtype,
@@ -318,6 +328,7 @@ class Stream:
             new_tokens=int(count.sum()),
             calls=1 + int(histogram.sum(1).max()),
             gained=tuple(int(n) for n in histogram.sum(0)),
+            drafted=int(np.asarray(state.drafted).sum()),
             compile_seconds=compiled,
             prefill_seconds=prefilled,
             decode_seconds=time.perf_counter() - start,

@@ -1,7 +1,8 @@
 """What drafts: the protocol of a proposer, and plain decoding.
 
-A proposer is static and hashable; its parameters and its state are pytrees. It reads neither the noise that
-verifies its drafts nor anything later than the last accepted token.
+A proposer is static and hashable; its parameters and its state are pytrees. It may use the target's own
+embedding, head and layers (`Target`). It reads neither the noise that verifies its drafts nor anything later
+than the last accepted token.
 """
 
 import dataclasses
@@ -13,6 +14,21 @@ from flax import struct
 
 from research.decoding.tree import Tree, chain
 from research.decoding.verify import Accept, Draft
+
+
+class Target(struct.PyTreeNode):
+    """The model that is decoded and its parameters, for drafters that share them."""
+
+    params: Any
+    model: Any = struct.field(pytree_node=False)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32[...] -> what enters the first layer [..., D]."""
+        return self.model.apply({"params": self.params}, tokens, method="embed")
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] after the final norm -> float32 logits [..., V] of the target's head."""
+        return self.model.apply({"params": self.params}, hidden, method="logits")
 
 
 class Prompt(struct.PyTreeNode):
@@ -42,7 +58,8 @@ class Round(struct.PyTreeNode):
 
 class Outcome(struct.PyTreeNode):
     """What a proposer is told after a call: the draft; what was accepted (`accept.count` is 0 in finished
-    rows); logits float32[B, N, V], unprocessed, and hidden [B, N, D] of every node, virtual ones included."""
+    rows; `accept.token` is the next root where none was cut off by an end or a limit); logits float32[B, N,
+    V], unprocessed, and hidden [B, N, D], after the final norm, of every node, virtual ones included."""
 
     draft: Draft
     accept: Accept
@@ -56,14 +73,14 @@ class Proposer(Protocol):
     size: int
     levels: int
 
-    def init(self, params: Any, prompt: Prompt) -> Any:
+    def init(self, params: Any, target: Target, prompt: Prompt) -> Any:
         """The state after prefill."""
 
-    def propose(self, params: Any, state: Any, round: Round) -> tuple[Draft, Any]:
+    def propose(self, params: Any, target: Target, state: Any, round: Round) -> tuple[Draft, Any]:
         """A draft below round.root."""
 
-    def observe(self, params: Any, state: Any, outcome: Outcome) -> Any:
-        """The state after a call."""
+    def observe(self, params: Any, target: Target, state: Any, outcome: Outcome) -> Any:
+        """The state after a call. It must leave finished rows in a state that `propose` can still be run on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +90,11 @@ class Plain:
     size: int = dataclasses.field(default=1, init=False)
     levels: int = dataclasses.field(default=1, init=False)
 
-    def init(self, params: Any, prompt: Prompt) -> tuple[()]:
+    def init(self, params: Any, target: Target, prompt: Prompt) -> tuple[()]:
         return ()
 
-    def propose(self, params: Any, state: tuple[()], round: Round) -> tuple[Draft, tuple[()]]:
+    def propose(self, params: Any, target: Target, state: tuple[()], round: Round) -> tuple[Draft, tuple[()]]:
         return Draft(round.root[:, None], chain(1)), state
 
-    def observe(self, params: Any, state: tuple[()], outcome: Outcome) -> tuple[()]:
+    def observe(self, params: Any, target: Target, state: tuple[()], outcome: Outcome) -> tuple[()]:
         return state

@@ -24,6 +24,7 @@ from flax import struct
 
 from research.decoding.sampling import argmax, gumbel
 from research.decoding.tree import Tree
+from research.nn.transformer import VirtualRows
 
 
 class Draft(struct.PyTreeNode):
@@ -32,12 +33,16 @@ class Draft(struct.PyTreeNode):
     tokens int32[B, N], the root first; tree; q float32[B, N, V], the log-probabilities that the children of
     each node were drawn from, after processing, or None where the children are a function of the context.
     `replacement` says whether siblings were drawn independently (True) or without repeats (False).
+
+    `virtual` makes the last `virtual.size` of the N nodes, which are not real: their tokens are ignored, and
+    they enter the model as hidden states between its layers.
     """
 
     tokens: jax.Array
     tree: Tree
     q: jax.Array | None = None
     replacement: bool = struct.field(pytree_node=False, default=True)
+    virtual: VirtualRows | None = None
 
 
 class Accept(struct.PyTreeNode):

@@ -8,7 +8,7 @@ from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh
 from research.nn.linear import Embedding, Linear
 from research.nn.norm import RMSNorm
-from research.nn.transformer import LayerStack
+from research.nn.transformer import LayerStack, VirtualRows
 
 
 class DecoderLM(LayerStack, kw_only=True):
@@ -65,6 +65,10 @@ class DecoderLM(LayerStack, kw_only=True):
         hidden, fresh = self.run_layers(self.embedding(tokens), context)
         return self.final_norm(hidden), fresh
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens int32[...] -> what enters the first layer [..., D]."""
+        return self.embedding(tokens)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> float32 logits [..., V]. A product over flat tokens: see `token_layout`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -89,21 +93,23 @@ class DecoderLM(LayerStack, kw_only=True):
         cache: Cache,
         tree: jax.Array | None = None,
         depth: jax.Array | None = None,
+        virtual: VirtualRows | None = None,
     ) -> tuple[jax.Array, jax.Array, tuple[Fresh, ...]]:
         """Score N new tokens int32[B, N] behind a cached prefix; the cache is read and not written.
 
         tree bool[N, N] or [B, N, N]: which new tokens each may see (ancestors and itself; default a chain);
-        depth int32[N] or [B, N]: distance from the committed prefix (default 0..N-1).
-        -> float32 logits [B, N, V], hidden [B, N, D], fresh rows.
+        depth int32[N] or [B, N]: distance from the committed prefix (default 0..N-1); virtual: rows that
+        join the tokens between layers, behind them in `tree` and `depth`, whose N then counts both.
+        -> float32 logits [B, N, V], hidden [B, N, D], fresh rows of the tokens alone.
         """
-        batch, count = tokens.shape
+        batch, count = tokens.shape[0], tokens.shape[1] + (0 if virtual is None else virtual.size)
         if depth is None:
             depth = jnp.arange(count)
         if tree is None:
             tree = jnp.tril(jnp.ones((count, count), bool))
         positions = cache.length[:, None] + jnp.broadcast_to(depth, (batch, count))
         context = Context(positions, length=cache.length, tree=tree if tree.ndim == 3 else tree[None])
-        hidden, fresh = self.run_layers(self.embedding(tokens), context, cache.layers)
+        hidden, fresh = self.run_layers(self.embedding(tokens), context, cache.layers, virtual)
         hidden = self.final_norm(hidden)
         return self.logits(hidden), hidden, fresh
 

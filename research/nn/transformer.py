@@ -1,7 +1,7 @@
 """Transformer block and the stack of blocks that decoders and encoders share."""
 
 import re
-from typing import Literal
+from typing import Literal, Protocol
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,21 @@ _POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class VirtualRows(Protocol):
+    """A pytree that makes rows which join the tokens of an `extend` between layers and are never committed.
+
+    Group j has sizes[j] rows for every row of the batch and joins before layer layers[j] (0: beside the
+    embedded tokens; ascending). size: rows of all groups together.
+    """
+
+    layers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    size: int
+
+    def rows(self, group: int, x: jax.Array) -> jax.Array:
+        """x [B, N, width], the tokens' states there -> [B, sizes[group], width]."""
 
 
 class Block(nn.Module):
@@ -120,24 +135,57 @@ class LayerStack(nn.Module):
             self.layers = [self.blocks[i % period].copy(name=f"layer_{i}") for i in range(self.num_layers)]
 
     def run_layers(
-        self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None = None
+        self,
+        x: jax.Array,
+        context: Context,
+        cache: tuple[LayerCache, ...] | None = None,
+        virtual: VirtualRows | None = None,
     ) -> tuple[jax.Array, tuple[Fresh, ...]]:
-        """x [B, T, width] -> hidden states of the same shape and the fresh rows of every layer."""
-        shape = x.shape
-        if self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu"):
-            x = x.reshape(-1, shape[-1])
+        """x [B, T, width] -> hidden states and the fresh rows of every layer.
+
+        With `virtual` rows, which need a cache, the hidden states are those of the T tokens and then of the
+        virtual rows, for all of which `context` has places; the fresh rows are those of the tokens.
+        """
         if self.scan_layers:
             if cache is not None:
                 raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")
-            x, stacked = self.layers(x, context)
+            shape = x.shape
+            x, stacked = self.layers(self._laid_out(x), context)
             repeats = self.num_layers // len(self.blocks)
             fresh = tuple(jax.tree.map(lambda y: y[i], rows) for i in range(repeats) for rows in stacked)  # noqa: B023
-        else:
-            fresh = []
-            for i, layer in enumerate(self.layers):
-                x, rows = run_block(layer, x, context, None if cache is None else cache[i], self.remat)
-                fresh.append(rows)
-        return x.reshape(shape), tuple(fresh)
+            return x.reshape(shape), fresh
+        if virtual is None:
+            x, fresh = self._run_span(x, context, cache, 0, self.num_layers)
+            return x, tuple(fresh)
+        tokens, fresh, start = x.shape[1], [], 0
+        for group, boundary in enumerate((*virtual.layers, self.num_layers)):
+            # Layers below a boundary run without the rows that join there.
+            x, rows = self._run_span(x, _leading(context, x.shape[1]), cache, start, boundary)
+            fresh += jax.tree.map(lambda y: y[:, :, :tokens], rows)
+            if group < len(virtual.layers):
+                x = jnp.concatenate([x, virtual.rows(group, x[:, :tokens]).astype(x.dtype)], axis=1)
+            start = boundary
+        return x, tuple(fresh)
+
+    def _run_span(
+        self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
+    ) -> tuple[jax.Array, list[Fresh]]:
+        """Layers start .. stop - 1."""
+        shape, fresh = x.shape, []
+        x = self._laid_out(x)
+        for i in range(start, stop):
+            x, rows = run_block(self.layers[i], x, context, None if cache is None else cache[i], self.remat)
+            fresh.append(rows)
+        return x.reshape(shape), fresh
+
+    def _laid_out(self, x: jax.Array) -> jax.Array:
+        flat = self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu")
+        return x.reshape(-1, x.shape[-1]) if flat else x
+
+
+def _leading(context: Context, count: int) -> Context:
+    """The places of the first `count` rows of a call with a cache."""
+    return context.replace(positions=context.positions[:, :count], tree=context.tree[:, :count, :count])
 
 
 def scan_params(params: dict, period: int) -> dict:

@@ -268,15 +268,19 @@ class _Run:
         plan, trainer = self.plans[0], self.trainer
         shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
 
+        given = self._given
+        if given is None and hasattr(trainer.task, "start"):
+            given = trainer.task.start(init_key(trainer.seed))
+
         def init(source: Any) -> State:
             # Copies, because the step donates its state: neither the caller's arrays nor, through a buffer
             # shared with the average, the state's own may go with it.
-            params = trainer.task.init(init_key(trainer.seed)) if self._given is None else _copy(source)
+            params = trainer.task.init(init_key(trainer.seed)) if given is None else _copy(source)
             opt_state = plan.transformation.init(split(params, plan.mask)[0])
             state = initial_state(params, opt_state, trainer.seed, ema=trainer.ema is not None)
             return state.replace(ema=_copy(state.ema))
 
-        return jax.jit(init, out_shardings=shardings)(self._given)
+        return jax.jit(init, out_shardings=shardings)(given)
 
     def enter(self, plan: _Plan, state: State) -> State:
         """The state with a fresh optimizer state for `plan`."""

@@ -227,7 +227,9 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise UserError(f"{target} is a file; a model directory is written to a new or empty directory")
-    strangers = sorted({path.name for path in target.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER, CARD, EXPERIMENT})
+    strangers = sorted(
+        {path.name for path in target.iterdir()} - {CONFIG, WEIGHTS, TOKENIZER, CARD, EXPERIMENT}
+    )
     if strangers:
         raise UserError(f"{target} is not a model directory, it holds {strangers[0]}: choose a new directory")
 

@@ -23,7 +23,11 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 @runtime_checkable
 class Task(Protocol):
-    """The contract between the training loop and whatever is trained. All methods are pure and traceable."""
+    """The contract between the training loop and whatever is trained. All methods are pure and traceable.
+
+    A task that starts from saved parameters also has `start(key) -> params`, run once and not traced, with
+    the shapes of `init`.
+    """
 
     def init(self, key: jax.Array) -> PyTree:
         """Float32 parameters from a typed random key."""

@@ -37,6 +37,7 @@ from research.training.paths import named_leaves
 __all__ = ["Loaded", "Workdir", "find_task", "load_model", "open_workdir", "read_config", "save_model"]
 
 LOCK = "lock"
+PACKAGE = Path(__file__).resolve().parents[1]
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # What may change between the runs of one workdir: how long it trains, how often it logs, evaluates and saves,
@@ -190,10 +191,13 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
     Of a workdir it reads the newest intact checkpoint, or that of `step`; only the parameters, or their
     moving average with `ema`. A damaged checkpoint is named on standard error and the one before is used.
 
+    A path `package:...` is looked up in this package: `package:language/base` is the model that ships.
+
     Raises `UserError` if the path is neither kind of directory, if no checkpoint is intact, or if what is
     asked for is not there.
     """
-    directory = files.local_directory(path)
+    inside = str(path).removeprefix("package:")
+    directory = files.local_directory(path if inside == str(path) else PACKAGE / inside)
     if (directory / WEIGHTS).exists():
         if step is not None or ema:
             wanted = "moving average" if ema else f"step {step}"

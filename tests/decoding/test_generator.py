@@ -99,16 +99,16 @@ class Guess:
     def __init__(self, table: tuple[int, ...]):
         self.table = table  # the token to guess after each token
 
-    def init(self, params, prompt):
+    def init(self, params, target, prompt):
         return ()
 
-    def propose(self, params, state, round):
+    def propose(self, params, target, state, round):
         after = jnp.asarray(self.table)
         first = after[round.root]
         columns = [round.root, (first + 1) % VOCAB, first, after[first], (after[first] + 1) % VOCAB]
         return Draft(jnp.stack(columns, axis=1), static_tree([-1, 0, 0, 2, 2])), state
 
-    def observe(self, params, state, outcome):
+    def observe(self, params, target, state, outcome):
         return state
 
 

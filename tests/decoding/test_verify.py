@@ -113,10 +113,10 @@ class Drawn:
     def table(self) -> jax.Array:
         return TABLES[self.name]
 
-    def init(self, params, prompt):
+    def init(self, params, target, prompt):
         return ()
 
-    def propose(self, params, state, round):
+    def propose(self, params, target, state, round):
         log_q = jnp.log(self.table)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (self.levels, self.fan, VOCAB)))(round.keys)
         scores = log_q[round.root][:, None] + noise[:, 0]
@@ -130,7 +130,7 @@ class Drawn:
         tokens = jnp.concatenate(tokens, axis=1)
         return Draft(tokens, static_tree(parents), log_q[tokens], self.replacement), state
 
-    def observe(self, params, state, outcome):
+    def observe(self, params, target, state, outcome):
         return state
 
 
@@ -141,14 +141,14 @@ class Fixed:
     size: int = 4
     levels: int = 3
 
-    def init(self, params, prompt):
+    def init(self, params, target, prompt):
         return ()
 
-    def propose(self, params, state, round):
+    def propose(self, params, target, state, round):
         tokens = (round.root[:, None] + jnp.arange(4)) % VOCAB
         return Draft(tokens, static_tree([-1, 0, 0, 1])), state
 
-    def observe(self, params, state, outcome):
+    def observe(self, params, target, state, outcome):
         return state
 
 
