@@ -29,10 +29,10 @@ DTYPE = PROGRAM.define(
 
 
 def main(arguments: list[str]) -> None:
-    import jax
 
     from research.elastic.loading import load_submodel
     from research.language import BASE
+    from research.nn.accounting import count_parameters
     from research.training.model_directory import save_model
 
     path = WORKDIR.value or BASE
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         f"Layers kept: {list(spec.keep_layers)}; FFN widths: {list(spec.widths)}.\n"
     )
     save_model(TO.value, loaded.config, loaded.params, loaded.tokenizer, DTYPE.value, card, loaded.inputs)
-    count = sum(leaf.size for leaf in jax.tree.leaves(loaded.params))
+    count = count_parameters(loaded.params)
     layers = ", ".join(f"{old}: {width}" for old, width in zip(spec.keep_layers, spec.widths, strict=True))
     print(f"{TO.value}: {count:,} parameters; FFN widths by layer {layers}")
 

@@ -67,8 +67,8 @@ class Family:
         return of(ImageDataset, split=split, seed=seed, shuffle=split == "train")
 
 
-TEXT = Family("text", steps=200, batch_size=8, hidden_dim=384, held_out_records=96)
-IMAGE = Family("image", steps=150, batch_size=64, hidden_dim=256, held_out_records=183)
+TEXT = Family("text", steps=100, batch_size=8, hidden_dim=384, held_out_records=96)
+IMAGE = Family("image", steps=120, batch_size=64, hidden_dim=256, held_out_records=183)
 
 
 def nested(
@@ -316,8 +316,8 @@ CLAIM = Claim(
     paper="arXiv 2310.07707, abstract and sections 4.1 to 4.3",
     statement="One universal model gives submodels, several of them never trained, whose loss is comparable to that of "
     "independently trained ones, and whose behaviour is more consistent with the largest model.",
-    setting="MatLM: 4 layers of width 96, FFN 384, 0.6M parameters, bytes of Python's standard library, 200 updates of "
-    "2048 bytes. MatViT: 4 layers of width 64, FFN 256, 0.2M parameters, scikit-learn's 8x8 digits, 150 updates of "
+    setting="MatLM: 4 layers of width 96, FFN 384, 0.6M parameters, bytes of Python's standard library, 100 updates of "
+    "2048 bytes. MatViT: 4 layers of width 64, FFN 256, 0.2M parameters, scikit-learn's 8x8 digits, 120 updates of "
     "64 images. AdamW, the same data and updates for all arms but `sampled`, which spends the nested arm's compute in "
     "four times the updates. Held-out files and images; three seeds.",
     measures={

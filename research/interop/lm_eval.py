@@ -24,6 +24,7 @@ import numpy as np
 from research.decoding.generator import Generator
 from research.decoding.sampling import Sampling
 from research.errors import UserError, nearest
+from research.nn.accounting import count_parameters
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -126,7 +127,7 @@ class HarnessModel(TemplateLM):
         leaves = jax.tree.leaves(self._params)
         return {
             "model": self._name,
-            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_num_parameters": count_parameters(self._params),
             "model_dtype": ", ".join(sorted({str(leaf.dtype) for leaf in leaves})),
             "max_length": self.max_length,
             "add_bos_token": self._bos,
