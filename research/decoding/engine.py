@@ -15,7 +15,7 @@ from flax import struct
 from research.decoding.proposers import Outcome, Prompt, Proposer, Round, Target
 from research.decoding.sampling import Chain, apply_chain, position_keys
 from research.decoding.tree import Tree, chain
-from research.decoding.verify import Draft, Verifier
+from research.decoding.verify import Draft, Greedy, Verifier
 from research.nn.cache import Cache
 
 
@@ -141,7 +141,8 @@ class Engine:
             )
             return apply_chain(weights.processors, logits, along)
 
-        round_ = Round(state.root, state.cache.length, _call_keys(state), warp)
+        greedy = isinstance(self.verifier, Greedy)
+        round_ = Round(state.root, state.cache.length, _call_keys(state), warp, greedy)
         target = Target(weights.target, self.model)
         draft, proposer_state = self.proposer.propose(weights.proposer, target, state.proposer, round_)
         tree = draft.tree
@@ -162,7 +163,8 @@ class Engine:
             method="extend",
         )
         keys = _position_keys(state.keys, state.count, tree.levels)
-        accept = self.verifier(warp(logits, draft.tokens, tree), draft, keys)
+        processed = warp(logits, draft.tokens, tree)
+        accept = self.verifier(processed, draft, keys)
 
         along_path = jnp.take_along_axis(draft.tokens, accept.path, axis=1)  # the root and accepted drafts
         place = jnp.arange(tree.levels)
@@ -195,7 +197,7 @@ class Engine:
                 for p, s in zip(weights.processors, state.processors, strict=True)
             ),
             proposer=self.proposer.observe(
-                weights.proposer, target, proposer_state, Outcome(draft, accept, logits, hidden)
+                weights.proposer, target, proposer_state, Outcome(draft, accept, logits, processed, hidden)
             ),
         )
 

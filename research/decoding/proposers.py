@@ -48,22 +48,26 @@ class Prompt(struct.PyTreeNode):
 class Round(struct.PyTreeNode):
     """What a proposer is told before a call: root int32[B], the newest token; length int32[B], tokens before
     it; keys [B], fresh in every call; `warp(logits [B, N, V], tokens int32[B, N], tree)`, the processors of
-    the target, to be applied to logits at the nodes of a (partial) draft before drawing from them."""
+    the target, to be applied to logits at the nodes of a (partial) draft before drawing from them; greedy:
+    the verifier is `Greedy`, so a drafter that draws should take its most probable tokens instead."""
 
     root: jax.Array
     length: jax.Array
     keys: jax.Array
     warp: Callable[[jax.Array, jax.Array, Tree], jax.Array] = struct.field(pytree_node=False)
+    greedy: bool = struct.field(pytree_node=False, default=False)
 
 
 class Outcome(struct.PyTreeNode):
     """What a proposer is told after a call: the draft; what was accepted (`accept.count` is 0 in finished
     rows; `accept.token` is the next root where none was cut off by an end or a limit); logits float32[B, N,
-    V], unprocessed, and hidden [B, N, D], after the final norm, of every node, virtual ones included."""
+    V], unprocessed, processed float32[B, N, V], as the verifier saw them, and hidden [B, N, D], after the final
+    norm, of every node, virtual ones included."""
 
     draft: Draft
     accept: Accept
     logits: jax.Array
+    processed: jax.Array
     hidden: jax.Array
 
 
