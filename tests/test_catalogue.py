@@ -7,18 +7,33 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import matlm
 from experiments.systems import System, read_catalogue
 from research.config import build, from_json, load_config, of, to_json
+from research.training.model_directory import save_model
 from research.training.optimizers import constant
+from research.training.task import LanguageModelling
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
 
 
-def few_steps(config: ConfigDict) -> ConfigDict:
-    """The same experiment with `STEPS` steps a stage, small batches and no evaluators."""
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    """A model directory in place of the base model, with its vocabulary, depth and context but narrow."""
+    directory = tmp_path_factory.mktemp("catalogue") / "target"
+    config = matlm.decoder(width=32, num_layers=6, num_heads=4, hidden_dim=64, length=512)
+    task = build(of(LanguageModelling, model=config))
+    save_model(directory, config, jax.jit(task.init)(jax.random.key(0)))
+    return str(directory)
+
+
+def few_steps(config: ConfigDict, target: str) -> ConfigDict:
+    """The same experiment with `STEPS` steps a stage, small batches, no evaluators, drafting for `target`."""
     short = from_json(to_json(config))
     short.evaluators = ()
+    if "target" in short.task:
+        short.task.target = target
     for stage in short.stages:
         stage.steps, stage.batch_size = STEPS, 8
         # Warm-ups are longer than that.
@@ -27,12 +42,12 @@ def few_steps(config: ConfigDict) -> ConfigDict:
 
 
 @pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
-def test_the_tiny_config_builds_and_trains(system: System, monkeypatch):
+def test_the_tiny_config_builds_and_trains(system: System, target: str, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(f"{system.config}:tiny")
     assert load_config(system.config) == config  # `tiny` is the default
     assert from_json(to_json(config)) == config
-    trainer = build(few_steps(config))
+    trainer = build(few_steps(config, target))
     # One device and no workdir: simulated devices and checkpoints have tests of their own, once.
     state, metrics = trainer.train(progress=False, devices=jax.devices()[:1])
     assert int(state.step) == STEPS * len(trainer.stages)
