@@ -1,8 +1,8 @@
 """Which drafted nodes to keep: exact acceptance rules for trees, batched and driven by keys.
 
 A verifier sees the processed logits of every node and returns one path from the root and the token after it.
-`Greedy` emits the tokens of plain greedy decoding; `Sampled` emits tokens with the law of plain sampling.
-Both rest on known theorems:
+`Greedy` emits the tokens of plain greedy decoding; `Sampled` emits tokens with the law of plain sampling;
+`Typical` changes the law for longer accepted runs. The first two rest on known theorems:
 
 - A node that carries the token the model would choose is kept, the first that differs ends the path (greedy).
 - Deterministic draft: draw y from p at every node and descend while y is among the children. That is
@@ -24,6 +24,7 @@ from flax import struct
 
 from research.decoding.sampling import argmax, gumbel
 from research.decoding.tree import Tree
+from research.errors import UserError
 from research.nn.transformer import VirtualRows
 
 
@@ -61,10 +62,11 @@ class Verifier(Protocol):
         """logits float32[B, N, V], processed; keys [B, levels], one for each output position."""
 
 
-def follow(matched: jax.Array, choice: jax.Array, tree: Tree) -> Accept:
-    """The longest path of matched nodes (first on ties), and the choice int32[B, N] at its end.
+def follow(matched: jax.Array, choice: jax.Array, tree: Tree, preference: jax.Array | None = None) -> Accept:
+    """The longest path of matched nodes, and the choice int32[B, N] at its end.
 
-    matched bool[B, N] says whether each node may follow its parent; the root always may.
+    matched bool[B, N] says whether each node may follow its parent; the root always may. Of equally long paths
+    it is the one whose end has the greatest `preference` float32[B, N], or else comes first.
     """
     batch = choice.shape[0]
     if tree.size == 1:
@@ -72,7 +74,12 @@ def follow(matched: jax.Array, choice: jax.Array, tree: Tree) -> Accept:
     matched = (matched & tree.real) | (jnp.arange(tree.size) == 0)
     reached = jnp.all(matched[:, None, :] | ~tree.mask, axis=-1)
     depth = jnp.broadcast_to(tree.depth, reached.shape)
-    last = jnp.argmax(jnp.where(reached, depth, -1), axis=-1)
+    reached_depth = jnp.where(reached, depth, -1)
+    if preference is None:
+        last = jnp.argmax(reached_depth, axis=-1)
+    else:
+        longest = reached_depth == jnp.max(reached_depth, axis=-1, keepdims=True)
+        last = jnp.argmax(jnp.where(longest, preference, -jnp.inf), axis=-1)
     return _accept(last, _at(choice, last), tree)
 
 
@@ -121,6 +128,40 @@ class Sampled:
             noise = jnp.take_along_axis(noise, depth[..., None], axis=1)
         choice = argmax(logits + noise)
         return follow(match_children(choice, draft), choice, draft.tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Typical:
+    """Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1): not lossless above temperature 0.
+
+    A node is kept where its token has probability p(x) > min(epsilon, delta exp(-H(p))) after its parent, of
+    entropy H in nats: where the target is unsure, less probable tokens are typical. The longest kept path wins,
+    of equally long ones the more probable; the most probable token follows it. As the temperature falls to 0
+    this becomes `Greedy`; at exactly 0 nothing scales the logits, and it judges as at 1.
+
+    Raises:
+        UserError: a threshold outside [0, 1].
+    """
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "delta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"typical acceptance: {name} must be from 0 to 1, not {getattr(self, name)}")
+
+    def __call__(self, logits: jax.Array, draft: Draft, keys: jax.Array | None = None) -> Accept:
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        p = jnp.exp(log_p)
+        entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
+        threshold = jnp.minimum(self.epsilon, self.delta * jnp.exp(-entropy))
+        parent = jnp.broadcast_to(jnp.maximum(draft.tree.parent, 0), draft.tokens.shape)
+        scores = log_p[jnp.arange(len(parent))[:, None], parent, draft.tokens]  # log p(x) after the parent
+        matched = jnp.exp(scores) > jnp.take_along_axis(threshold, parent, axis=1)
+        scores = scores.at[:, 0].set(0.0)  # the root is certain
+        along = jnp.sum(jnp.where(draft.tree.mask, scores[:, None, :], 0.0), axis=-1)
+        return follow(matched, argmax(logits), draft.tree, preference=along)
 
 
 def _verify_drawn(logits: jax.Array, draft: Draft, keys: jax.Array) -> Accept:

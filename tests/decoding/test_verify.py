@@ -13,7 +13,8 @@ from research.decoding import engine as engines
 from research.decoding.proposers import Plain
 from research.decoding.sampling import argmax, gumbel
 from research.decoding.tree import dynamic_tree, static_tree
-from research.decoding.verify import Accept, Draft, Greedy, Sampled, follow
+from research.decoding.verify import Accept, Draft, Greedy, Sampled, Typical, follow
+from research.errors import UserError
 from research.nn.cache import Cache
 
 TREE = static_tree([-1, 0, 0, 1, 1, 3])  # see test_tree.py
@@ -70,6 +71,69 @@ def test_ratio_rule_by_hand(replacement):
     accept = Sampled()(logits, Draft(tokens, tree, source, replacement), keys)
     # After the refusal p is (1, 0, 0, 0): the second child, token 1, is refused too, and 0 is emitted.
     assert set(accept.count.tolist()) == {1} and set(accept.token.tolist()) == {0}
+
+
+# Typical acceptance. Three tokens; the model is sure after the root (p = .9, .05, .05; H = .9 ln(1/.9) + .1 ln 20 =
+# .0948 + .2996 = .3944 nats, exp(-H) = .674) and unsure below (p = .4, .3, .3; exp(-H) = .337).
+SURE, UNSURE = [0.9, 0.05, 0.05], [0.4, 0.3, 0.3]
+
+
+def typical(rows, tokens, parents, epsilon=0.09, delta=0.3, real=None):
+    draft = Draft(jnp.asarray([tokens]), static_tree(parents, real))
+    accept = Typical(epsilon, delta)(jnp.log(jnp.asarray([rows])), draft)
+    return accept.path[0, : accept.count[0]].tolist(), accept.token.tolist()
+
+
+def test_typical_threshold_by_hand():
+    rows = [SURE, UNSURE, UNSURE]
+    # min(.09, .3 * .674 = .202) = .09: .05 is too little at the root. min(.09, .3 * .337 = .101) = .09 < .3 below.
+    assert typical(rows, [0, 0, 2], [-1, 0, 1]) == ([0, 1, 2], [0])
+    assert typical(rows, [0, 1, 2], [-1, 0, 1]) == ([0], [0])
+    # With epsilon 1 the entropy decides: .202 < .9 at the root; .05 * .674 = .034 < .05 with delta .05.
+    assert typical(rows, [0, 1, 2], [-1, 0, 1], epsilon=1, delta=0.05) == ([0, 1, 2], [0])
+    # Below, 1 * .337 lies between .3 and .4.
+    assert typical(rows, [0, 0, 2], [-1, 0, 1], epsilon=1, delta=1) == ([0, 1], [0])
+    assert typical(rows, [0, 0, 0], [-1, 0, 1], epsilon=1, delta=1) == ([0, 1, 2], [0])
+
+
+def test_typical_takes_the_more_probable_of_equally_long_paths():
+    # Two children of the root, .3 first and .4 second, both kept: the second wins, though the first comes first.
+    assert typical([UNSURE, SURE, [0.1, 0.1, 0.8]], [0, 1, 0], [-1, 0, 0]) == ([0, 2], [2])
+    # A longer path wins over a more probable one: .3 * .9 against .4.
+    assert typical([UNSURE, SURE, SURE, UNSURE], [0, 0, 1, 0], [-1, 0, 0, 2]) == ([0, 2, 3], [0])
+
+
+def test_typical_never_keeps_padding():
+    rows = [UNSURE, UNSURE, UNSURE]
+    assert typical(rows, [0, 0, 0], [-1, 0, 1], real=[True, False, False]) == ([0], [0])
+    assert typical(rows, [0, 1, 0], [-1, 0, 0], real=[True, True, False]) == ([0, 1], [0])
+
+
+def test_typical_limits():
+    tree = static_tree([-1, 0, 0, 1, 1, 3])
+    logits = 3.0 * jax.random.normal(jax.random.key(0), (64, 6, 10))
+    draft = Draft(jax.random.randint(jax.random.key(1), (64, 6), 0, 10), tree)
+    # No threshold: every path is kept, and the deepest is 0 1 3 5.
+    assert Typical(0.0, 0.3)(logits, draft).path.tolist() == [[0, 1, 3, 5]] * 64
+    # Lower thresholds never shorten what is kept.
+    values = (0.0, 0.01, 0.03, 0.09, 0.3, 1.0)
+    by_epsilon = [Typical(value, 1.0)(logits, draft).count for value in values]
+    by_delta = [Typical(1.0, value)(logits, draft).count for value in values]
+    for counts in (by_epsilon, by_delta):
+        assert all(np.all(a >= b) for a, b in itertools.pairwise(counts))
+        assert sum(map(int, counts[0])) > sum(map(int, counts[3])) > sum(map(int, counts[-1]))
+    # Near temperature 0 the rule is greedy.
+    greedy, cold = Greedy()(logits, draft), Typical()(logits / 1e-4, draft)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(greedy), jax.tree.leaves(cold), strict=True)
+    )
+    assert set(greedy.count.tolist()) != {1}
+
+
+@pytest.mark.parametrize("thresholds, name", [((-0.1, 0.3), "epsilon"), ((0.09, 3.0), "delta")])
+def test_typical_thresholds_are_shares(thresholds, name):
+    with pytest.raises(UserError, match=f"{name} must be from 0 to 1"):
+        Typical(*thresholds)
 
 
 # A target that is a Markov chain over four tokens, through the real engine, so that outputs can be
@@ -222,9 +286,11 @@ def test_sampling_keeps_the_law(proposer):
 
 
 @pytest.mark.parametrize(
-    "proposer, verifier", [(Drawn("far", 1, 2), NoResidual()), (Fixed(), SiblingsAnew())]
+    "proposer, verifier",
+    [(Drawn("far", 1, 2), NoResidual()), (Fixed(), SiblingsAnew()), (Fixed(), Typical())],
+    ids=["no-residual", "siblings-anew", "typical"],  # the last changes the law by design
 )
-def test_broken_rules_are_found(proposer, verifier):
+def test_changes_of_the_law_are_found(proposer, verifier):
     assert distance(sampled(proposer, verifier)[0]) > 0.08
 
 

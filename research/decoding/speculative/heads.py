@@ -1,0 +1,31 @@
+"""An output head of a drafter's own, which starts as a copy of the target's."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.decoding.proposers import Target
+from research.nn import weights
+
+
+def copy_head(target: Target) -> Any:
+    """The parameters that the target's head reads: `head`, or `embedding` where the two are tied.
+
+    A structured kernel (quantized, say) is copied as the array it stands for.
+    """
+    name = "head" if "head" in target.params else "embedding"
+    kernels = jax.tree.map(
+        weights.materialize, target.params[name], is_leaf=lambda leaf: isinstance(leaf, weights.Weight)
+    )
+    return {name: jax.tree.map(jnp.copy, kernels)}
+
+
+def head_logits(target: Target, head: Any, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> float32 logits [..., V] by the target's own rule with the parameters of `copy_head`."""
+    return target.replace(params=head).logits(hidden)
+
+
+def best(logits: jax.Array, count: int) -> jax.Array:
+    """logits [..., V] -> the `count` best tokens int32[..., count], the first of equals first."""
+    return jax.lax.top_k(logits, count)[1]
