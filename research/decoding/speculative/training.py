@@ -78,7 +78,9 @@ class DrafterTraining:
 
     @functools.cached_property
     def loaded(self) -> Any:
-        return load_model(self.target)
+        # Whoever asks first may be tracing: arrays, not tracers, are kept.
+        with jax.ensure_compile_time_eval():
+            return load_model(self.target)
 
     @property
     def target_model(self) -> Any:

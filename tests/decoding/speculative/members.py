@@ -1,0 +1,191 @@
+"""The table of drafters, each on a tiny target where drafts are often accepted; `test_members.py` walks it.
+
+A new drafter adds a line to `MEMBERS`: a function of no argument that returns a `Member`. Trained ones call
+`trained(drafter)`.
+"""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.config import build, of
+from research.decoding.proposers import Proposer
+from research.decoding.speculative.prompt_lookup import PromptLookup
+from research.decoding.speculative.training import DrafterTraining
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.mlp import GatedMLP
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+from research.training.loop import Trainer
+from research.training.model_directory import save_model
+from research.training.optimizers import adamw, constant
+from research.training.stages import Stage
+from research.training.state import init_key
+
+VOCAB, WIDTH, CONTEXT = 32, 32, 48
+PROMPTS = [[5, 9, 2], [3, 30, 7, 11, 8, 8, 1, 20, 21, 22, 23, 4], [7]]  # unequal lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyTarget:
+    """A decoder and its parameters, also saved in `directory`."""
+
+    model: DecoderLM
+    params: Any
+    directory: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a short run of `DrafterTraining` did: all parameters before and after, and the last loss."""
+
+    before: Any
+    after: Any
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A drafter ready to be used.
+
+    lossless: with the exact verifiers its output is that of plain decoding. deterministic: its drafts are a
+    function of the context, so that sampled output, too, is that of plain decoding token for token.
+    run: how its parameters were trained, where they were.
+    """
+
+    proposer: Proposer
+    params: Any = ()
+    lossless: bool = True
+    deterministic: bool = True
+    run: Trained | None = None
+    target: TinyTarget | None = None  # the tiny decoder
+    prompts: tuple[tuple[int, ...], ...] = tuple(map(tuple, PROMPTS))
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            object.__setattr__(self, "target", tiny_target())
+
+
+def successor() -> np.ndarray:
+    """int32[V]: what follows each token as a rule, one cycle through all tokens: t -> t + 13 mod 32."""
+    return ((np.arange(VOCAB) + 13) % VOCAB).astype(np.int32)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()  # removed when the process ends
+
+
+@functools.cache
+def tiny_target() -> TinyTarget:
+    """A decoder of two layers made by hand: its head reads the token that it was given from an orthogonal
+    embedding and names the successor; its layers are random and disturb that now and then, so that greedy
+    output is mostly, and not always, predictable from the last token."""
+    config = of(
+        DecoderLM,
+        blocks=(
+            of(
+                Block,
+                attention=of(Attention, num_heads=2, head_dim=8, rotary=of(Rotary)),
+                mlp=of(GatedMLP, hidden_dim=24),
+            ),
+        ),
+        num_layers=2,
+        vocab_size=VOCAB,
+        width=WIDTH,
+        max_length=CONTEXT,
+        tied_head=False,
+    )
+    model = build(config)
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    basis = jax.random.orthogonal(jax.random.key(2), WIDTH)  # row t stands for token t
+    params["embedding"] = {"table": 5.0 * basis}  # the layers add vectors of length 2 to 3
+    params["head"] = {"kernel": 1.3 * jnp.zeros((WIDTH, VOCAB)).at[:, successor()].set(basis.T)}
+    directory = str(Path(_folder().name) / "target")
+    save_model(directory, config, params)
+    return TinyTarget(model, params, directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """Language batches like the target's text: successors, and one time in eight any token."""
+
+    length: int = 24
+    size: int = 1024
+
+    def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in self.rows(np.arange(1)).items()}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rows(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        text = np.empty((len(numbers), self.length + 1), np.int32)
+        for row, number in enumerate(numbers):
+            random = np.random.default_rng([11, int(number)])
+            anew = np.where(
+                random.random(self.length + 1) < 1 / 8, random.integers(0, VOCAB, self.length + 1), -1
+            )
+            text[row, 0] = number % VOCAB
+            for t in range(1, self.length + 1):
+                text[row, t] = anew[t] if anew[t] >= 0 else successor()[text[row, t - 1]]
+        shape = (len(numbers), self.length)
+        return {
+            "tokens": text[:, :-1],
+            "targets": text[:, 1:],
+            "segments": np.ones(shape, np.int32),
+            "positions": np.broadcast_to(np.arange(self.length, dtype=np.int32), shape),
+            "target_bytes": np.ones(shape, np.int32),
+            "weights": np.ones(shape, np.float32),
+        }
+
+    def batches(self, start: int, batch_size: int, *, shard=(0, 1), epochs=None):
+        while True:
+            yield self.rows(np.arange(start, start + batch_size) % self.size)
+            start += batch_size
+
+
+def trained(
+    drafter: Any, steps: int = 60, peak: float = 1e-2, trainable: tuple[str, ...] = ("^drafter/",)
+) -> Trained:
+    """A short training run of `drafter` against the tiny target."""
+    task = DrafterTraining(drafter, tiny_target().directory)
+    stage = Stage("drafter", steps, 16, adamw(constant(peak)), trainable=trainable)
+    trainer = Trainer(task, Walks(), (stage,))
+    state, metrics = trainer.train(progress=False, devices=jax.devices()[:1])
+    return Trained(task.start(init_key(trainer.seed)), state.params, metrics["train/loss"])
+
+
+def trained_member(drafter: Any, **fields: Any) -> Member:
+    """The member of a drafter after the default training."""
+    run = trained(drafter)
+    return Member(drafter, run.after["drafter"], run=run, **fields)
+
+
+def walk(start: int, length: int) -> tuple[int, ...]:
+    """Successors from `start` on."""
+    found = [start]
+    while len(found) < length:
+        found.append(int(successor()[found[-1]]))
+    return tuple(found)
+
+
+# Text that begins again: what is looked up is in the prompt.
+REPEATING = tuple((*walk(start, length), start) for start, length in ((5, 12), (30, 8), (17, 15)))
+
+MEMBERS: dict[str, Callable[[], Member]] = {
+    "prompt_lookup": lambda: Member(PromptLookup(num_tokens=4), prompts=REPEATING),
+}
+
+
+@functools.cache
+def member(name: str) -> Member:
+    return MEMBERS[name]()
