@@ -19,8 +19,9 @@ from research.interop.export import Export, expressible, save
 from research.interop.families import FAMILIES, Family, read_config
 from research.interop.fields import Fields, read_json
 from research.interop.files import TensorFiles, cast, check_dtype, some
-from research.interop.names import is_transposed, layer_count, shapes, tensor_name, unflatten
+from research.interop.names import is_transposed, layer_count, shapes, tensor_name
 from research.language.decoder import DecoderLM
+from research.training.paths import nested
 
 __all__ = ["FAMILIES", "Export", "expressible", "is_huggingface", "load", "save"]
 
@@ -105,7 +106,7 @@ def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: st
             array = cast(array, dtype, names[path])
         return jnp.asarray(np.ascontiguousarray(array.T) if is_transposed(path) else array)
 
-    return unflatten({path: read(path) for path in expected})
+    return nested({path: read(path) for path in expected})
 
 
 def _instead(surplus: set[str]) -> str:

@@ -57,24 +57,13 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with their `/`-joined paths; a structured weight is a leaf."""
+    """The leaves of nested dicts with their `/`-joined paths, the inverse of `paths.nested`; a structured weight
+    is a leaf."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
-
-
-def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def unfuse(params: dict[str, Any], heads: int, kv_heads: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.training.paths import named_leaves
+from research.training.paths import named_leaves, nested
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -33,18 +33,6 @@ REPLACED = ".replaced"
 
 class Damaged(Exception):
     """A checkpoint whose files are not the ones that were written; the message is the reason."""
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of leaves named by `/`-joined path."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def describe(shape: tuple[int, ...], dtype: Any) -> str:

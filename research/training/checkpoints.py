@@ -20,7 +20,7 @@ import numpy as np
 from research.errors import UserError, nearest
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import REPLACED, STATE
-from research.training.paths import PyTree, named_leaves
+from research.training.paths import PyTree, named_leaves, nested
 
 Position = dict[str, int | str]
 Abstract = PyTree | Callable[[int], PyTree]
@@ -106,7 +106,7 @@ class Checkpoints:
         quiet = _WithoutOrbaxErrors()
         logging.getLogger("absl").addFilter(quiet)
         try:
-            self._start(saving, files.nested(arrays))
+            self._start(saving, nested(arrays))
         except Exception as error:
             logging.getLogger("absl").removeFilter(quiet)
             raise self._failed(error, saving, needed) from error

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from research import config as configs
 from research.errors import UserError
 from research.training import checkpoint_files as files
-from research.training.paths import PyTree, named_leaves, path_of
+from research.training.paths import PyTree, named_leaves, nested, path_of
 
 if TYPE_CHECKING:
     from research.data.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
         raise UserError(f"{path} does not exist") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file: {error}") from None
-    return inputs, files.nested(arrays)
+    return inputs, nested(arrays)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ attention and `^layer_0/` the first layer.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,18 @@ def path_of(keys: tuple) -> str:
 def named_leaves(tree: PyTree) -> dict[str, Any]:
     """{path: leaf} in the order of the tree."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of leaves named by `/`-joined path."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:

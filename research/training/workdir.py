@@ -32,9 +32,18 @@ from research.training.model_directory import (
     read_config,
     save_model,
 )
-from research.training.paths import named_leaves
+from research.training.paths import PyTree, named_leaves
 
-__all__ = ["Loaded", "Workdir", "find_task", "load_model", "open_workdir", "read_config", "save_model"]
+__all__ = [
+    "Loaded",
+    "Workdir",
+    "find_task",
+    "load_model",
+    "open_workdir",
+    "read_checkpoint",
+    "read_config",
+    "save_model",
+]
 
 LOCK = "lock"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -214,6 +223,20 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
 def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
     where, task_config = find_task(read_config(directory / CONFIG))
     task = configs.build(task_config, where)
+    params, step = read_checkpoint(directory, jax.eval_shape(task.init, jax.random.key(0)), step, part)
+    shape = getattr(task, "image_shape", None)
+    inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
+    return Loaded(task.model, params, load_tokenizer(directory), task_config["model"], step, inputs)
+
+
+def read_checkpoint(
+    directory: Path, abstract: PyTree, step: int | None = None, part: str = "params"
+) -> tuple[PyTree, int]:
+    """One part of the state that a run saved, shaped like `abstract`, and the step it is of.
+
+    The newest intact checkpoint, or that of `step`; a damaged one is named on standard error. Raises `UserError`
+    if there is none, or if it lacks the part or holds another tree.
+    """
     checkpoints = directory / "checkpoints"
     if step is not None:
         found = files.checkpoint_of_step(checkpoints, step)
@@ -226,13 +249,9 @@ def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
     stored = {n: leaf for n, leaf in files.stored_leaves(manifest).items() if n.startswith(prefix)}
     if not stored:
         raise UserError(f"checkpoint {path} has no {part}: the run keeps no moving average of its parameters")
-    abstract = jax.eval_shape(task.init, jax.random.key(0))
     wanted = {f"{prefix}{name}": leaf for name, leaf in named_leaves(abstract).items()}
     if difference := files.mismatches(stored, wanted, "the checkpoint"):
         raise UserError(f"checkpoint {path} does not fit the config of its run: {difference}")
     arrays = files.read_arrays(path, manifest, wanted)
     params = jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
-    shape = getattr(task, "image_shape", None)
-    inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
-    model_config = task_config["model"]
-    return Loaded(task.model, params, load_tokenizer(directory), model_config, manifest["step"], inputs)
+    return params, manifest["step"]

@@ -10,8 +10,9 @@ import pytest
 
 from research.interop.families import read_config
 from research.interop.huggingface import save
-from research.interop.names import shapes, unflatten
+from research.interop.names import shapes
 from research.language.decoder import DecoderLM
+from research.training.paths import nested
 
 SIZES = {
     "vocab_size": 19,
@@ -41,7 +42,7 @@ def random_params() -> Callable[[DecoderLM], dict[str, Any]]:
     def make(model: DecoderLM) -> dict[str, Any]:
         rng = np.random.default_rng(0)
         leaves = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes(model).items()}
-        return unflatten(leaves)
+        return nested(leaves)
 
     return make
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from research.interop.families import FAMILIES
-from research.interop.names import flatten, layer_count, tensor_name, unflatten, unfuse
+from research.interop.names import flatten, layer_count, tensor_name, unfuse
+from research.training.paths import nested
 
 
 def test_names_of_the_two_norm_schemes():
@@ -44,4 +45,4 @@ def test_flatten_and_back():
     tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     leaves = dict(flatten(tree))
     assert leaves == {"a/b": 1, "a/c/d": 2, "e": 3}
-    assert unflatten(leaves) == tree
+    assert nested(leaves) == tree
