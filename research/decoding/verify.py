@@ -124,6 +124,7 @@ class Sampled:
         # Nodes of one depth may share their noise: only one of them is ever visited.
         noise = gumbel(keys, logits.shape[-1])
         depth = jnp.broadcast_to(draft.tree.depth, draft.tokens.shape)
+        depth = jnp.minimum(depth, draft.tree.levels - 1)  # virtual nodes may lie deeper
         if draft.tree.size > 1:
             noise = jnp.take_along_axis(noise, depth[..., None], axis=1)
         choice = argmax(logits + noise)
