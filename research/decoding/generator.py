@@ -131,6 +131,8 @@ class Generator:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype must be float32 or bfloat16, not {dtype}")
         self.model, self.params = prepare(model, params, dtype)
+        # Encoder-decoders have a context for the prompt apart, and output begins behind their start token.
+        self._source_length: int | None = getattr(model, "source_length", None)
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.proposer = Plain() if proposer is None else proposer
@@ -189,6 +191,12 @@ class Generator:
             block=block,
         )
 
+    def context(self, prompt: int) -> tuple[int, int]:
+        """(tokens of a prompt of so many that stand in the context of the output, prompts' greatest length)."""
+        if self._source_length is None:
+            return prompt, self.model.max_length
+        return 1, self._source_length
+
     def encode(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of prompts, checked."""
         encoded = []
@@ -202,7 +210,12 @@ class Generator:
             prompt = [int(token) for token in prompt]
             if not prompt:
                 raise UserError(f"prompt {number} is empty: give at least one token")
-            if len(prompt) >= self.model.max_length:
+            if self._source_length is not None and len(prompt) > self._source_length:
+                raise UserError(
+                    f"prompt {number} has {len(prompt)} tokens and the model reads sources of at most "
+                    f"{self._source_length}"
+                )
+            if self._source_length is None and len(prompt) >= self.model.max_length:
                 raise UserError(
                     f"prompt {number} has {len(prompt)} tokens and the model's context is "
                     f"{self.model.max_length}: at most {self.model.max_length - 1} leave room for output"
@@ -262,8 +275,9 @@ class Stream:
         bucket = _SHORTEST_PROMPT
         while bucket < longest:
             bucket *= 2
-        self._bucket = min(bucket, generator.model.max_length)
-        room = min(longest + max_new_tokens, generator.model.max_length) + generator.proposer.levels
+        before, context = generator.context(longest)
+        self._bucket = min(bucket, context)
+        room = min(before + max_new_tokens, generator.model.max_length) + generator.proposer.levels
         capacity = -(-max(room, self._bucket) // _CAPACITY_STEP) * _CAPACITY_STEP
         self._engine = engines.Engine(
             generator.model,
@@ -285,7 +299,8 @@ class Stream:
         for row, prompt in enumerate(self._prompts):
             tokens[row, : len(prompt)] = prompt
         lengths = np.asarray([len(prompt) for prompt in self._prompts], np.int32)
-        limit = np.minimum(self._max_new, self._generator.model.max_length - lengths).astype(np.int32)
+        before = np.asarray([self._generator.context(length)[0] for length in lengths])
+        limit = np.minimum(self._max_new, self._generator.model.max_length - before).astype(np.int32)
         keys = engines.row_keys(self._seed, jnp.asarray(self._ids), self._samples)
         inputs = (
             self._weights,

@@ -1,0 +1,132 @@
+"""Attention from a decoder to an encoded source, and the decoder block that has it.
+
+The keys and values of the source are computed once: they lie in the cache of each layer beside its own rows,
+and nothing that commits, rolls back or drafts touches them.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from research.errors import UserError
+from research.nn.attention import Context
+from research.nn.attention_kernels import NEGATIVE, group_queries
+from research.nn.cache import Fresh, LayerCache
+from research.nn.linear import Linear
+from research.nn.rotary import Rotary, rotate
+from research.nn.transformer import Block
+
+
+class CrossContext(Context):
+    """Where the decoder's tokens are, and what they read.
+
+    source bool[B, S]: which places of the source are real; states [B, S, width]: the source encoded, None
+    where a `MemoryCache` holds its keys and values.
+    """
+
+    source: jax.Array | None = None
+    states: jax.Array | None = None
+
+
+class MemoryCache(struct.PyTreeNode):
+    """A layer's cache of a decoder with a source: `own` of its tokens, and `memory`, the keys and values of
+    the source [B, Hkv, S, d] each, which no length and no roll-back concerns."""
+
+    own: LayerCache
+    memory: Fresh
+
+    def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        return self.own.read(length)
+
+    def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "MemoryCache":
+        return self.replace(own=self.own.append(fresh, length, count))
+
+    def select(self, rows: jax.Array) -> "MemoryCache":
+        return MemoryCache(self.own.select(rows), jax.tree.map(lambda x: x[rows], self.memory))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to a source, every real place of which is visible.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: H, Hkv (None: H) and d.
+        rotary: rotates queries by their place in the output and keys by theirs in the source, so that a head
+            can follow a source that runs alongside; None for attention by content alone.
+
+    Parameters: query, output and memory/{key,value}.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    rotary: Rotary | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: CrossContext, memory: Fresh | None = None
+    ) -> tuple[jax.Array, Fresh]:
+        """x [B, T, width] or [B * T, width], and either context.states or the memory computed from them ->
+        the same shape, and the memory. A source without a real place adds nothing."""
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={kv_heads}")
+        batch, count = context.positions.shape
+        query = Linear(self.num_heads * self.head_dim, name="query")(x)
+        query = query.reshape(batch, count, self.num_heads, self.head_dim)
+        if self.rotary is not None:
+            query = rotate(query, *self.rotary(context.positions, self.head_dim))
+        if memory is None:
+            memory = _Memory(kv_heads, self.head_dim, self.rotary, name="memory")(context.states)
+        key, value = (y.astype(x.dtype) for y in memory)
+        rows = group_queries(query.swapaxes(1, 2), kv_heads)  # [B, Hkv, H / Hkv * T, d]
+        scores = jnp.einsum("bhqd,bhkd->bhqk", rows, key, preferred_element_type=jnp.float32)
+        seen = context.source[:, None, None, :]
+        probabilities = jax.nn.softmax(jnp.where(seen, scores * self.head_dim**-0.5, NEGATIVE), axis=-1)
+        probabilities = jnp.where(seen, probabilities, 0.0).astype(x.dtype)
+        out = jnp.einsum("bhqk,bhkd->bhqd", probabilities, value, preferred_element_type=jnp.float32)
+        out = out.astype(x.dtype).reshape(batch, self.num_heads, count, self.head_dim).swapaxes(1, 2)
+        out = out.reshape(*x.shape[:-1], self.num_heads * self.head_dim)
+        return Linear(x.shape[-1], name="output")(out), memory
+
+
+class _Memory(nn.Module):
+    """states [B, S, width] -> keys and values [B, Hkv, S, d]."""
+
+    heads: int
+    head_dim: int
+    rotary: Rotary | None
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> Fresh:
+        batch, places, _ = states.shape
+        flat = states.reshape(batch * places, -1)
+        key, value = (
+            Linear(self.heads * self.head_dim, name=name)(flat).reshape(batch, places, -1, self.head_dim)
+            for name in ("key", "value")
+        )
+        if self.rotary is not None:
+            positions = jnp.broadcast_to(jnp.arange(places), (batch, places))
+            key = rotate(key, *self.rotary(positions, self.head_dim))
+        return key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+class CrossBlock(Block, kw_only=True):
+    """The block of a decoder with a source: self-attention, `cross_attention`, mlp, each pre-norm residual.
+
+    Returns the fresh rows of the tokens and the memory of the source.
+    """
+
+    cross_attention: nn.Module
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, context: CrossContext, cache: MemoryCache | None = None
+    ) -> tuple[jax.Array, tuple[Fresh, Fresh]]:
+        y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, cache)
+        x = x + self._branch(y, "attention")
+        memory = None if cache is None else cache.memory
+        y, memory = self.cross_attention(self.norm.copy(name="cross_attention_norm")(x), context, memory)
+        x = x + self._branch(y, "cross_attention")
+        y = self.mlp(self.norm.copy(name="mlp_norm")(x))
+        return x + self._branch(y, "mlp"), (fresh, memory)

@@ -1,0 +1,249 @@
+"""The encoder-decoder: what each side sees, decoding through the engine, its cache, its task."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.config import build, of
+from research.decoding import engine as engines
+from research.decoding.generator import Generator
+from research.decoding.proposers import Plain
+from research.decoding.sampling import Sampling
+from research.decoding.verify import Greedy
+from research.errors import UserError
+from research.language.encoder_decoder import Encoder, EncoderDecoder, SequenceToSequence, shift_right
+from research.nn.attention import Attention
+from research.nn.cross_attention import CrossAttention, CrossBlock
+from research.nn.masks import Full
+from research.nn.mlp import GatedMLP
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+from research.training.model_directory import load_model_directory, save_model
+
+VOCAB, SOURCE, TARGET = 53, 20, 24
+SOURCES = [[5, 9, 2], list(range(20, 40)), [7]]  # unequal lengths, the second as long as allowed
+
+
+def config(scan: bool = False, **fields):
+    attention = dict(num_heads=2, head_dim=8, rotary=of(Rotary))
+    return of(
+        EncoderDecoder,
+        encoder=of(
+            Encoder,
+            blocks=(
+                of(
+                    Block,
+                    attention=of(Attention, rule=of(Full), **attention),
+                    mlp=of(GatedMLP, hidden_dim=24),
+                ),
+            ),
+            num_layers=2,
+        ),
+        blocks=(
+            of(
+                CrossBlock,
+                attention=of(Attention, **attention),
+                cross_attention=of(CrossAttention, **attention),
+                mlp=of(GatedMLP, hidden_dim=24),
+            ),
+        ),
+        num_layers=2,
+        vocab_size=VOCAB,
+        width=16,
+        source_length=SOURCE,
+        max_length=TARGET,
+        scan_layers=scan,
+        tied_head=False,
+        **fields,
+    )
+
+
+def make(scan: bool = False):
+    model = build(config(scan))
+    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: outputs that vary
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def plain(made):
+    return Generator(*made)
+
+
+def padded(sources):
+    rows = np.zeros((len(sources), SOURCE), np.int32)
+    for row, source in enumerate(sources):
+        rows[row, : len(source)] = source
+    return jnp.asarray(rows), jnp.asarray([len(source) for source in sources], jnp.int32)
+
+
+def without_cache(model, params, source: list[int], count: int) -> list[int]:
+    """Greedy decoding by a full forward pass for every token."""
+    tokens = np.full((1, TARGET), model.bos, np.int32)
+    forward = jax.jit(lambda t: model.apply({"params": params}, *padded([source]), t))
+    for at in range(count):
+        tokens[0, at + 1] = int(jnp.argmax(forward(tokens)[0, at]))
+    return tokens[0, 1 : count + 1].tolist()
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_the_engine_decodes_it(scan):
+    model, params = make(scan)
+    result = Generator(model, params).generate(SOURCES, max_new_tokens=20)
+    for source, sample in zip(SOURCES, result.samples, strict=True):
+        assert sample.tokens == without_cache(model, params, source, 20) and sample.finish == "length"
+    assert len({token for sample in result.samples for token in sample.tokens}) > 8
+    assert len({tuple(sample.tokens) for sample in result.samples}) == 3  # the source is read
+
+
+def test_samples_share_their_source(plain):
+    options = dict(max_new_tokens=12, sampling=Sampling(1.0), seed=3)
+    rows = [sample.tokens for sample in plain.generate(SOURCES, samples=2, **options).samples]
+    assert rows[0] != rows[1]
+    for prompt in range(3):
+        alone = plain.generate([SOURCES[prompt]], ids=[prompt], samples=2, **options)
+        assert [sample.tokens for sample in alone.samples] == rows[2 * prompt : 2 * prompt + 2]
+
+
+def test_lengths_have_limits_of_their_own(plain):
+    """A source may fill its context, and output, behind the start token, fills the decoder's whatever the source."""
+    result = plain.generate(SOURCES, max_new_tokens=1000)
+    assert [len(sample.tokens) for sample in result.samples] == [TARGET - 1] * 3
+    assert {sample.finish for sample in result.samples} == {"context"}
+    with pytest.raises(UserError, match="prompt 2 has 21 tokens and the model reads sources of at most 20"):
+        plain.generate([[1], [1] * 21])
+
+
+def test_what_each_side_sees(made):
+    model, params = made
+    source, lengths = padded([SOURCES[0]])
+    tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, VOCAB)
+    logits = model.apply({"params": params}, source, lengths, tokens)
+    # A later token of the target changes nothing before it, padding of the source nothing at all.
+    later = model.apply({"params": params}, source, lengths, tokens.at[0, 4].add(1))
+    np.testing.assert_array_equal(later[:, :4], logits[:, :4])
+    assert np.all(np.any(later[:, 4:] != logits[:, 4:], axis=-1))
+    other = model.apply({"params": params}, source.at[0, 3:].set(11), lengths, tokens)
+    np.testing.assert_array_equal(other, logits)
+    # Every real token of the source, the last included, changes all.
+    for place in range(3):
+        changed = model.apply({"params": params}, source.at[0, place].set(30), lengths, tokens)
+        assert np.all(np.any(changed != logits, axis=-1))
+
+
+def test_an_empty_source_decodes(made):
+    model, params = made
+    source, _ = padded([[1]])
+    engine = engines.Engine(model, Plain(), Greedy(), capacity=16)
+    weights = engines.Weights(params, (), ())
+    keys, none = engines.row_keys(0, jnp.arange(1), 1), jnp.zeros((0,), jnp.int32)
+
+    def run(source):
+        state = engine.prefill(weights, source, jnp.zeros((1,), jnp.int32), jnp.asarray([8]), keys, none)
+        return engine.decode(weights, state, jnp.zeros((1,), bool), jnp.int32(20), none)
+
+    run = jax.jit(run)
+    state = run(source)
+    assert state.count.tolist() == [8] and np.isfinite(state.cache.layers[0].own.key).all()
+    np.testing.assert_array_equal(run(source + 9).tokens, state.tokens)  # what is not there has no effect
+
+
+def test_the_cache_keeps_the_source(made):
+    """Roll-back forgets tokens and never the source; commit takes a path; select takes both along."""
+    model, params = made
+    variables = {"params": params}
+    _, states, fresh = model.apply(variables, *padded(SOURCES), method="prefill")
+    assert states.shape == (3, SOURCE, 16)
+    lengths = padded(SOURCES)[1]
+    start = model.init_cache(3, 16).commit(fresh, None, lengths)
+    assert start.length.tolist() == [1, 1, 1] and start.source.sum(1).tolist() == [3, 20, 1]
+    tokens = jax.random.randint(jax.random.key(2), (3, 4), 0, VOCAB)
+    logits, _, rows = model.apply(variables, tokens, start, method="extend")
+    # The whole target at once gives the same.
+    whole = model.apply(
+        variables, *padded(SOURCES), jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=model.bos)
+    )
+    np.testing.assert_allclose(logits, whole[:, 1:], atol=2e-5)
+
+    long = start.commit(rows, None, jnp.asarray([4, 2, 0]))
+    assert long.length.tolist() == [5, 3, 1]
+    for layer, before in zip(long.layers, start.layers, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, layer.memory, before.memory)
+    back = long.rollback(jnp.asarray([1, 1, 1]))
+    np.testing.assert_array_equal(back.source, start.source)
+    again, _, _ = model.apply(variables, tokens, back, method="extend")
+    np.testing.assert_array_equal(again, logits)
+    chosen = long.select(jnp.asarray([2, 0]))
+    assert chosen.length.tolist() == [1, 5] and chosen.source.sum(1).tolist() == [1, 3]
+    moved, _, _ = model.apply(variables, tokens[jnp.asarray([2, 0])], chosen, method="extend")
+    there, _, _ = model.apply(variables, tokens, long, method="extend")
+    np.testing.assert_allclose(moved, there[jnp.asarray([2, 0])], atol=1e-5)
+
+
+def test_a_tree_is_scored_as_its_paths(made):
+    model, params = made
+    variables = {"params": params}
+    _, _, fresh = model.apply(variables, *padded(SOURCES[:1]), method="prefill")
+    cache = model.init_cache(1, 16).commit(fresh, None, jnp.asarray([3]))
+    # Node 0, its children 1 and 2, and 3 below 2.
+    tree = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
+    tokens = jnp.asarray([[4, 8, 15, 16]])
+    logits, _, _ = model.apply(variables, tokens, cache, tree, jnp.asarray([0, 1, 1, 2]), method="extend")
+    for path in ([0, 1], [0, 2, 3]):
+        alone, _, _ = model.apply(variables, tokens[:, jnp.asarray(path)], cache, method="extend")
+        np.testing.assert_allclose(logits[:, jnp.asarray(path)], alone, atol=1e-5)
+
+
+def test_a_decoder_with_a_full_rule_sees_both_ways():
+    attention = dict(num_heads=2, head_dim=8, rotary=of(Rotary))
+    block = of(
+        CrossBlock,
+        attention=of(Attention, rule=of(Full), **attention),
+        cross_attention=of(CrossAttention, **attention),
+        mlp=of(GatedMLP, hidden_dim=24),
+    )
+    full = config()
+    full.blocks = (block,)
+    model, (_, params) = build(full), make()
+    source, lengths = padded([SOURCES[0]])
+    tokens = jnp.asarray([[1, 2, 3, 4, 5]])
+    logits = model.apply({"params": params}, source, lengths, tokens, jnp.asarray([4]))
+    later = model.apply({"params": params}, source, lengths, tokens.at[0, 3].set(9), jnp.asarray([4]))
+    assert np.all(np.any(later[:, :4] != logits[:, :4], axis=-1))
+    beyond = model.apply({"params": params}, source, lengths, tokens.at[0, 4].set(9), jnp.asarray([4]))
+    np.testing.assert_array_equal(beyond[:, :4], logits[:, :4])
+
+
+def test_the_task_by_hand(made):
+    model, params = made
+    task = SequenceToSequence(model, label_smoothing=0.1)
+    source, lengths = padded(SOURCES[:2])
+    targets = jnp.asarray([[3, 4, 5], [6, 7, 0]])
+    weights = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    batch = {"source": source, "source_lengths": lengths, "targets": targets, "weights": weights}
+    np.testing.assert_array_equal(shift_right(targets, 1), [[1, 3, 4], [1, 6, 7]])
+    logits = model.apply({"params": params}, source, lengths, shift_right(targets, 1))
+    log_p = jax.nn.log_softmax(logits)
+    nats = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    loss, weight = task.evaluate(params, batch)["loss"]
+    assert weight == 5 and loss == pytest.approx(float(jnp.sum(nats * weights)), rel=1e-5)
+    # One tenth of the mass is spread evenly.
+    smooth = 0.9 * nats - 0.1 * jnp.mean(log_p, axis=-1)
+    metrics = task.loss(params, batch, jax.random.key(0))
+    assert metrics["loss"][0] == pytest.approx(float(jnp.sum(smooth * weights)), rel=1e-5)
+    assert metrics["cross_entropy"][0] == pytest.approx(float(loss), rel=1e-6)
+    with pytest.raises(UserError, match="label_smoothing: 1.0 is not in"):
+        SequenceToSequence(model, label_smoothing=1.0)
+
+
+def test_it_is_saved_and_loaded(tmp_path, made):
+    _, params = made
+    save_model(tmp_path / "model", config(), params)
+    loaded = load_model_directory(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert loaded.model == made[0]
