@@ -1,0 +1,240 @@
+"""Drafters on disk, bound to the target they were trained for.
+
+    drafter.json          the drafter's config, and of its target: path, fingerprint, vocabulary, tokenizer
+    drafter.safetensors   its parameters, named by `/`-joined path
+
+is a *drafter directory*, which `save_drafter` writes. `load_drafter` reads it, and the workdir of a run of
+`DrafterTraining` just as well. A drafter does no harm with another target, but it would guess badly and nobody
+would know why: so it is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from research import config as configs
+from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.prompt_lookup import PromptLookup
+from research.decoding.speculative.training import DrafterTraining
+from research.errors import UserError, nearest
+from research.training import checkpoint_files as files
+from research.training.model_directory import CONFIG, Loaded, read_config
+from research.training.paths import PyTree, named_leaves, nested
+from research.training.workdir import read_checkpoint
+
+DRAFTER, WEIGHTS = "drafter.json", "drafter.safetensors"
+
+UNTRAINED = {"prompt_lookup": PromptLookup}
+"""Drafters that need nothing but their name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a drafter remembers of its target.
+
+    path: where it was, as the config said. fingerprint: of its parameters. vocab_size: V. tokenizer: its
+    fingerprint, or None.
+    """
+
+    path: str
+    fingerprint: str
+    vocab_size: int
+    tokenizer: str | None
+
+    @classmethod
+    def of(cls, target: Loaded, path: str) -> "Identity":
+        tokenizer = None if target.tokenizer is None else target.tokenizer.fingerprint
+        return cls(path, fingerprint(target.params), target.model.vocab_size, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedDrafter:
+    """A drafter, its parameters (empty where it has none), the config that builds it, and its target's identity
+    (None where any target will do)."""
+
+    proposer: Proposer
+    params: PyTree
+    config: ConfigDict
+    identity: Identity | None
+
+    def target_params(self, target: Loaded) -> PyTree:
+        """The parameters to decode: the target's own, or what the drafter's training made of them (Medusa-2)."""
+        if hasattr(self.proposer, "tuned"):
+            return self.proposer.tuned(self.params, Target(target.params, target.model))
+        return target.params
+
+
+def fingerprint(params: PyTree) -> str:
+    """16 hex digits that change when any bit, shape or name of the parameters does. Taken of parameters as they
+    were loaded, before `prepare` fuses or casts them."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def save_drafter(
+    directory: str | os.PathLike[str], config: ConfigDict, params: PyTree, target: Loaded, path: str
+) -> None:
+    """Writes a drafter directory.
+
+    config: of the drafter; params: nested dict of arrays; target: what it was trained for, found at `path`.
+
+    Raises:
+        UserError: the parameters do not fit the config and the target, or can't be written.
+    """
+    import safetensors.numpy
+
+    folder = files.local_directory(directory)
+    if folder.exists() and (not folder.is_dir() or {x.name for x in folder.iterdir()} - {DRAFTER, WEIGHTS}):
+        raise UserError(f"{folder} exists and is no drafter directory: choose a new one")
+    proposer = configs.build(config)
+    _check_shapes(f"the parameters of {type(proposer).__name__}", named_leaves(params), proposer, target)
+    described = {
+        "drafter": json.loads(configs.to_json(config)),
+        "target": dataclasses.asdict(Identity.of(target, path)),
+    }
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DRAFTER).unlink(missing_ok=True)
+        safetensors.numpy.save_file(arrays, folder / WEIGHTS, metadata={"format": "flax"})
+        # Last: a directory with a description is complete.
+        files.write_atomically(folder / DRAFTER, json.dumps(described, indent=2) + "\n")
+    except Exception as error:
+        needed = sum(array.nbytes for array in arrays.values())
+        raise files.write_failure(error, f"drafter {folder}", folder, needed) from error
+
+
+def find_drafter(name: str, target: Loaded, step: int | None = None) -> LoadedDrafter:
+    """The drafter called `name`: one that needs no training (`prompt_lookup`), a config file of one
+    (`configs/x.py:preset`), or a path for `load_drafter`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name in UNTRAINED:
+        config = configs.of(UNTRAINED[name])
+        return _checked(name, LoadedDrafter(configs.build(config), (), config, None), target)
+    if name.partition(":")[0].endswith(".py"):
+        config = configs.load_config(name)
+        proposer = configs.build(config)
+        if not hasattr(proposer, "propose") or hasattr(proposer, "create"):
+            raise UserError(
+                f"{name} builds a {type(proposer).__name__}: only a drafter that is not trained can be given as "
+                "a config; train it, and give the run's workdir"
+            )
+        return _checked(name, LoadedDrafter(proposer, (), config, None), target)
+    if not Path(name).expanduser().exists():
+        close = nearest(name, UNTRAINED)
+        hint = (
+            f"did you mean {close}?"
+            if close
+            else f"give a run, a drafter directory, or {', '.join(UNTRAINED)}"
+        )
+        raise UserError(f"no drafter {name}; {hint}")
+    return load_drafter(name, target, step)
+
+
+def load_drafter(path: str | os.PathLike[str], target: Loaded, step: int | None = None) -> LoadedDrafter:
+    """The drafter of a drafter directory or of a run of `DrafterTraining` (its newest checkpoint, or that of
+    `step`), for decoding with `target`.
+
+    Raises:
+        UserError: neither kind of directory; damaged files; a drafter of another vocabulary, tokenizer or target;
+            one that drafts more than the target's context holds.
+    """
+    folder = files.local_directory(path)
+    if (folder / DRAFTER).exists():
+        if step is not None:
+            raise UserError(f"{folder} is a drafter directory, with one set of parameters: no step {step}")
+        return _checked(str(path), _load_directory(folder, target), target)
+    if not (folder / CONFIG).exists():
+        what = "is neither" if folder.exists() else "does not exist"
+        raise UserError(
+            f"{folder} {what}: a drafter directory ({DRAFTER}) or the workdir of a run ({CONFIG})"
+        )
+    config = read_config(folder / CONFIG)
+    node = config.get("task")
+    if not isinstance(node, ConfigDict) or "drafter" not in node or "target" not in node:
+        raise UserError(f"{folder} holds a run that trained no drafter: its task is not a DrafterTraining")
+    task = configs.build(node, "config.task")
+    if not isinstance(task, DrafterTraining):
+        raise UserError(f"{folder} holds a run that trained no drafter: its task is a {type(task).__name__}")
+    params, _ = read_checkpoint(folder, jax.eval_shape(task.init, jax.random.key(0)), step)
+    # The target as it was during the run, whatever may lie at its path today.
+    trained_for = Identity.of(dataclasses.replace(task.loaded, params=params["target"]), node.target)
+    found = LoadedDrafter(task.drafter, params["drafter"], node.drafter, trained_for)
+    return _checked(str(path), found, target)
+
+
+def _load_directory(folder: Path, target: Loaded) -> LoadedDrafter:
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        described = json.loads((folder / DRAFTER).read_text(encoding="utf-8"))
+        config = configs.from_json(json.dumps(described["drafter"]))
+        identity = Identity(**described["target"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / DRAFTER} is not the description of a drafter: {error}") from None
+    proposer = configs.build(config, str(folder / DRAFTER))
+    _check_identity(str(folder), identity, target)  # before shapes, which would say the same less clearly
+    try:
+        arrays = safetensors.numpy.load_file(folder / WEIGHTS)
+    except FileNotFoundError:
+        raise UserError(f"{folder / WEIGHTS} does not exist") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} is not an intact safetensors file: {error}") from None
+    _check_shapes(str(folder / WEIGHTS), arrays, proposer, target)
+    params = jax.tree.map(jax.numpy.asarray, nested(arrays)) if arrays else ()
+    return LoadedDrafter(proposer, params, config, identity)
+
+
+def _check_shapes(where: str, found: dict[str, Any], proposer: Proposer, target: Loaded) -> None:
+    def create(key: jax.Array, params: PyTree) -> PyTree:
+        return proposer.create(key, Target(params, target.model))
+
+    wanted = jax.eval_shape(create, jax.random.key(0), target.params) if hasattr(proposer, "create") else ()
+    if difference := files.mismatches(found, named_leaves(wanted), where):
+        raise UserError(f"{where} do not fit the drafter's config: {difference}")
+
+
+def _checked(name: str, found: LoadedDrafter, target: Loaded) -> LoadedDrafter:
+    if found.identity is not None:
+        _check_identity(name, found.identity, target)
+    size, levels, context = found.proposer.size, found.proposer.levels, target.model.max_length
+    if max(size, levels) > context:
+        raise UserError(
+            f"{name} drafts {size} nodes on {levels} levels, and the target's context is {context} tokens: give it "
+            "a smaller tree"
+        )
+    return found
+
+
+def _check_identity(name: str, trained_for: Identity, target: Loaded) -> None:
+    here = Identity.of(target, "")
+    if here.vocab_size != trained_for.vocab_size:
+        raise UserError(
+            f"{name} drafts from a vocabulary of {trained_for.vocab_size} tokens, and the target has "
+            f"{here.vocab_size}: it was trained for {trained_for.path}"
+        )
+    if None not in (here.tokenizer, trained_for.tokenizer) and here.tokenizer != trained_for.tokenizer:
+        raise UserError(
+            f"{name} was trained with another tokenizer than the target's ({trained_for.tokenizer[:12]}, not "
+            f"{here.tokenizer[:12]}): it was trained for {trained_for.path}"
+        )
+    if here.fingerprint != trained_for.fingerprint:
+        raise UserError(
+            f"{name} was trained for another target, {trained_for.path} with fingerprint "
+            f"{trained_for.fingerprint}, not {here.fingerprint}: decode that one, or train a drafter for this one"
+        )
