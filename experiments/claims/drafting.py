@@ -16,7 +16,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import sklearn
@@ -29,6 +29,7 @@ from research.data.text import TokenDataset
 from research.decoding.generator import Generation, Generator
 from research.decoding.proposers import Proposer
 from research.decoding.sampling import Sampling
+from research.decoding.speculative.distill import SelfDistilled
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.verify import Verifier
 from research.errors import UserError, nearest
@@ -61,17 +62,24 @@ def fit(
     steps: int,
     batch_size: int = 16,
     length: int = 128,
+    text: Literal["self", "corpus"] = "self",
     peak: float = 1e-3,
     warmup: int = 20,
     floor: float = 0.1,
     **optimizer: Any,
 ) -> Any:
-    """Train a drafter for the frozen target on the training split; returns its parameters.
+    """Train a drafter for the frozen target; returns its parameters.
 
-    drafter: the config of a `Drafter`. Batches are `batch_size` rows of `length` tokens. The optimizer is AdamW
-    on a cosine from `peak` to `floor` * peak after `warmup` updates; `optimizer` are its other arguments.
-    The run is kept in workdir/run, and goes on from there.
+    drafter: the config of a `Drafter`. Batches are `batch_size` rows of `length` tokens: of the training split
+    ("corpus"), or what the target itself says after beginnings from there ("self"), written once for all claims
+    and seeds. The optimizer is AdamW on a cosine from `peak` to `floor` * peak after `warmup` updates;
+    `optimizer` are its other arguments. The run is kept in workdir/run, and goes on from there.
     """
+    data = (
+        of(SelfDistilled, target=TARGET, rows=2048, length=length)
+        if text == "self"
+        else of(TokenDataset, split="train", length=length, seed=seed)
+    )
     schedule = of(cosine, peak=peak, warmup=warmup, floor=floor)
     stage = of(
         Stage,
@@ -84,15 +92,16 @@ def fit(
     config = of(
         Trainer,
         task=of(DrafterTraining, drafter=drafter, target=TARGET),
-        data=of(TokenDataset, split="train", length=length, seed=seed),
+        data=data,
         stages=(stage,),
         seed=seed,
         checkpoint_every=steps,
         keep_last=1,
         keep_best=0,
     )
-    progress(0.05, f"{steps} steps")
     trainer = build(config)
+    trainer.data.prepare(lambda what, done, total: progress(0.3 * done / total, what))
+    progress(0.3, f"{steps} steps")
     with open_workdir(workdir / "run", config) as run:
         state, _ = trainer.train(run, progress=False)
     progress(0.7, "decoding")
