@@ -34,7 +34,7 @@ from research.decoding.speculative.follower import (
     read_prompt,
 )
 from research.decoding.speculative.training import Teacher, ahead, shifted
-from research.decoding.speculative.trees import RankTree
+from research.decoding.speculative.trees import Guess, RankTree
 from research.decoding.verify import Draft
 from research.errors import UserError
 from research.nn.cache import Cache
@@ -121,17 +121,11 @@ class Eagle:
 
     def loss(self, params: PyTree, teacher: Teacher, batch: Batch, key: jax.Array | None) -> Metrics:
         """loss, and agreement: how often the guess for x_{t+2} is the target's own."""
-        target = teacher.target.replace(params=jax.lax.stop_gradient(teacher.target.params))
-        hidden = teacher.hidden
+        target, hidden = teacher.target, teacher.hidden
         if key is not None:
             hidden += jax.random.uniform(key, hidden.shape, hidden.dtype, -self.noise, self.noise)
-        states, _ = self.network(target).apply(
-            {"params": params},
-            hidden,
-            target.embed(batch["targets"]),
-            batch["positions"],
-            batch["segments"],
-        )
+        target = target.replace(params=jax.lax.stop_gradient(target.params))
+        states = self._states(params, target, hidden, batch)
         _, weights = ahead(batch, 1)
         logits, expected = target.logits(states), shifted(teacher.logits, 1)
         return {
@@ -141,6 +135,17 @@ class Eagle:
             ),
             "agreement": losses.agreement(logits, jnp.argmax(expected, axis=-1), weights),
         }
+
+    def forced(self, params: PyTree, teacher: Teacher, batch: Batch) -> list[Guess]:
+        """What is guessed at every level along a text, as `trees.calibrate` wants it, from the target's hidden
+        states at all levels: below the first, drafts are a little worse."""
+        logits = teacher.target.logits(self._states(params, teacher.target, teacher.hidden, batch))
+        return [(shifted(logits, k - 1), *ahead(batch, k)) for k in range(1, self.tree.levels)]
+
+    def _states(self, params: PyTree, target: Target, hidden: jax.Array, batch: Batch) -> jax.Array:
+        """f [B, T, D] along a text."""
+        embedded, places = target.embed(batch["targets"]), (batch["positions"], batch["segments"])
+        return self.network(target).apply({"params": params}, hidden, embedded, *places)[0]
 
     def init(self, params: PyTree, target: Target, prompt: Prompt) -> Following:
         return read_prompt(self.network(target), params, target, prompt, self.levels)
