@@ -1,4 +1,4 @@
-"""An output head of a drafter's own, which starts as a copy of the target's."""
+"""What drafters with heads share: an output head of their own that starts as the target's, best guesses."""
 
 from typing import Any
 
@@ -29,3 +29,8 @@ def head_logits(target: Target, head: Any, hidden: jax.Array) -> jax.Array:
 def best(logits: jax.Array, count: int) -> jax.Array:
     """logits [..., V] -> the `count` best tokens int32[..., count], the first of equals first."""
     return jax.lax.top_k(logits, count)[1]
+
+
+def at(x: jax.Array, place: jax.Array) -> jax.Array:
+    """x [B, N, ...], place int32[B] -> x[b, place[b]]."""
+    return x[jnp.arange(x.shape[0]), place]
