@@ -128,7 +128,7 @@ class EncoderDecoder(LayerStack, kw_only=True):
         states, real = self.encode(source, lengths)
         if tokens is None:
             tokens = jnp.full((source.shape[0], 1), self.bos, jnp.int32)
-        return self.logits(self._decode(tokens, target_lengths, states, real)[0])
+        return self.logits(self.features(tokens, target_lengths, states, real)[0])
 
     def encode(self, source: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """-> states [B, S, D] and which places are real, bool[B, S]."""
@@ -138,9 +138,11 @@ class EncoderDecoder(LayerStack, kw_only=True):
         real = places < lengths[:, None]
         return self.encoder(self.embedding(source), real), real
 
-    def _decode(
+    def features(
         self, tokens: jax.Array, lengths: jax.Array | None, states: jax.Array, real: jax.Array
     ) -> tuple[jax.Array, tuple[tuple[Fresh, Fresh], ...]]:
+        """What the decoder reads, int32[B, T] of lengths int32[B] (None: all real), and what `encode` gives
+        -> hidden states after the final norm [B, T, D]; rows of the tokens and memory of every layer."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = None if lengths is None else (positions < lengths[:, None]).astype(jnp.int32)
         context = CrossContext(positions, segments, source=real, states=states)
@@ -163,7 +165,7 @@ class EncoderDecoder(LayerStack, kw_only=True):
         lengths)` takes."""
         states, real = self.encode(tokens, lengths)
         start = jnp.full((tokens.shape[0], 1), self.bos, jnp.int32)
-        hidden, fresh = self._decode(start, None, states, real)
+        hidden, fresh = self.features(start, None, states, real)
         return self.logits(hidden[:, 0]), states, Prefilled(fresh)
 
     def extend(
