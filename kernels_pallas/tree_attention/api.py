@@ -1,0 +1,99 @@
+"""Tree attention: which implementation runs, and what it can compute."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.tree_attention import gpu, reference, tpu
+
+Implementation = Literal["reference", "tpu", "gpu"]
+
+
+class Unsupported(ValueError):
+    """The implementation asked for cannot compute these shapes or dtypes, or not on this backend."""
+
+
+def tree_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, jax.Array],
+    length: jax.Array,
+    tree: jax.Array,
+    cached_mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of N new tokens over a cached prefix and over each other, as one softmax.
+
+    Args:
+        query: [B, H, N, d].
+        cached: key and value [B, Hkv, S, d]; query head h reads key head h // (H / Hkv).
+        fresh: key and value of the new tokens, [B, Hkv, N, d].
+        length: int32[B], at most S: the slots before it hold tokens. Others are not read.
+        tree: bool [B or 1, 1 or H, N, N], which new tokens each sees; every token must see itself.
+        cached_mask: bool [B or 1, 1 or H, N, S], which of the held slots each new token sees; None for all.
+        scale: factor of the scores, d ** -0.5 by default.
+        softcap: tanh soft cap of the scores, or None.
+        implementation: None takes the kernel of the default backend.
+        interpret: run the kernel in Pallas' interpreter, on any backend.
+
+    Returns:
+        [B, H, N, d] in the dtype of query; sums in float32.
+
+    Raises:
+        Unsupported: there is no such kernel for the backend, or it cannot compute these arguments. Another
+            implementation is never taken instead.
+    """
+    if implementation is None:
+        backend = jax.default_backend()
+        if backend not in ("tpu", "gpu"):
+            raise Unsupported(
+                f"no tree attention kernel for the backend {backend!r}: there are tpu and gpu; "
+                "implementation='reference' runs everywhere"
+            )
+        implementation = backend
+    if implementation not in ("reference", "tpu", "gpu"):
+        raise Unsupported(f"no implementation {implementation!r}: there are reference, tpu and gpu")
+    _check(query, cached, fresh, length, tree, cached_mask, implementation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (query, cached, fresh, length, tree, cached_mask)
+    if implementation == "reference":
+        return reference.tree_attention(*arguments, scale=scale, softcap=softcap)
+    kernel = tpu if implementation == "tpu" else gpu
+    return kernel.tree_attention(*arguments, scale=scale, softcap=softcap, interpret=interpret)
+
+
+def _check(query, cached, fresh, length, tree, cached_mask, implementation: Implementation) -> None:
+    batch, heads, count, dim = query.shape
+    kv_heads, slots = cached[0].shape[1:3]
+    if heads % kv_heads:
+        raise Unsupported(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    shapes = {"cached": (batch, kv_heads, slots, dim), "fresh": (batch, kv_heads, count, dim)}
+    for name, pair in {"cached": cached, "fresh": fresh}.items():
+        for part in pair:
+            if part.shape != shapes[name]:
+                raise Unsupported(f"{name} has shape {part.shape}, expected {shapes[name]}")
+    if length.shape != (batch,):
+        raise Unsupported(f"length has shape {length.shape}, expected {(batch,)}")
+    for name, mask, keys in (("tree", tree, count), ("cached_mask", cached_mask, slots)):
+        if mask is None:
+            continue
+        right = (
+            mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (count, keys)
+        )
+        if mask.dtype != bool or not right:
+            expected = f"bool [{batch} or 1, 1 or {heads}, {count}, {keys}]"
+            raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
+    if implementation == "reference":
+        return
+    for name, array in {"query": query, "cached": cached[0], "fresh": fresh[0]}.items():
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise Unsupported(f"{name} is {array.dtype}: the kernels take float32 and bfloat16")
+    if implementation == "tpu" and dim % 8:
+        raise Unsupported(f"head_dim={dim}: the tpu kernel takes multiples of 8")
+    if implementation == "gpu" and (dim < 16 or dim & (dim - 1)):
+        raise Unsupported(f"head_dim={dim}: the gpu kernel takes powers of two from 16 on")

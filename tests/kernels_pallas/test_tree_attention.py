@@ -1,0 +1,174 @@
+"""Tree attention: every implementation against attention written out in float64, the shapes that matter in
+Pallas' interpreter, and lowering for devices that are not here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.tree_attention import Unsupported, gpu, tpu, tree_attention
+
+
+def make(batch, heads, kv_heads, count, slots, dim, lengths, *, dtype=jnp.float32, tree_heads=1, mask=None):
+    """Random arguments; every slot that holds no token holds NaN. `mask`: the leading axes of a prefix mask."""
+    rng = np.random.default_rng(count + slots)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    length = jnp.asarray(lengths, jnp.int32)
+    held = (jnp.arange(slots) < length[:, None])[:, None, :, None]
+    cached = tuple(jnp.where(held, normal(batch, kv_heads, slots, dim), jnp.nan) for _ in range(2))
+    fresh = (normal(batch, kv_heads, count, dim), normal(batch, kv_heads, count, dim))
+    tree = np.tril(rng.random((batch, tree_heads, count, count)) < 0.5) | np.eye(count, dtype=bool)
+    cached_mask = None if mask is None else jnp.asarray(rng.random((*mask, count, slots)) < 0.4)
+    return normal(batch, heads, count, dim), cached, fresh, length, jnp.asarray(tree), cached_mask
+
+
+def written_out(query, cached, fresh, length, tree, cached_mask, scale=None, softcap=None):
+    """One query at a time over the keys it sees, in float64."""
+    query, cached, fresh = jax.tree.map(lambda x: np.asarray(x, np.float64), (query, cached, fresh))
+    batch, heads, count, dim = query.shape
+    scale = dim**-0.5 if scale is None else scale
+    slots = cached[0].shape[2]
+    tree = np.broadcast_to(tree, (batch, heads, count, count))
+    seen = np.broadcast_to(True if cached_mask is None else cached_mask, (batch, heads, count, slots))
+    out = np.zeros(query.shape)
+    for b, h, n in np.ndindex(batch, heads, count):
+        group = h // (heads // cached[0].shape[1])
+        old = np.flatnonzero(seen[b, h, n, : int(length[b])])
+        new = np.flatnonzero(tree[b, h, n])
+        keys, values = (
+            np.concatenate([c[b, group, old], f[b, group, new]]) for c, f in zip(cached, fresh, strict=True)
+        )
+        scores = keys @ query[b, h, n] * scale
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, h, n] = weights @ values / weights.sum()
+    return out
+
+
+IMPLEMENTATIONS = ("reference", "tpu", "gpu")
+# N = 1 to 64, lengths 0, full, and between blocks, slots that are no multiple of a block, groups, masks.
+CASES = {
+    "one token": dict(batch=2, heads=4, kv_heads=2, count=1, slots=64, dim=32, lengths=[0, 64]),
+    "empty caches": dict(batch=2, heads=2, kv_heads=2, count=3, slots=64, dim=16, lengths=[0, 0]),
+    "odd sizes": dict(batch=3, heads=2, kv_heads=1, count=7, slots=200, dim=64, lengths=[1, 129, 199]),
+    "64 nodes": dict(batch=1, heads=4, kv_heads=2, count=64, slots=192, dim=32, lengths=[150]),
+    "masks": dict(
+        batch=2, heads=4, kv_heads=2, count=5, slots=130, dim=16, lengths=[130, 40], tree_heads=4, mask=(1, 4)
+    ),
+    "one mask": dict(batch=2, heads=4, kv_heads=4, count=4, slots=70, dim=16, lengths=[3, 70], mask=(2, 1)),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_is_attention_over_the_prefix_and_the_tree(name, implementation):
+    arguments = make(**CASES[name])
+    out = tree_attention(*arguments, implementation=implementation, interpret=True)
+    np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scale_and_soft_cap(implementation):
+    arguments = make(1, 2, 1, 2, 64, 16, [9])
+    options = {"scale": 0.7, "softcap": 1.5}
+    out = tree_attention(*arguments, **options, implementation=implementation, interpret=True)
+    np.testing.assert_allclose(np.asarray(out), written_out(*arguments, **options), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation):
+    arguments = make(2, 4, 2, 6, 100, 32, [0, 99], dtype=jnp.bfloat16)
+    out = tree_attention(*arguments, implementation=implementation, interpret=True)
+    assert out.dtype == jnp.bfloat16
+    # Inputs are the same rounded numbers; weights and the output are rounded to 8 bits once each.
+    np.testing.assert_allclose(np.asarray(out, np.float64), written_out(*arguments), atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [tpu, gpu])
+def test_several_blocks_and_splits(kernel):
+    """Lengths at, just before and just behind the edge of a block of 128."""
+    arguments = make(4, 2, 2, 2, 400, 16, [127, 128, 129, 400])
+    out = kernel.tree_attention(*arguments, scale=0.25, block=128, interpret=True)
+    np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_equal_scores_give_the_mean(implementation):
+    """Queries of 0 weigh all visible values alike. Cached 1, 3, (8: not held); fresh 5, 9, node 1 below
+    node 0: node 0 sees (1 + 3 + 5) / 3 = 3, node 1 sees (1 + 3 + 5 + 9) / 4 = 4.5."""
+    cached = jnp.broadcast_to(jnp.asarray([1.0, 3.0, 8.0])[:, None], (1, 1, 3, 16))
+    fresh = jnp.broadcast_to(jnp.asarray([5.0, 9.0])[:, None], (1, 1, 2, 16))
+    out = tree_attention(
+        jnp.zeros((1, 1, 2, 16)),
+        (cached, cached),
+        (fresh, fresh),
+        jnp.asarray([2]),
+        jnp.asarray([[[[True, False], [True, True]]]]),
+        implementation=implementation,
+        interpret=True,
+    )
+    np.testing.assert_allclose(out[0, 0, :, 0], [3.0, 4.5], rtol=1e-6)
+
+
+LOWERED = {"tpu": ("tpu", "tpu_custom_call"), "gpu": ("cuda", "triton")}
+
+
+@pytest.mark.parametrize("implementation", LOWERED)
+@pytest.mark.parametrize(
+    ("count", "slots", "dim", "heads", "kv_heads", "dtype", "masked"),
+    [
+        (1, 192, 64, 8, 8, "float32", False),
+        (16, 1000, 128, 8, 2, "bfloat16", False),
+        (64, 4096, 64, 8, 1, "bfloat16", True),
+    ],
+)
+def test_lowers_without_the_device(implementation, count, slots, dim, heads, kv_heads, dtype, masked):
+    """To the compiler of the device, whose own errors only the device shows."""
+    platform, marker = LOWERED[implementation]
+
+    def shape(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    arguments = (
+        shape(2, heads, count, dim),
+        (shape(2, kv_heads, slots, dim),) * 2,
+        (shape(2, kv_heads, count, dim),) * 2,
+        shape(2, dtype="int32"),
+        shape(1, 1, count, count, dtype=bool),
+        shape(1, heads, count, slots, dtype=bool) if masked else None,
+    )
+    function = jax.jit(functools.partial(tree_attention, implementation=implementation))
+    lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+    assert marker in lowered.as_text()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens where there is no kernel")
+def test_a_backend_without_a_kernel_is_an_error():
+    with pytest.raises(Unsupported, match="no tree attention kernel for the backend 'cpu'"):
+        tree_attention(*make(1, 1, 1, 1, 64, 16, [3]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(dim=24, implementation="gpu"), "head_dim=24: the gpu kernel takes powers of two"),
+        (dict(dim=20, implementation="tpu"), "head_dim=20: the tpu kernel takes multiples of 8"),
+        (dict(dtype=jnp.float16, implementation="tpu"), "query is float16"),
+        (dict(kv_heads=3, implementation="reference"), "4 query heads are not a multiple of 3 key heads"),
+        (dict(lengths=[1, 2], implementation="reference"), r"length has shape \(2,\), expected \(1,\)"),
+        (dict(tree_heads=2, implementation="reference"), "tree is bool"),
+        (dict(implementation="cuda"), "no implementation 'cuda': there are reference, tpu and gpu"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(change, message):
+    options = dict(batch=1, heads=4, kv_heads=2, count=2, slots=64, dim=16, lengths=[3]) | change
+    implementation, lengths = options.pop("implementation"), options.pop("lengths")
+    query, cached, fresh, _, tree, mask = make(**options, lengths=[3])
+    with pytest.raises(Unsupported, match=message):
+        tree_attention(query, cached, fresh, jnp.asarray(lengths), tree, mask, implementation=implementation)
