@@ -4,9 +4,12 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --workdir=runs/matlm --prompt='import ' --temperature=0.8 --top_p=0.95
     python -m experiments.generate --prompt='class ' --temperature=1 --samples=4 --seed=7 --stop=$'\nclass'
     python -m experiments.generate --prompt='class ' --widths=S
+    python -m experiments.generate --prompt='def ' --drafter=prompt_lookup
+    python -m experiments.generate --prompt='def ' --drafter=runs/medusa
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
-Without --workdir it uses the model that ships. Only new text goes to standard output; a line of statistics
+Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
+tokens come in a call, and the same ones (docs/decoding.md). Only new text goes to standard output; a line of statistics
 goes to standard error. With several prompts or samples the first streams and the others follow, each below a
 line that says which it is. Everything is decoded in one batch, and a prompt is read once for all its samples.
 """
@@ -23,7 +26,10 @@ STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
 )
 WIDTHS = PROGRAM.define(
-    flags.DEFINE_string, "widths", None, "Decode with a submodel of a nested model, as in extract: M, or S,S,L,XL."
+    flags.DEFINE_string,
+    "widths",
+    None,
+    "Decode with a submodel of a nested model, as in extract: M, or S,S,L,XL.",
 )
 PROMPT = PROGRAM.define(
     flags.DEFINE_multi_string, "prompt", [], "Text to continue; - reads standard input. Repeatable."
@@ -53,6 +59,19 @@ PENALTY = PROGRAM.define(
 STOP = PROGRAM.define(flags.DEFINE_multi_string, "stop", [], "Ends the output before this text. Repeatable.")
 SEED = PROGRAM.define(flags.DEFINE_integer, "seed", 0, "Of all draws.")
 SAMPLES = PROGRAM.define(flags.DEFINE_integer, "samples", 1, "Outputs for each prompt.")
+DRAFTER = PROGRAM.define(
+    flags.DEFINE_string,
+    "drafter",
+    None,
+    "What drafts: prompt_lookup, submodel (of a nested model), a run or directory of a drafter, or a smaller model.",
+)
+ACCEPTANCE = PROGRAM.define(
+    flags.DEFINE_enum,
+    "acceptance",
+    "exact",
+    "Which drafts are kept: exact changes nothing in the output; typical keeps more of them above temperature 0.",
+    ["exact", "typical"],
+)
 DTYPE = PROGRAM.define(
     flags.DEFINE_enum, "dtype", "float32", "Precision of parameters and cache.", ["float32", "bfloat16"]
 )
@@ -72,11 +91,19 @@ def main(arguments: list[str]) -> None:
     prompts = read_prompts(PROMPT.value, PROMPT_FILE.value)
 
     from research.decoding.generator import Generator
+    from research.decoding.verify import Typical
     from research.errors import UserError
     from research.language import BASE
     from research.training.workdir import load_model
 
-    workdir = WORKDIR.value or BASE
+    if DRAFTER.value is None and ACCEPTANCE.value != "exact":
+        raise UserError(f"--acceptance={ACCEPTANCE.value} judges drafts: it needs a --drafter")
+    workdir = WORKDIR.value
+    if workdir is None and DRAFTER.value is not None:
+        from research.decoding.speculative.loading import target_path
+
+        workdir = target_path(DRAFTER.value)
+    workdir = workdir or BASE
     if WIDTHS.value is None:
         loaded = load_model(workdir, STEP.value)
     else:
@@ -87,7 +114,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{workdir} holds a {type(loaded.model).__name__}, which does not decode text")
     if loaded.tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer.json, so its model can't read a prompt")
-    generator = Generator(loaded.model, loaded.params, loaded.tokenizer, dtype=DTYPE.value)
+    params, drafting = loaded.params, {}
+    if DRAFTER.value is not None:
+        from research.decoding.speculative.loading import find_drafter
+
+        drafter = find_drafter(DRAFTER.value, loaded)
+        params = drafter.target_params(loaded)
+        drafting = dict(proposer=drafter.proposer, proposer_params=drafter.params)
+        if ACCEPTANCE.value == "typical":
+            drafting["verifier"] = Typical()
+    generator = Generator(loaded.model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
     stream = generator.stream(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS.value,
@@ -115,6 +151,12 @@ def main(arguments: list[str]) -> None:
         f"ended by {ends}; {speed} ({seconds}), compilation {stats.compile_seconds:.1f} s",
         file=sys.stderr,
     )
+    if DRAFTER.value is not None:
+        print(
+            f"{DRAFTER.value}: {stats.tokens_per_call:.2f} tokens a call, {stats.drafted} drafted, "
+            f"{stats.wasted} of them wasted",
+            file=sys.stderr,
+        )
 
 
 def heading(prompt: int, sample: int) -> str:
@@ -141,6 +183,9 @@ def read_prompts(texts: list[str], files: list[str]) -> list[str]:
             raise UserError(f"--prompt_file={source}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"prompt {source} is not UTF-8 text: {error}") from error
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise UserError(f"prompt {number} is empty: give at least one character")
     if not prompts:
         raise UserError("no prompt: give --prompt=TEXT, --prompt=- for standard input, or --prompt_file=FILE")
     return prompts

@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> None:
             return
         show(metrics)
         print(f"run: {workdir.path}")
+        if hasattr(trainer.task, "drafter"):
+            print(f"use it: python -m experiments.generate --drafter={WORKDIR.value} --prompt='def '")
         if FIGURES.value:
             from research.training.figures import draw_figures
 

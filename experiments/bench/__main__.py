@@ -4,6 +4,8 @@
     python -m experiments.bench train --sizes=1M,6M       training against PyTorch, eager and torch.compile
     python -m experiments.bench decode                    decoding against `generate` of transformers
     python -m experiments.bench startup                   start of a process to its first training step
+    python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
+                                                          drafters on one target; a config is trained first
     python -m experiments.bench peak                      this machine's matrix products and memory
 
 Ratios above 1 mean that this project is faster. They compare medians over alternating turns, and in brackets
@@ -26,17 +28,37 @@ from experiments import cli
 from experiments.bench.shapes import find_shape
 from research.errors import UserError, nearest
 
-PARTS = ("peak", "train", "decode", "startup")
+PARTS = ("peak", "train", "decode", "startup", "drafters")
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
-PROGRAM = cli.Program(__doc__, arguments="peak | train | decode | startup | all ...")
+PROGRAM = cli.Program(__doc__, arguments="peak | train | decode | startup | drafters | all ...")
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
 THREADS = PROGRAM.define(flags.DEFINE_integer, "threads", 2, "Threads of every contender.", lower_bound=1)
 PEER_FLAG = PROGRAM.define(
     flags.DEFINE_list, "peers", ",".join(PEERS), "PyTorch in training: eager, compile."
 )
+DRAFTERS = PROGRAM.define(
+    flags.DEFINE_list,
+    "drafters",
+    "prompt_lookup,submodel",
+    "What to compare: prompt_lookup, submodel, runs, drafter directories, configs of drafters, or all of these.",
+)
+TARGET = PROGRAM.define(
+    flags.DEFINE_string, "target", "package:language/base", "The model that drafters are compared on."
+)
+PROMPTS = PROGRAM.define(
+    flags.DEFINE_string,
+    "prompts",
+    None,
+    "JSONL with more prompts for drafters: `prompt` or `turns`, `category`.",
+)
+PER_KIND = PROGRAM.define(flags.DEFINE_integer, "per_kind", 16, "Prompts of every kind.", lower_bound=4)
+RUNS = PROGRAM.define(
+    flags.DEFINE_string, "runs", "runs/drafters", "Where drafters given as configs are trained and kept."
+)
+FIGURE = PROGRAM.define(flags.DEFINE_string, "figure", None, "Draw speed against acceptance into this file.")
 JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
 
 
@@ -49,8 +71,9 @@ def main(arguments: list[str]) -> None:
             found = nearest(peer, PEERS)
             hint = f"did you mean {found}?" if found else f"there are {', '.join(PEERS)}"
             raise UserError(f"--peers: no peer {peer!r}; {hint}")
-    if JSON.value is not None and not Path(JSON.value).absolute().parent.is_dir():
-        raise UserError(f"--json={JSON.value}: its folder does not exist")
+    for flag, file in (("json", JSON.value), ("figure", FIGURE.value)):
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise UserError(f"--{flag}={file}: its folder does not exist")
     limit_threads(THREADS.value)
     record: dict[str, Any] = {"machine": machine(), "versions": versions()}
     print(", ".join(f"{name} {value}" for part in record.values() for name, value in part.items()))
@@ -83,6 +106,13 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import decode
 
         return [row.as_dict() for row in decode.run(rounds=ROUNDS.value)]
+    if part == "drafters":
+        from experiments.bench import drafters
+
+        found = drafters.run(
+            DRAFTERS.value, TARGET.value, PROMPTS.value, RUNS.value, PER_KIND.value, figure=FIGURE.value
+        )
+        return found.as_dict()
     if part == "startup":
         from experiments.bench import startup
 

@@ -14,7 +14,7 @@ Kinds of prompts, none of which the target has been trained on:
 import collections
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from experiments.claims.harness import Progress
 from research.config import build, of
 from research.data.sources import open_source
 from research.data.text import TokenDataset
+from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generation, Generator
 from research.decoding.proposers import Proposer
 from research.decoding.sampling import Sampling
@@ -109,7 +110,7 @@ def fit(
 
 
 @functools.cache
-def _candidates(kind: str) -> list[list[int]]:
+def _candidates(kind: str, tokenizer: Tokenizer) -> list[list[int]]:
     """All prompts of a kind, so ordered that the first ones come from different files."""
     if kind not in KINDS:
         close = nearest(kind, KINDS)
@@ -123,7 +124,6 @@ def _candidates(kind: str) -> list[list[int]]:
         texts = [source[i] for i in range(len(source))]
         lines = [[found.end() for found in re.finditer(r"\n(?=\S)", text)] for text in texts]
         starts = [found[4::12] if kind == "code" else found[10::12] for found in lines]
-    tokenizer = target().tokenizer
     size = _PASSAGE if kind == "copy" else _PROMPT - 1  # and <bos>
     found: list[list[int]] = []
     for turn in range(max(map(len, starts))):
@@ -135,13 +135,13 @@ def _candidates(kind: str) -> list[list[int]]:
     return found
 
 
-def prompts(kind: str, count: int) -> list[list[int]]:
-    """The first `count` prompts of a kind, as token ids.
+def prompts(kind: str, count: int, tokenizer: Tokenizer | None = None) -> list[list[int]]:
+    """The first `count` prompts of a kind, as ids of a tokenizer, by default the target's.
 
     Raises:
         UserError: an unknown kind, or more than there are.
     """
-    candidates = _candidates(kind)
+    candidates = _candidates(kind, target().tokenizer if tokenizer is None else tokenizer)
     if count > len(candidates):
         raise UserError(f"there are {len(candidates)} prompts of kind {kind}, not {count}")
     return candidates[:count]
@@ -185,13 +185,33 @@ def decode(
     measured = {}
     for kind in kinds:
         tokens = prompts(kind, count)
-        results = [drafted.generate([prompt], ids=[i], **options) for i, prompt in enumerate(tokens)]
         if target_params is None:
             expected = _plain_outputs(kind, sampling, new_tokens, count, seed)
         else:
-            expected = _outputs(plain, tokens, options)
-        measured[kind] = _summary(results, expected) | _clock(plain, drafted, tokens[:_TIMED], options)
+            expected = outputs(plain, tokens, options)
+        measured[kind] = measure(plain, drafted, tokens, expected, options)
     return measured
+
+
+def measure(
+    plain: Generator,
+    drafted: Generator,
+    tokens: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `decode` says of one kind: the prompts `tokens`, and `expected`, what plain decoding says to them;
+    `options` are those of `Generator.generate`."""
+    results = [drafted.generate([prompt], ids=[i], **options) for i, prompt in enumerate(tokens)]
+    return _summary(results, expected) | _clock(plain, drafted, tokens[:_TIMED], options)
+
+
+def outputs(
+    generator: Generator, tokens: Sequence[Sequence[int]], options: Mapping[str, Any]
+) -> list[list[int]]:
+    """The continuations of the prompts, one at a time."""
+    results = [generator.generate([prompt], ids=[i], **options) for i, prompt in enumerate(tokens)]
+    return [result.samples[0].tokens for result in results]
 
 
 def _ends() -> tuple[int, ...]:
@@ -204,19 +224,14 @@ def _plain() -> Generator:
     return Generator(loaded.model, loaded.params, ends=_ends())
 
 
-def _outputs(plain: Generator, tokens: list[list[int]], options: dict[str, Any]) -> list[list[int]]:
-    results = [plain.generate([prompt], ids=[i], **options) for i, prompt in enumerate(tokens)]
-    return [result.samples[0].tokens for result in results]
-
-
 @functools.cache
 def _plain_outputs(kind: str, sampling: Sampling, new_tokens: int, count: int, seed: int) -> list[list[int]]:
     options = dict(sampling=sampling, max_new_tokens=new_tokens, seed=seed)
-    return _outputs(_plain(), prompts(kind, count), options)
+    return outputs(_plain(), prompts(kind, count), options)
 
 
-def _summary(results: Sequence[Generation], expected: list[list[int]]) -> dict[str, Any]:
-    outputs = [result.samples[0].tokens for result in results]
+def _summary(results: Sequence[Generation], expected: Sequence[Sequence[int]]) -> dict[str, Any]:
+    found = [result.samples[0].tokens for result in results]
     gained: collections.Counter[int] = collections.Counter()
     for result in results:
         gained.update({k + 1: calls for k, calls in enumerate(result.stats.gained)})
@@ -226,14 +241,14 @@ def _summary(results: Sequence[Generation], expected: list[list[int]]) -> dict[s
         "calls": calls,
         "drafted": sum(result.stats.drafted for result in results),
         "wasted": sum(result.stats.wasted for result in results),
-        "equal": float(np.mean([a == b for a, b in zip(outputs, expected, strict=True)])),
-        "loopiness": float(np.mean([loopiness(output) for output in outputs])),
-        "outputs": outputs,
+        "equal": float(np.mean([a == b for a, b in zip(found, expected, strict=True)])),
+        "loopiness": float(np.mean([loopiness(output) for output in found])),
+        "outputs": found,
     }
 
 
 def _clock(
-    plain: Generator, drafted: Generator, tokens: list[list[int]], options: dict[str, Any]
+    plain: Generator, drafted: Generator, tokens: Sequence[Sequence[int]], options: Mapping[str, Any]
 ) -> dict[str, float]:
     """Both are compiled and warm, and take turns, so that whatever else the machine does disturbs both."""
     for generator in (plain, drafted):

@@ -3,9 +3,9 @@
     drafter.json          the drafter's config, and of its target: path, fingerprint, vocabulary, tokenizer
     drafter.safetensors   its parameters, named by `/`-joined path
 
-is a *drafter directory*, which `save_drafter` writes. `load_drafter` reads it, and the workdir of a run of
-`DrafterTraining` just as well. A drafter does no harm with another target, but it would guess badly and nobody
-would know why: so it is refused.
+is a *drafter directory*, which `save_drafter` writes. `load_drafter` reads it, the workdir of a run of
+`DrafterTraining`, and any decoder, which then is a draft model. A trained drafter does no harm with another target,
+but it would guess badly and nobody would know why: so it is refused.
 """
 
 import dataclasses
@@ -20,19 +20,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from research import config as configs
+from research.config_capture import capture
 from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.draft_model import DraftModel, Submodel, check_draft
 from research.decoding.speculative.prompt_lookup import PromptLookup
 from research.decoding.speculative.training import DrafterTraining
 from research.errors import UserError, nearest
+from research.nn.transformer import unscan_layers
 from research.training import checkpoint_files as files
 from research.training.model_directory import CONFIG, Loaded, read_config
-from research.training.paths import PyTree, named_leaves, nested
-from research.training.workdir import read_checkpoint
+from research.training.paths import PyTree, named_leaves
+from research.training.workdir import load_model, read_checkpoint
 
 DRAFTER, WEIGHTS = "drafter.json", "drafter.safetensors"
 
-UNTRAINED = {"prompt_lookup": PromptLookup}
-"""Drafters that need nothing but their name."""
+TRAINING = f"{DrafterTraining.__module__}:{DrafterTraining.__qualname__}"
+
+UNTRAINED = {"prompt_lookup": PromptLookup, "submodel": Submodel}
+"""Drafters that need no training, by the name that programs call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,24 +121,19 @@ def save_drafter(
 
 
 def find_drafter(name: str, target: Loaded, step: int | None = None) -> LoadedDrafter:
-    """The drafter called `name`: one that needs no training (`prompt_lookup`), a config file of one
-    (`configs/x.py:preset`), or a path for `load_drafter`.
+    """The drafter called `name`: one that needs no training (`prompt_lookup`, `submodel`), or a path for
+    `load_drafter`.
 
     Raises:
         UserError: there is none.
     """
     if name in UNTRAINED:
         config = configs.of(UNTRAINED[name])
-        return _checked(name, LoadedDrafter(configs.build(config), (), config, None), target)
-    if name.partition(":")[0].endswith(".py"):
-        config = configs.load_config(name)
         proposer = configs.build(config)
-        if not hasattr(proposer, "propose") or hasattr(proposer, "create"):
-            raise UserError(
-                f"{name} builds a {type(proposer).__name__}: only a drafter that is not trained can be given as "
-                "a config; train it, and give the run's workdir"
-            )
-        return _checked(name, LoadedDrafter(proposer, (), config, None), target)
+        params: PyTree = ()
+        if hasattr(proposer, "create"):
+            params = proposer.create(jax.random.key(0), Target(target.params, target.model))
+        return _checked(name, LoadedDrafter(proposer, params, config, None), target)
     if not Path(name).expanduser().exists():
         close = nearest(name, UNTRAINED)
         hint = (
@@ -147,11 +147,11 @@ def find_drafter(name: str, target: Loaded, step: int | None = None) -> LoadedDr
 
 def load_drafter(path: str | os.PathLike[str], target: Loaded, step: int | None = None) -> LoadedDrafter:
     """The drafter of a drafter directory or of a run of `DrafterTraining` (its newest checkpoint, or that of
-    `step`), for decoding with `target`.
+    `step`), for decoding with `target`. Another model, as `load_model` reads it, becomes a `DraftModel`.
 
     Raises:
-        UserError: neither kind of directory; damaged files; a drafter of another vocabulary, tokenizer or target;
-            one that drafts more than the target's context holds.
+        UserError: no such directory; damaged files; a drafter of another vocabulary, tokenizer or target; one that
+            drafts more than the target's context holds.
     """
     folder = files.local_directory(path)
     if (folder / DRAFTER).exists():
@@ -160,16 +160,11 @@ def load_drafter(path: str | os.PathLike[str], target: Loaded, step: int | None 
         return _checked(str(path), _load_directory(folder, target), target)
     if not (folder / CONFIG).exists():
         what = "is neither" if folder.exists() else "does not exist"
-        raise UserError(
-            f"{folder} {what}: a drafter directory ({DRAFTER}) or the workdir of a run ({CONFIG})"
-        )
-    config = read_config(folder / CONFIG)
-    node = config.get("task")
-    if not isinstance(node, ConfigDict) or "drafter" not in node or "target" not in node:
-        raise UserError(f"{folder} holds a run that trained no drafter: its task is not a DrafterTraining")
+        raise UserError(f"{folder} {what}: a drafter directory ({DRAFTER}) or a run or model ({CONFIG})")
+    node = read_config(folder / CONFIG).get("task")
+    if not isinstance(node, ConfigDict) or node.get("cls") != TRAINING:
+        return _checked(str(path), _draft_model(folder, target, step), target)
     task = configs.build(node, "config.task")
-    if not isinstance(task, DrafterTraining):
-        raise UserError(f"{folder} holds a run that trained no drafter: its task is a {type(task).__name__}")
     params, _ = read_checkpoint(folder, jax.eval_shape(task.init, jax.random.key(0)), step)
     # The target as it was during the run, whatever may lie at its path today.
     trained_for = Identity.of(dataclasses.replace(task.loaded, params=params["target"]), node.target)
@@ -177,16 +172,40 @@ def load_drafter(path: str | os.PathLike[str], target: Loaded, step: int | None 
     return _checked(str(path), found, target)
 
 
+def target_path(name: str) -> str | None:
+    """Where the target of a drafter directory or of a run of `DrafterTraining` was; None for everything else."""
+    folder = Path(name).expanduser()
+    if (folder / DRAFTER).exists():
+        return _described(folder)[1].path
+    node = read_config(folder / CONFIG).get("task") if (folder / CONFIG).exists() else None
+    return node.target if isinstance(node, ConfigDict) and node.get("cls") == TRAINING else None
+
+
+def _draft_model(folder: Path, target: Loaded, step: int | None) -> LoadedDrafter:
+    loaded = load_model(folder, step)
+    if not hasattr(loaded.model, "extend"):
+        raise UserError(f"{folder} holds a {type(loaded.model).__name__}, which does not decode text")
+    model, params = unscan_layers(loaded.model, loaded.params)
+    check_draft(model, Target(target.params, target.model))
+    if (tokenizer := loaded.tokenizer) is not None and target.tokenizer is not None:
+        _check_tokenizer(str(folder), tokenizer.fingerprint, target.tokenizer.fingerprint, "other text")
+    proposer = DraftModel(model)
+    return LoadedDrafter(proposer, params, capture(proposer), None)
+
+
+def _described(folder: Path) -> tuple[ConfigDict, Identity]:
+    try:
+        described = json.loads((folder / DRAFTER).read_text(encoding="utf-8"))
+        return configs.from_json(json.dumps(described["drafter"])), Identity(**described["target"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / DRAFTER} is not the description of a drafter: {error}") from None
+
+
 def _load_directory(folder: Path, target: Loaded) -> LoadedDrafter:
     import safetensors
     import safetensors.numpy
 
-    try:
-        described = json.loads((folder / DRAFTER).read_text(encoding="utf-8"))
-        config = configs.from_json(json.dumps(described["drafter"]))
-        identity = Identity(**described["target"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / DRAFTER} is not the description of a drafter: {error}") from None
+    config, identity = _described(folder)
     proposer = configs.build(config, str(folder / DRAFTER))
     _check_identity(str(folder), identity, target)  # before shapes, which would say the same less clearly
     try:
@@ -195,18 +214,22 @@ def _load_directory(folder: Path, target: Loaded) -> LoadedDrafter:
         raise UserError(f"{folder / WEIGHTS} does not exist") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS} is not an intact safetensors file: {error}") from None
-    _check_shapes(str(folder / WEIGHTS), arrays, proposer, target)
-    params = jax.tree.map(jax.numpy.asarray, nested(arrays)) if arrays else ()
+    wanted = _check_shapes(str(folder / WEIGHTS), arrays, proposer, target)
+    leaves = [jax.numpy.asarray(arrays[name]) for name in named_leaves(wanted)]
+    params = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     return LoadedDrafter(proposer, params, config, identity)
 
 
-def _check_shapes(where: str, found: dict[str, Any], proposer: Proposer, target: Loaded) -> None:
+def _check_shapes(where: str, found: dict[str, Any], proposer: Proposer, target: Loaded) -> PyTree:
+    """The shapes that the drafter's parameters have for the target; raises where those found differ."""
+
     def create(key: jax.Array, params: PyTree) -> PyTree:
         return proposer.create(key, Target(params, target.model))
 
     wanted = jax.eval_shape(create, jax.random.key(0), target.params) if hasattr(proposer, "create") else ()
     if difference := files.mismatches(found, named_leaves(wanted), where):
         raise UserError(f"{where} do not fit the drafter's config: {difference}")
+    return wanted
 
 
 def _checked(name: str, found: LoadedDrafter, target: Loaded) -> LoadedDrafter:
@@ -228,13 +251,17 @@ def _check_identity(name: str, trained_for: Identity, target: Loaded) -> None:
             f"{name} drafts from a vocabulary of {trained_for.vocab_size} tokens, and the target has "
             f"{here.vocab_size}: it was trained for {trained_for.path}"
         )
-    if None not in (here.tokenizer, trained_for.tokenizer) and here.tokenizer != trained_for.tokenizer:
-        raise UserError(
-            f"{name} was trained with another tokenizer than the target's ({trained_for.tokenizer[:12]}, not "
-            f"{here.tokenizer[:12]}): it was trained for {trained_for.path}"
-        )
+    if here.tokenizer is not None and trained_for.tokenizer is not None:
+        _check_tokenizer(name, trained_for.tokenizer, here.tokenizer, trained_for.path)
     if here.fingerprint != trained_for.fingerprint:
         raise UserError(
             f"{name} was trained for another target, {trained_for.path} with fingerprint "
             f"{trained_for.fingerprint}, not {here.fingerprint}: decode that one, or train a drafter for this one"
+        )
+
+
+def _check_tokenizer(name: str, its: str, here: str, path: str) -> None:
+    if its != here:
+        raise UserError(
+            f"{name} was trained with another tokenizer than the target's ({its[:12]}, not {here[:12]}), for {path}"
         )

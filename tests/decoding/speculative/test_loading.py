@@ -127,6 +127,19 @@ def test_a_tree_beyond_the_context_is_refused(run, target):
         load_drafter(folder, short)
 
 
+def test_a_decoder_is_a_draft_model(target):
+    """The target drafts for itself, so that every draft is kept: 4 drafted tokens and its own in a call."""
+    loaded = load_drafter(tiny_target().directory, target)
+    assert build(loaded.config) == loaded.proposer and loaded.identity is None
+    fields = dict(proposer=loaded.proposer, proposer_params=loaded.params)
+    stats = Generator(target.model, target.params, **fields).generate([[7]], max_new_tokens=11).stats
+    assert stats.tokens_per_call == 5.0 and stats.drafted == 8 and stats.wasted == 0
+    with pytest.raises(UserError, match="the draft model has a vocabulary of 32 and the target of 40"):
+        load_drafter(
+            tiny_target().directory, dataclasses.replace(target, model=target.model.copy(vocab_size=40))
+        )
+
+
 def test_what_is_no_drafter_is_named(run, target, tmp_path):
     with pytest.raises(UserError, match="no drafter promt_lookup; did you mean prompt_lookup"):
         find_drafter("promt_lookup", target)
@@ -135,7 +148,7 @@ def test_what_is_no_drafter_is_named(run, target, tmp_path):
         load_drafter(tmp_path, target)
     of_model = of(Trainer, task=of(LanguageModelling, model=target.config), data=of(TokenDataset), stages=())
     (tmp_path / "config.json").write_text(to_json(of_model))
-    with pytest.raises(UserError, match="trained no drafter: its task is not a DrafterTraining"):
+    with pytest.raises(UserError, match="the run in .* has not saved a checkpoint yet"):
         load_drafter(tmp_path, target)
     with pytest.raises(UserError, match="there is no checkpoint of step 9"):
         load_drafter(run[0], target, step=9)
