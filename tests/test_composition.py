@@ -19,8 +19,8 @@ from research.config import build, of
 from research.config_capture import capture
 from research.data.text import TokenDataset
 from research.decoding.generator import Generator
-from research.decoding.tree import chain
-from research.decoding.verify import Draft
+from research.decoding.proposers import Target
+from research.decoding.speculative.draft_model import Submodel
 from research.elastic.loading import load_submodel
 from research.elastic.matformer import MatFormer, extract, parse_widths
 from research.elastic.slicing import ElasticSpec
@@ -393,33 +393,6 @@ def _(_):
         assert sample.tokens == tokens[3:]
 
 
-class Submodel:
-    """Drafts three tokens with a smaller model, by full forwards over the text so far (its state)."""
-
-    size = levels = 4
-
-    def __init__(self, model):
-        self.model = model
-
-    def init(self, params, target, prompt):
-        room = self.model.max_length - prompt.tokens.shape[1]
-        return jnp.pad(prompt.tokens, ((0, 0), (0, room)))
-
-    def propose(self, params, target, text, round):
-        rows = jnp.arange(text.shape[0])
-        drafted = [round.root]
-        for depth in range(self.size):
-            at = round.length + depth
-            text = text.at[rows, at].set(drafted[-1], mode="drop")
-            if depth < self.size - 1:
-                scores = self.model.apply({"params": params}, text)[rows, at]
-                drafted.append(jnp.argmax(scores, -1).astype(jnp.int32))
-        return Draft(jnp.stack(drafted, 1), chain(self.size)), text
-
-    def observe(self, params, target, text, outcome):
-        return text
-
-
 @runs(
     "MatFormer",
     "speculative decoding, S drafts and XL verifies",
@@ -428,10 +401,11 @@ class Submodel:
 def _(_):
     model = decoder()
     params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, init(model))
-    small, cut = extract(model, params, parse_widths("S", MatFormer(LanguageModelling(model))))
+    drafter = Submodel(divisor=8, gamma=3)
+    cut = drafter.create(KEY, Target(params, model))
     prompts, count = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6]], 16
     plain = Generator(model, params).generate(prompts, max_new_tokens=count)
-    drafted = Generator(model, params, proposer=Submodel(small), proposer_params=cut)
+    drafted = Generator(model, params, proposer=drafter, proposer_params=cut)
     result = drafted.generate(prompts, max_new_tokens=count)
     assert [sample.tokens for sample in result.samples] == [sample.tokens for sample in plain.samples]
     # Prefill gives 1 of 16 tokens and 4 calls the others if every draft is right: some were, and some were not.
