@@ -4,7 +4,8 @@
 
 S needs no training of its own: `Submodel(divisor=8).create(key, Target(params, model))` cuts it out of a nested
 target, with whose arrays it shares all but the FFN slices. This fine-tunes a copy of S to have XL's distributions.
-`tiny` (the default): S of the base model that ships, TIME on two CPU cores; RESULT.
+`tiny` (the default): S of the base model that ships, a few minutes on two CPU cores. The log shows `acceptance`, the
+chance that a drawn token is kept, and `agreement`, that of a greedy one.
 `paper`: drafts of 4 tokens; the rate and batch are those of the MatLM experiment (configs/matlm.py:paper).
 """
 
