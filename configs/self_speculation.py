@@ -6,7 +6,7 @@ S needs no training of its own: `Submodel(divisor=8).create(key, Target(params, 
 target, with whose arrays it shares all but the FFN slices. This fine-tunes a copy of S to have XL's distributions.
 `tiny` (the default): S of the base model that ships, a few minutes on two CPU cores. The log shows `acceptance`, the
 chance that a drawn token is kept, and `agreement`, that of a greedy one.
-`paper`: drafts of 4 tokens; the rate and batch are those of the MatLM experiment (configs/matlm.py:paper).
+`paper`: the batch of the MatLM experiment (configs/matlm.py:paper) and a tenth of its rate, which are our choice.
 """
 
 from ml_collections import ConfigDict
