@@ -80,7 +80,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         optimizer = of(muon, schedule=of(wsd, peak=8e-3, warmup=100, decay=0.3, floor=0.02))
         return experiment(
             matlm(decoder(width=256, num_layers=6, num_heads=4, hidden_dim=1024, length=512), "sampled"),
-            of(Stage, name="pretrain", steps=1200, batch_size=16, optimizer=optimizer),
+            of(Stage, name="pretrain", steps=2600, batch_size=16, optimizer=optimizer),
             dict(every=200, batches=8),
             checkpoint_every=100,
         )
