@@ -20,6 +20,12 @@ ROOT = 8
 PATHS = ((0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (0, 1, 0), (2, 0, 0), (2, 0, 1))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def made():
+    """The target is written to disk when it is first asked for, which must not be inside of tracing."""
+    tiny_target()
+
+
 def target() -> Target:
     return Target(tiny_target().params, tiny_target().model)
 

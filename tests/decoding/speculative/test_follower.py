@@ -22,6 +22,12 @@ DRAFTERS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def made():
+    """The target is written to disk when it is first asked for, which must not be inside of tracing."""
+    tiny_target()
+
+
 def target() -> Target:
     return Target(tiny_target().params, tiny_target().model)
 
