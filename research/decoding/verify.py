@@ -165,6 +165,32 @@ class Typical:
         return follow(matched, argmax(logits), draft.tree, preference=along)
 
 
+@dataclasses.dataclass(frozen=True)
+class TopBeta:
+    """The relaxed rule of GAD++ (arXiv 2205.10350, section 3.2): not lossless, but for beta = 1.
+
+    A node is kept if its token is among the `beta` most probable after its parent (of equally probable ones the
+    first), and its logit at most `gap` nats below the greatest. The most probable token follows the path.
+    """
+
+    beta: int = 5
+    gap: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 1 or not self.gap >= 0:
+            raise UserError(f"TopBeta: beta={self.beta} must be at least 1 and gap={self.gap} not below 0")
+
+    def __call__(self, logits: jax.Array, draft: Draft, keys: jax.Array | None = None) -> Accept:
+        choice = argmax(logits)
+        parent = jnp.broadcast_to(jnp.maximum(draft.tree.parent, 0), draft.tokens.shape)
+        above = jnp.take_along_axis(logits, parent[..., None], axis=1)  # [B, N, V]
+        own = jnp.take_along_axis(above, draft.tokens[..., None], axis=-1)
+        before = jnp.arange(above.shape[-1]) < draft.tokens[..., None]
+        rank = jnp.sum((above > own) | ((above == own) & before), axis=-1)
+        near = jnp.max(above, axis=-1) - own[..., 0] <= self.gap
+        return follow((rank < self.beta) & near, choice, draft.tree)
+
+
 def _verify_drawn(logits: jax.Array, draft: Draft, keys: jax.Array) -> Accept:
     tree, (batch, count) = draft.tree, draft.tokens.shape
     p = jax.nn.softmax(logits, axis=-1)
