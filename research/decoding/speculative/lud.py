@@ -66,9 +66,9 @@ class LUDState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class LUD:
-    """The drafter, whose target is trained too (stages train `^target/` and `^drafter/placeholder`).
+    """The drafter. Its parameters are {"placeholder": f32[D], "model": the tuned model's, at first M_0's}.
 
-    Its parameters are {"placeholder": f32[D], "original": M_0's parameters}; decoding needs the first alone.
+    The target of the training is M_0, which stays as it is and marks the units; what is decoded is `tuned`.
 
     Args:
         length: k, the longest unit; k - 1 placeholders follow the newest token.
@@ -119,8 +119,12 @@ class LUD:
         token = jax.random.randint(key, (), 0, target.model.vocab_size)
         return {
             "placeholder": target.embed(token).astype(jnp.float32),
-            "original": jax.tree.map(jnp.array, target.params),
+            "model": jax.tree.map(jnp.array, target.params),
         }
+
+    def tuned(self, params: PyTree, target: Target) -> PyTree:
+        """The parameters that the placeholder was trained with: the tuned model's."""
+        return params["model"]
 
     def init(self, params: PyTree, target: Target, prompt: Prompt) -> LUDState:
         rows = len(prompt.root)
@@ -156,7 +160,7 @@ class LUD:
     def loss(self, params: PyTree, teacher: Teacher, batch: Batch, key: jax.Array | None) -> Metrics:
         """Cross-entropy at all labelled places: every token after real ones, as ever, and the rest of the
         drawn units at placeholders."""
-        place = self._units(params["original"], teacher.target, batch)
+        place = self._units(teacher, batch)
         begins = (place == 0) & (shifted(place, 1) == 1)
         anchors, drawn = draw_anchors(begins, self.anchors, key)
         labels, weights = unit_labels(batch, place, anchors, self.length)
@@ -165,7 +169,8 @@ class LUD:
         width = teacher.target.model.width
         rows = Inserted(jnp.broadcast_to(params["placeholder"], (1, blanks * count, width)))
         within = np.tri(blanks, dtype=bool)
-        real, guesses = run_anchored(teacher.target, batch, anchors, rows, within, range(1, self.length))
+        tuned = teacher.target.replace(params=params["model"])
+        real, guesses = run_anchored(tuned, batch, anchors, rows, within, range(1, self.length))
         language = losses.cross_entropy(real, batch["targets"], batch["weights"])
         units = losses.cross_entropy(guesses, labels, weights)
         continues = place > 0
@@ -178,12 +183,11 @@ class LUD:
             "continued": (jnp.sum(continues * batch["weights"]), jnp.sum(batch["weights"])),
         }
 
-    def _units(self, original: PyTree, target: Target, batch: Batch) -> jax.Array:
+    def _units(self, teacher: Teacher, batch: Batch) -> jax.Array:
         """`mark_units` of the batch's targets by M_0."""
-        variables = {"params": jax.lax.stop_gradient(original)}
-        logits = target.model.apply(variables, batch["tokens"], batch["positions"], batch["segments"])
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)
-        return mark_units(jnp.exp(chosen[..., 0]), batch, self.alpha, self.length)
+        log_p = jax.nn.log_softmax(teacher.logits, axis=-1)
+        chosen = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+        return mark_units(jnp.exp(chosen), batch, self.alpha, self.length)
 
 
 def mark_units(confidence: jax.Array, batch: Batch, alpha: float, length: int) -> jax.Array:

@@ -16,9 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.config import build, of
-from research.decoding.proposers import Proposer
+from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.draft_model import DraftModel, Submodel
+from research.decoding.speculative.hidden_transfer import HiddenTransfer
+from research.decoding.speculative.hydra import Hydra
+from research.decoding.speculative.lud import LUD
+from research.decoding.speculative.medusa import Medusa
+from research.decoding.speculative.pearl import Pearl
+from research.decoding.speculative.ppd import PPD, search_trees
 from research.decoding.speculative.prompt_lookup import PromptLookup
+from research.decoding.speculative.specdec_pp import SpecDecPP
 from research.decoding.speculative.training import DrafterTraining
+from research.decoding.speculative.trees import RankTree
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
@@ -181,8 +190,62 @@ def walk(start: int, length: int) -> tuple[int, ...]:
 # Text that begins again: what is looked up is in the prompt.
 REPEATING = tuple((*walk(start, length), start) for start, length in ((5, 12), (30, 8), (17, 15)))
 
+
+# Two guesses of the first head, two below the better of them, one more below each of those.
+BUSHY = RankTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 1, 0)))
+
+
+def small_draft() -> DecoderLM:
+    """A draft model for the tiny target: one layer of half its width."""
+    block = Block(Attention(num_heads=2, head_dim=8, rotary=Rotary()), GatedMLP(24))
+    return DecoderLM(blocks=(block,), num_layers=1, vocab_size=VOCAB, width=16, max_length=CONTEXT)
+
+
+def submodel() -> Member:
+    target, drafter = tiny_target(), Submodel(divisor=4, gamma=3)
+    cut = drafter.create(jax.random.key(0), Target(target.params, target.model))
+    return Member(drafter, cut, deterministic=False)
+
+
+def adaptive() -> Member:
+    """The draft of `draft_model`, with a head that was trained beside another."""
+    drafter = SpecDecPP(small_draft(), longest=4, blocks=1)
+    run = trained(drafter)
+    params = {"draft": member("draft_model").params, "head": run.after["drafter"]["head"]}
+    return Member(drafter, params, deterministic=False, run=run)
+
+
+def lexical_units() -> Member:
+    """Checked, with the model that was tuned to say whole units."""
+    drafter = LUD(length=4, alpha=0.5, beta=0.3, checked=True)
+    params = trained(drafter).after["drafter"]
+    tuned = dataclasses.replace(tiny_target(), params=params["model"])
+    return Member(drafter, {"placeholder": params["placeholder"]}, target=tuned)
+
+
+def prompted() -> Member:
+    """A model that answers to placeholders answers to prompts: LUD's, and its placeholder three times."""
+    found = member("lud")
+    accuracy = [[0.6, 0.1, 0.05], [0.5, 0.1, 0.05], [0.4, 0.1, 0.05]]
+    drafter = PPD(prompts=3, top=3, trees=search_trees(accuracy, 20).trees)
+    prompts = jnp.tile(found.params["placeholder"], (3, 1, 1))
+    return Member(drafter, {"prompts": prompts}, target=found.target)
+
+
 MEMBERS: dict[str, Callable[[], Member]] = {
     "prompt_lookup": lambda: Member(PromptLookup(num_tokens=4), prompts=REPEATING),
+    "medusa": lambda: trained_member(Medusa(BUSHY, num_heads=3)),
+    "hydra": lambda: trained_member(Hydra(BUSHY, num_heads=3)),
+    "hydra_pp": lambda: trained_member(
+        Hydra(BUSHY, num_heads=3, num_layers=2, dropout=0.1, prefix_layer=True, teacher="target")
+    ),
+    "draft_model": lambda: trained_member(DraftModel(small_draft(), gamma=3), deterministic=False),
+    "submodel": submodel,
+    "specdec_pp": adaptive,
+    "pearl": lambda: Member(Pearl(small_draft(), gamma=3), member("draft_model").params, deterministic=False),
+    "hidden_transfer": lambda: trained_member(HiddenTransfer((1, 1, 2), BUSHY.paths)),
+    "lud": lexical_units,
+    "ppd": prompted,
 }
 
 
