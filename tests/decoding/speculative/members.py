@@ -20,6 +20,7 @@ from research.decoding.proposers import Proposer, Target
 from research.decoding.speculative.draft_model import DraftModel, Submodel
 from research.decoding.speculative.hidden_transfer import HiddenTransfer
 from research.decoding.speculative.hydra import Hydra
+from research.decoding.speculative.iad import IAD
 from research.decoding.speculative.lud import LUD
 from research.decoding.speculative.medusa import Medusa
 from research.decoding.speculative.pearl import Pearl
@@ -234,6 +235,7 @@ def prompted() -> Member:
 
 MEMBERS: dict[str, Callable[[], Member]] = {
     "prompt_lookup": lambda: Member(PromptLookup(num_tokens=4), prompts=REPEATING),
+    "iad": lambda: Member(IAD(window=4), prompts=REPEATING),
     "medusa": lambda: trained_member(Medusa(BUSHY, num_heads=3)),
     "hydra": lambda: trained_member(Hydra(BUSHY, num_heads=3)),
     "hydra_pp": lambda: trained_member(
