@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
     block = of(
         Block,
         attention=of(Attention, num_heads=2, head_dim=8, rotary=of(Rotary)),
-        mlp=of(GatedMLP, hidden_dim=24),
+        mlp=of(GatedMLP, hidden_dim=20),
     )
     model = of(DecoderLM, blocks=(block,), num_layers=1, vocab_size=259, width=16, max_length=CONTEXT)
     params = build(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
