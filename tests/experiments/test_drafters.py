@@ -129,7 +129,7 @@ def test_generate_with_typical_acceptance(run, capsys):
         (["--drafter=promt_lookup"], "no drafter promt_lookup; did you mean prompt_lookup?"),
         (
             ["--drafter=absent"],
-            "no drafter absent; give a run, a drafter directory, or prompt_lookup, submodel",
+            "no drafter absent; give a run, a drafter directory, or prompt_lookup, ",
         ),
         (["--acceptance=typical"], "--acceptance=typical judges drafts: it needs a --drafter"),
         (["--drafter=RUN", "--prompt="], "prompt 2 is empty: give at least one character"),
