@@ -17,7 +17,9 @@ import numpy as np
 
 from research.config import build, of
 from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.clover import Clover
 from research.decoding.speculative.draft_model import DraftModel, Submodel
+from research.decoding.speculative.eagle import ConfidenceTree, Eagle
 from research.decoding.speculative.hidden_transfer import HiddenTransfer
 from research.decoding.speculative.hydra import Hydra
 from research.decoding.speculative.iad import IAD
@@ -241,6 +243,9 @@ MEMBERS: dict[str, Callable[[], Member]] = {
     "hydra_pp": lambda: trained_member(
         Hydra(BUSHY, num_heads=3, num_layers=2, dropout=0.1, prefix_layer=True, teacher="target")
     ),
+    "clover": lambda: trained_member(Clover(depth=3, layers=1, num_heads=2)),
+    "eagle": lambda: trained_member(Eagle(ConfidenceTree(depth=3, width=3, budget=6))),
+    "eagle_static": lambda: Member(Eagle(BUSHY), member("eagle").params, run=member("eagle").run),
     "draft_model": lambda: trained_member(DraftModel(small_draft(), gamma=3), deterministic=False),
     "submodel": submodel,
     "specdec_pp": adaptive,
