@@ -40,7 +40,7 @@ class IAD:
     start token, with which the output begins too. Of a decoder it copies the prompt.
     """
 
-    window: int = 64
+    window: int = 32
 
     def __post_init__(self) -> None:
         if self.window < 1:

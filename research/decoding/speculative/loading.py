@@ -23,6 +23,7 @@ from research import config as configs
 from research.config_capture import capture
 from research.decoding.proposers import Proposer, Target
 from research.decoding.speculative.draft_model import DraftModel, Submodel, check_draft
+from research.decoding.speculative.iad import IAD
 from research.decoding.speculative.prompt_lookup import PromptLookup
 from research.decoding.speculative.training import DrafterTraining
 from research.errors import UserError, nearest
@@ -36,7 +37,7 @@ DRAFTER, WEIGHTS = "drafter.json", "drafter.safetensors"
 
 TRAINING = f"{DrafterTraining.__module__}:{DrafterTraining.__qualname__}"
 
-UNTRAINED = {"prompt_lookup": PromptLookup, "submodel": Submodel}
+UNTRAINED = {"prompt_lookup": PromptLookup, "submodel": Submodel, "iad": IAD}
 """Drafters that need no training, by the name that programs call them."""
 
 
