@@ -63,7 +63,7 @@ DRAFTER = PROGRAM.define(
     flags.DEFINE_string,
     "drafter",
     None,
-    "What drafts: prompt_lookup, iad, submodel (of a nested model), a run or directory of a drafter, or a smaller model.",
+    "What drafts: prompt_lookup, iad, submodel (of a nested model), a run or folder of a drafter, or a smaller model.",
 )
 ACCEPTANCE = PROGRAM.define(
     flags.DEFINE_enum,
