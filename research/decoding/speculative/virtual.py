@@ -230,7 +230,7 @@ def run_anchored(
     logits, _, _ = model.apply(
         {"params": params},
         batch["tokens"],
-        model.init_cache(rows, 0),
+        model.init_cache(rows, 1),  # nothing is in it
         multi_anchor_mask(batch["segments"], anchors, within),
         depth,
         virtual,
