@@ -165,15 +165,15 @@ class Pearl:
         going = post if self.pre_verify else everyone
         # Where the text's last token is, counted from the root.
         start = jnp.where(going, pending.tokens.shape[1], 0)
-        active = everyone if self.post_verify else ~post
+        # Without post-verify the block written in POST is dropped; its first forward reads the last pending token.
         text = self._text(round, pending)
-        written, cache = self.write_block(params, cache, round, text, start, self.gamma, active)
+        written, cache = self.write_block(params, cache, round, text, start, self.gamma, everyone)
 
         tokens = jnp.concatenate([round.root[:, None], pending.tokens], axis=1)[:, : self.gamma]
         q = _one_more(pending.log_q)[:, : self.gamma]
         if self.pre_verify:
             real = (jnp.arange(self.gamma) == 0) | post[:, None]
-            ahead, tested = _part(written, 0, 1), active
+            ahead, tested = _part(written, 0, 1), everyone if self.post_verify else ~post
         else:
             real = jnp.ones(tokens.shape, bool)
             ahead, tested = _part(pending, self.gamma - 1, self.gamma), everyone

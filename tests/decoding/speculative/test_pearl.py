@@ -249,7 +249,7 @@ def test_each_device_runs_one_of_the_models():
     start = jax.jit(engine.prefill)(weights, one[:, None], one, 9 * one, keys, ends)
     decode = concurrent(engine, jax.devices()[:2])
     text = str(jax.make_jaxpr(decode)(weights, start, one < 0, jnp.int32(9), ends))
-    assert text.count("psum") == 1 and text.count("axis_index") == 2 and text.count("cond[") >= 2
+    assert text.count("psum") == 1 and text.count("axis_index[") == 2 and text.count("cond[") >= 2
 
 
 # Mistakes
