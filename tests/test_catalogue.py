@@ -32,7 +32,7 @@ def few_steps(config: ConfigDict, target: str) -> ConfigDict:
     """The same experiment with `STEPS` steps a stage, small batches, no evaluators, drafting for `target`."""
     short = from_json(to_json(config))
     short.evaluators = ()
-    if "target" in short.task:
+    if short.task.get("target") == "package:language/base":
         short.task.target = target
     for stage in short.stages:
         stage.steps, stage.batch_size = STEPS, 8
