@@ -6,6 +6,8 @@
     python -m experiments.bench startup                   start of a process to its first training step
     python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
                                                           drafters on one target; a config is trained first
+    python -m experiments.bench costs --drafters=prompt_lookup
+                                                          call times by nodes, for generate --drafter=auto
     python -m experiments.bench peak                      this machine's matrix products and memory
 
 Ratios above 1 mean that this project is faster. They compare medians over alternating turns, and in brackets
@@ -28,11 +30,11 @@ from experiments import cli
 from experiments.bench.shapes import find_shape
 from research.errors import UserError, nearest
 
-PARTS = ("peak", "train", "decode", "startup", "drafters")
+PARTS = ("peak", "train", "decode", "startup", "costs", "drafters")
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
-PROGRAM = cli.Program(__doc__, arguments="peak | train | decode | startup | drafters | all ...")
+PROGRAM = cli.Program(__doc__, arguments="peak | train | decode | startup | costs | drafters | all ...")
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
 THREADS = PROGRAM.define(flags.DEFINE_integer, "threads", 2, "Threads of every contender.", lower_bound=1)
@@ -57,6 +59,13 @@ PROMPTS = PROGRAM.define(
 PER_KIND = PROGRAM.define(flags.DEFINE_integer, "per_kind", 16, "Prompts of every kind.", lower_bound=4)
 RUNS = PROGRAM.define(
     flags.DEFINE_string, "runs", "runs/drafters", "Where drafters given as configs are trained and kept."
+)
+DTYPE = PROGRAM.define(
+    flags.DEFINE_enum,
+    "dtype",
+    "float32",
+    "Precision in which drafters are compared.",
+    ["float32", "bfloat16"],
 )
 FIGURE = PROGRAM.define(flags.DEFINE_string, "figure", None, "Draw speed against acceptance into this file.")
 JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
@@ -106,11 +115,21 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import decode
 
         return [row.as_dict() for row in decode.run(rounds=ROUNDS.value)]
+    if part == "costs":
+        from experiments.bench import costs
+
+        return costs.run(TARGET.value, DRAFTERS.value, rounds=ROUNDS.value)
     if part == "drafters":
         from experiments.bench import drafters
 
         found = drafters.run(
-            DRAFTERS.value, TARGET.value, PROMPTS.value, RUNS.value, PER_KIND.value, figure=FIGURE.value
+            DRAFTERS.value,
+            TARGET.value,
+            PROMPTS.value,
+            RUNS.value,
+            PER_KIND.value,
+            dtype=DTYPE.value,
+            figure=FIGURE.value,
         )
         return found.as_dict()
     if part == "startup":

@@ -1,6 +1,6 @@
 """All drafters on the same target: how many tokens a call gives, how much time that saves, what was equal.
 
-Every prompt is decoded alone, greedy and in float32, in turns with plain decoding, as Spec-Bench does
+Every prompt is decoded alone, greedy, in float32 by default, in turns with plain decoding, as Spec-Bench does
 (arXiv 2401.07851). "tokens a call" counts the target's own token, so plain decoding has 1. The prompts are the three
 kinds of `experiments.claims.drafting`, and those of a JSONL file, by their category. Afterwards each drafter decodes
 more than a hundred held-out prompts in batches of unequal lengths, and every token is compared with plain decoding.
@@ -11,8 +11,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,8 +21,10 @@ from experiments.claims import drafting
 from experiments.systems import read_catalogue
 from research import config as configs
 from research.decoding.generator import Generator
+from research.decoding.sampling import argmax
 from research.decoding.speculative.loading import LoadedDrafter, find_drafter
 from research.decoding.speculative.training import DrafterTraining
+from research.decoding.verify import Accept, Draft
 from research.errors import UserError
 from research.training.loop import Trainer
 from research.training.model_directory import Loaded
@@ -59,6 +62,17 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
+class RootOnly:
+    """A verifier that keeps no draft: plain decoding in the drafter's own program, every call with its N nodes. In
+    bfloat16 products of N rows and of one round differently; so compared, both have N."""
+
+    def __call__(self, logits: jax.Array, draft: Draft, keys: jax.Array) -> Accept:
+        batch = logits.shape[0]
+        path = jnp.zeros((batch, draft.tree.levels), jnp.int32)
+        return Accept(path, jnp.ones((batch,), jnp.int32), argmax(logits[:, 0]))
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """rows of the table; held_out: prompts compared; differences of each drafter."""
 
@@ -78,6 +92,7 @@ def run(
     count: int = 16,
     new_tokens: int = 96,
     held_out: int = HELD_OUT,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     figure: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Report:
@@ -85,6 +100,8 @@ def run(
 
     names: what `find_drafter` knows; a config that trains a drafter, which is trained below `runs` where it has
     not been; "all", every such config of the catalogue. prompts: a JSONL file. count: prompts of every kind.
+    dtype: of parameters and cache; in bfloat16 held-out prompts are also compared with decoding that keeps one
+    token a call in the drafter's own program, from which nothing may differ.
 
     Raises:
         UserError: a drafter or file that can't be used.
@@ -98,28 +115,31 @@ def run(
     rows: list[Row] = []
     differences: dict[str, list[Difference]] = {}
     options = dict(max_new_tokens=new_tokens)
-    plain = Generator(loaded.model, loaded.params, loaded.tokenizer)
+    plain = Generator(loaded.model, loaded.params, loaded.tokenizer, dtype=dtype)
     expected = {kind: drafting.outputs(plain, tokens, options) for kind, tokens in kinds.items()}
     others = unequal(drafting.prompts("code", held_out, loaded.tokenizer))
     plainly = in_batches(plain, others, new_tokens)
     for name, drafter in find_all(names, loaded, target, runs, report):
         params = drafter.target_params(loaded)
-        fields = dict(proposer=drafter.proposer, proposer_params=drafter.params)
+        fields = dict(proposer=drafter.proposer, proposer_params=drafter.params, dtype=dtype)
         drafted = Generator(loaded.model, params, loaded.tokenizer, **fields)
         tuned = params is not loaded.params
-        own = Generator(loaded.model, params, loaded.tokenizer) if tuned else plain
+        own = Generator(loaded.model, params, loaded.tokenizer, dtype=dtype) if tuned else plain
         for kind, tokens in kinds.items():
             wanted = drafting.outputs(own, tokens, options) if tuned else expected[kind]
             found = drafting.measure(own, drafted, tokens, wanted, options)
-            fields = {
-                field.name: found[field.name] for field in dataclasses.fields(Row) if field.name in found
-            }
-            rows.append(Row(name, kind, **fields))
+            numbers = [field.name for field in dataclasses.fields(Row)[2:]]
+            rows.append(Row(name, kind, **{number: found[number] for number in numbers}))
             report(line(rows[-1]))
         found = in_batches(drafted, others, new_tokens)
         wanted = in_batches(own, others, new_tokens) if tuned else plainly
         differences[name] = compare(own, others, wanted, found)
         report(verdict(name, differences[name], len(others)))
+        if dtype != "float32":
+            single = Generator(loaded.model, params, loaded.tokenizer, verifier=RootOnly(), **fields)
+            same = f"{name}, one token a call"
+            differences[same] = compare(own, others, in_batches(single, others, new_tokens), found)
+            report(verdict(name, differences[same], len(others), "one token a call in the same program"))
     if figure is not None:
         draw(rows, Path(figure))
         report(f"figure: {figure}")
@@ -135,14 +155,16 @@ def line(row: Row) -> str:
     )
 
 
-def verdict(name: str, differences: Sequence[Difference], count: int) -> str:
-    """Whether the output of a drafter on the held-out prompts is that of plain decoding, in one line."""
+def verdict(
+    name: str, differences: Sequence[Difference], count: int, reference: str = "plain decoding"
+) -> str:
+    """Whether the output of a drafter on the held-out prompts is that of the reference, in one line."""
     if not differences:
-        return f"{name:>24} all {count} held-out prompts in batches of {BATCH}: identical to plain decoding"
+        return f"{name:>24} all {count} held-out prompts in batches of {BATCH}: identical to {reference}"
     widest = max(differences, key=lambda found: found.gap)
     return (
-        f"{name:>24} {len(differences)} of {count} held-out prompts in batches of {BATCH} differ from plain "
-        f"decoding, at logit gaps of up to {widest.gap:.2g} nats"
+        f"{name:>24} {len(differences)} of {count} held-out prompts in batches of {BATCH} differ from "
+        f"{reference}, at logit gaps of up to {widest.gap:.2g} nats"
     )
 
 

@@ -233,6 +233,17 @@ def test_the_bench_of_drafters(folder, run, monkeypatch, tmp_path, capsys):
     json.dumps(found.as_dict())
 
 
+def test_the_bench_in_bfloat16(folder, monkeypatch):
+    texts = [list(range(3 + i, 3 + i + 30)) for i in range(8)]
+    monkeypatch.setattr(drafting, "prompts", lambda kind, count, tokenizer: texts[:count])
+    lines: list[str] = []
+    options = dict(count=4, new_tokens=8, held_out=8, dtype="bfloat16", report=lines.append)
+    found = drafters.run(["prompt_lookup"], str(folder / "target"), **options)
+    assert set(found.differences) == {"prompt_lookup", "prompt_lookup, one token a call"}
+    assert found.differences["prompt_lookup, one token a call"] == []
+    assert "identical to one token a call in the same program" in lines[-1]
+
+
 def test_differences_are_reported_with_their_gap(folder):
     loaded = load_model(folder / "target")
     plain = Generator(loaded.model, loaded.params, ends=(2,))

@@ -1,17 +1,14 @@
 """What every drafter owes, whatever it drafts: exact output, ends and limits, rows that do not see each other,
 one program for a shape, a target that training leaves alone."""
 
-from dataclasses import dataclass
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.drafters import RootOnly
 from research.decoding import engine as engines
 from research.decoding.generator import Generator
-from research.decoding.sampling import Sampling, argmax
-from research.decoding.verify import Accept, Draft
+from research.decoding.sampling import Sampling
 
 from .members import MEMBERS, Member, member
 
@@ -126,16 +123,6 @@ def test_one_compilation_for_a_shape(drafter):
             generator, others, sampling=Sampling(temperature, top_p=0.6), seed=seed, max_new_tokens=20 + seed
         )
     assert engines.programs() == before
-
-
-@dataclass(frozen=True)
-class RootOnly:
-    """Plain decoding in the drafter's own program: every call has its N nodes, and keeps the root alone."""
-
-    def __call__(self, logits: jax.Array, draft: Draft, keys: jax.Array) -> Accept:
-        batch = logits.shape[0]
-        path = jnp.zeros((batch, draft.tree.levels), jnp.int32)
-        return Accept(path, jnp.ones((batch,), jnp.int32), argmax(logits[:, 0]))
 
 
 def test_bfloat16_output_is_that_of_one_token_a_call_at_the_same_size(drafter):
