@@ -20,7 +20,7 @@ from research.decoding.speculative.gad import GAD
 from research.decoding.speculative.training import DrafterTraining
 from research.nn.masks import Full
 from research.training.model_directory import read_config
-from research.training.optimizers import adamw, cosine, linear
+from research.training.optimizers import adamw, linear, muon, wsd
 from research.training.stages import Stage
 from research.training.workdir import PACKAGE
 
@@ -58,7 +58,7 @@ def get_config(preset: str = "tiny") -> ConfigDict:
     if preset == "tiny":
         steps, batch_size = 400, 32
         drafter = of(GAD, model=network(2), block=8, records=steps * batch_size)
-        optimizer = of(adamw, schedule=of(cosine, peak=2e-3, warmup=20, floor=0.05))
+        optimizer = of(muon, schedule=of(wsd, peak=1e-2, warmup=20, decay=0.4, floor=0.02))
         return drafting(drafter, optimizer, steps, batch_size)
     steps, batch_size = 300_000, 2048
     drafter = of(GAD, model=network(6, dropout=0.1), block=25, records=steps * batch_size)
