@@ -77,6 +77,16 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return (product / (length(a) * length(b))).astype(a.dtype)
 
 
+class Head(nn.Module):
+    """x F + b, the product before the norm and U; the result is `width` wide."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Linear(self.width, True, name="projection")(x)
+
+
 class Speculator(Follower, kw_only=True):
     """The network. `norm` is the template of the target's final norm."""
 
@@ -88,8 +98,8 @@ class Speculator(Follower, kw_only=True):
         self.make_layers()
         self.first_decoder = AttentionDecoder(self.num_heads)
         self.next_decoder = AttentionDecoder(self.num_heads)
-        self.first_head = Linear(self.width, use_bias=True)
-        self.next_head = Linear(self.width, use_bias=True)
+        self.first_head = Head(self.width)
+        self.next_head = Head(self.width)
         self.augment_norm = self.norm.copy()
         self.head_norm = self.norm.copy()
 
@@ -201,8 +211,8 @@ class Clover:
             params[decoder]["query"]["kernel"] = near(identity, query)
             params[decoder]["key"]["kernel"] = near(identity, key_)
             params[decoder]["value"]["kernel"] = near(nothing, value)
-        params["first_head"]["kernel"] = near(identity, keys[6])
-        params["next_head"]["kernel"] = near(jnp.concatenate([identity, nothing]), keys[7])
+        params["first_head"]["projection"]["kernel"] = near(identity, keys[6])
+        params["next_head"]["projection"]["kernel"] = near(jnp.concatenate([identity, nothing]), keys[7])
         return params
 
     def loss(self, params: PyTree, teacher: Teacher, batch: Batch, key: jax.Array | None) -> Metrics:

@@ -42,7 +42,9 @@ def random_params():
     for number, name in enumerate(("first_decoder", "next_decoder")):
         noise = jax.random.normal(jax.random.key(number), (WIDTH, WIDTH)) / WIDTH**0.5
         params[name]["value"]["kernel"] = noise
-    params["next_head"]["kernel"] += jax.random.normal(jax.random.key(2), (2 * WIDTH, WIDTH)) / WIDTH**0.5
+    params["next_head"]["projection"]["kernel"] += (
+        jax.random.normal(jax.random.key(2), (2 * WIDTH, WIDTH)) / WIDTH**0.5
+    )
     return params
 
 
@@ -105,12 +107,13 @@ def test_what_it_starts_from():
     for norm in ("augment_norm", "head_norm"):
         assert np.array_equal(params[norm]["scale"], theirs["final_norm"]["scale"])
     identity, nothing = np.eye(WIDTH), np.zeros((WIDTH, WIDTH))
-    expected = {("first_head",): identity, ("next_head",): np.concatenate([identity, nothing])}
+    both = np.concatenate([identity, nothing])
+    expected = {("first_head", "projection"): identity, ("next_head", "projection"): both}
     for decoder in ("first_decoder", "next_decoder"):
         expected |= {(decoder, "query"): identity, (decoder, "key"): identity, (decoder, "value"): nothing}
     drawn = []
     for path, start in expected.items():
-        found = params[path[0]] if len(path) == 1 else params[path[0]][path[1]]
+        found = params[path[0]][path[1]]
         gap = np.asarray(found["kernel"]) - start
         assert gap.min() >= -1e-6 and gap.max() < 0.0101 and gap.std() > 0.002 and not np.any(found["bias"])
         drawn.append(gap[0, 1])
