@@ -20,8 +20,7 @@ from research.training.stages import Stage
 
 PRESETS = ("tiny", "plus", "paper")
 
-# Of heads trained by `tiny`: how often the guess of each rank is right, by `trees.calibrate` on validation text.
-# An assumption to begin with, as in configs/medusa.py: `experiments.drafter` with --nodes fits the tree.
+# How often the guess of each rank may be right: an assumption, as in configs/medusa.py.
 TINY = (
     (0.42, 0.10, 0.05, 0.03, 0.02, 0.02),
     (0.40, 0.10, 0.05, 0.03, 0.02, 0.02),
