@@ -30,6 +30,7 @@ REPLICATE_BELOW = 2**16
 DEFAULT_RULES: Rules = (
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
+    (r"^drafter/head_\d+/\w+/layer_\d+/kernel$", ("fsdp", "tensor")),  # blocks of drafted heads
     # Rows only: a lookup in a table of divided rows sums masked parts, while a divided width would have to
     # change into a divided batch, for which XLA copies the whole activation to every device.
     (r"(^|/)embedding/table", (("tensor", "fsdp"), None)),
