@@ -212,7 +212,7 @@ def find_all(
         if name == "all":
             decoding = [system for system in read_catalogue() if system.family == "decoding"]
             trains = [system.config for system in decoding if _trains(system.config)]
-            wanted += ["prompt_lookup", "submodel", *dict.fromkeys(trains)]
+            wanted += ["prompt_lookup", "submodel", "aded", *dict.fromkeys(trains)]
         else:
             wanted.append(name)
     found: dict[str, LoadedDrafter] = {}

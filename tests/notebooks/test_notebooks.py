@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom as it is, and is stored without outputs."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -43,14 +44,26 @@ def test_stored_without_outputs(path):
     assert any("%pip install" in cell.source for cell in code)
 
 
-def test_matformer(kernel, tmp_path):
-    notebook = nbformat.read(ROOT / "notebooks" / "01_matformer.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+def executed(name: str, folder: Path) -> tuple[str, int]:
+    """What a notebook prints, and how many figures it draws."""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     figures = [output for output in outputs if "image/png" in output.get("data", ())]
-    assert len(figures) == 1
-    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    return "".join(output.text for output in outputs if output.get("name") == "stdout"), len(figures)
+
+
+def test_matformer(kernel, tmp_path):
+    text, figures = executed("01_matformer.ipynb", tmp_path)
+    assert figures == 1
     assert " nats  widths (" in text
     small, large = text.split("=== S, ")[1].split("=== XL, ")
     for written in (small, large):
         assert len(written.split("def read_file(path):\n")[1]) > 1
+
+
+def test_decoding(kernel, tmp_path):
+    text, figures = executed("02_decoding.ipynb", tmp_path)
+    assert figures == 2
+    fewer = re.search(r"the same tokens in (\d+) calls", text)
+    assert fewer and int(fewer[1]) < 40

@@ -18,13 +18,13 @@ hands the visit to the last of its children, which are in order of their scores.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from research.data.text import TokenDataset
 from research.decoding.proposers import Outcome, Prompt, Round, Target
 from research.decoding.tree import dynamic_tree
 from research.decoding.verify import Draft
@@ -115,6 +115,9 @@ class ADED:
     """The drafter; its parameters are a `Table`.
 
     Args:
+        corpus, records: the table counts the first `records` rows of 256 tokens of the training split of this
+            source (`research.data.sources`), shuffled.
+        tokenizer: of the corpus, as for `TokenDataset`: it must be the target's.
         iterations: of the search.
         depth: nodes on a searched path, the root included; a draft is one token longer than its path below
             the root, by the most probable successor.
@@ -126,6 +129,9 @@ class ADED:
         exploration, offset: c1 and c2 of the PUCT rule.
     """
 
+    corpus: str = "builtin"
+    records: int = 8192
+    tokenizer: str | None = None
     iterations: int = 150
     depth: int = 4
     paths: int = 24
@@ -139,6 +145,7 @@ class ADED:
 
     def __post_init__(self):
         for name, least in {
+            "records": 1,
             "iterations": 1,
             "depth": 2,
             "paths": 1,
@@ -156,6 +163,21 @@ class ADED:
     @property
     def levels(self) -> int:
         return self.depth + 1
+
+    def create(self, key: jax.Array, target: Target) -> Table:
+        """The table of the corpus; counted on the host, so not traceable. `key` is not used.
+
+        Raises:
+            UserError: the tokenizer has another vocabulary than the target.
+        """
+        data = TokenDataset(self.corpus, length=256, tokenizer=self.tokenizer)
+        size, wanted = data.tokenizer.vocab_size, target.model.vocab_size
+        if size != wanted:
+            raise UserError(
+                f"ADED: its corpus has a vocabulary of {size} tokens, and the target has {wanted}"
+            )
+        rows = data.take(np.arange(min(self.records, len(data))))
+        return count_trigrams([rows], wanted, self.successors)
 
     def init(self, params: Table, target: Target, prompt: Prompt) -> Text:
         room = prompt.capacity + self.levels - prompt.tokens.shape[1]
@@ -344,8 +366,3 @@ class _OwnTrigrams(struct.PyTreeNode):
 
 def _parent(node: jax.Array, width: int) -> jax.Array:
     return (node - 1) // width
-
-
-def build_table(data: Any, vocab_size: int, records: int, successors: int = 12) -> Table:
-    """The table of the first `records` rows of a text dataset."""
-    return count_trigrams([data.take(np.arange(min(records, len(data))))], vocab_size, successors)

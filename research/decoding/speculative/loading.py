@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from research import config as configs
 from research.config_capture import capture
 from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.aded import ADED
 from research.decoding.speculative.draft_model import DraftModel, Submodel, check_draft
 from research.decoding.speculative.iad import IAD
 from research.decoding.speculative.prompt_lookup import PromptLookup
@@ -37,7 +38,7 @@ DRAFTER, WEIGHTS = "drafter.json", "drafter.safetensors"
 
 TRAINING = f"{DrafterTraining.__module__}:{DrafterTraining.__qualname__}"
 
-UNTRAINED = {"prompt_lookup": PromptLookup, "submodel": Submodel, "iad": IAD}
+UNTRAINED = {"prompt_lookup": PromptLookup, "submodel": Submodel, "iad": IAD, "aded": ADED}
 """Drafters that need no training, by the name that programs call them."""
 
 
@@ -122,14 +123,19 @@ def save_drafter(
 
 
 def find_drafter(name: str, target: Loaded, step: int | None = None) -> LoadedDrafter:
-    """The drafter called `name`: one that needs no training (`prompt_lookup`, `submodel`), or a path for
-    `load_drafter`.
+    """The drafter called `name`: one that needs no training (`prompt_lookup`, `submodel`), the config of such a one
+    (`configs/aded.py:tiny`), or a path for `load_drafter`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the config is of something that is trained first.
     """
-    if name in UNTRAINED:
-        config = configs.of(UNTRAINED[name])
+    if name in UNTRAINED or name.partition(":")[0].endswith(".py"):
+        config = configs.of(UNTRAINED[name]) if name in UNTRAINED else configs.load_config(name)
+        if config.get("cls") not in {f"{kind.__module__}:{kind.__qualname__}" for kind in UNTRAINED.values()}:
+            raise UserError(
+                f"{name} is to be trained first: python -m experiments.train --config={name} --workdir=...; then give "
+                "the workdir"
+            )
         proposer = configs.build(config)
         params: PyTree = ()
         if hasattr(proposer, "create"):

@@ -17,6 +17,7 @@ import numpy as np
 
 from research.config import build, of
 from research.decoding.proposers import Proposer, Target
+from research.decoding.speculative.aded import ADED, count_trigrams
 from research.decoding.speculative.clover import Clover
 from research.decoding.speculative.draft_model import DraftModel, Submodel
 from research.decoding.speculative.eagle import ConfidenceTree, Eagle
@@ -28,6 +29,7 @@ from research.decoding.speculative.medusa import Medusa
 from research.decoding.speculative.pearl import Pearl
 from research.decoding.speculative.ppd import PPD, search_trees
 from research.decoding.speculative.prompt_lookup import PromptLookup
+from research.decoding.speculative.sjd import SJD
 from research.decoding.speculative.specdec_pp import SpecDecPP
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.speculative.trees import RankTree
@@ -235,8 +237,29 @@ def prompted() -> Member:
     return Member(drafter, {"prompts": prompts}, target=found.target)
 
 
+def jacobi() -> Member:
+    """SJD on a target whose head names the token it was given, so that tokens repeat until the layers, a little
+    louder, disturb them: where each token is a function of the last one, Jacobi decoding can gain nothing."""
+    tiny = tiny_target()
+    params = {
+        name: jax.tree.map(lambda x: 1.08 * x, value) if name.startswith("layer") else value
+        for name, value in tiny.params.items()
+    }
+    params["head"] = {"kernel": params["embedding"]["table"].T}
+    target = TinyTarget(tiny.model, params, tiny.directory)
+    drafter = SJD(codes=VOCAB, rows=CONTEXT, columns=5, window=4, init_rule="repeat_horizontal")
+    return Member(drafter, deterministic=False, target=target)
+
+
+def adaptive_trigrams() -> Member:
+    """ADED with the trigrams of the walks that drafters are trained on."""
+    table = count_trigrams([Walks().rows(np.arange(64))], VOCAB, successors=3)
+    return Member(ADED(iterations=12, paths=3, nodes=8, successors=3), table)
+
+
 MEMBERS: dict[str, Callable[[], Member]] = {
     "prompt_lookup": lambda: Member(PromptLookup(num_tokens=4), prompts=REPEATING),
+    "aded": adaptive_trigrams,
     "iad": lambda: Member(IAD(window=4), prompts=REPEATING),
     "medusa": lambda: trained_member(Medusa(BUSHY, num_heads=3)),
     "hydra": lambda: trained_member(Hydra(BUSHY, num_heads=3)),
@@ -253,6 +276,7 @@ MEMBERS: dict[str, Callable[[], Member]] = {
     "hidden_transfer": lambda: trained_member(HiddenTransfer((1, 1, 2), BUSHY.paths)),
     "lud": lexical_units,
     "ppd": prompted,
+    "sjd": jacobi,
 }
 
 
