@@ -72,7 +72,7 @@ class TransferState(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class HiddenTransfer:
-    """The drafter. Its parameters are {"kernel": f32[k, D, D], "bias": f32[k, D]}.
+    """The drafter. Its parameters are {"projection": {"kernel": f32[k, D, D], "bias": f32[k, D]}}.
 
     Args:
         layers: t_1 .. t_k, ascending: step j starts at the output of layer t_j (0: at the embedding; the number
@@ -127,10 +127,8 @@ class HiddenTransfer:
                 f"HiddenTransfer: layer {self.layers[-1]} of a model with {target.model.num_layers} layers"
             )
         width = target.model.width
-        return {
-            "kernel": jnp.broadcast_to(jnp.eye(width), (self.steps, width, width)),
-            "bias": jnp.zeros((self.steps, width)),
-        }
+        kernel = jnp.broadcast_to(jnp.eye(width), (self.steps, width, width))
+        return {"projection": {"kernel": kernel, "bias": jnp.zeros((self.steps, width))}}
 
     def init(self, params: PyTree, target: Target, prompt: Prompt) -> TransferState:
         rows = len(prompt.root)
@@ -142,7 +140,8 @@ class HiddenTransfer:
     ) -> tuple[Draft, TransferState]:
         layout = self._layout.at(jnp.zeros_like(round.root))
         tree = layout.tree.replace(real=layout.tree.real & (state.ready[:, None] | (layout.tree.depth == 0)))
-        rows = Transferred(params["kernel"], params["bias"], None, self.layers, len(self.paths) + 1)
+        maps = params["projection"]
+        rows = Transferred(maps["kernel"], maps["bias"], None, self.layers, len(self.paths) + 1)
         return Draft(layout.tokens(round.root, state.guesses), tree, virtual=rows), state
 
     def observe(
@@ -173,7 +172,8 @@ class HiddenTransfer:
         self, params: PyTree, target: Target, batch: Batch, anchors: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """-> the frozen model's logits [B, T, V], and those of the pseudo states [B, k, A, V]."""
-        rows = Transferred(params["kernel"], params["bias"], anchors, self.layers, anchors.shape[1])
+        maps = params["projection"]
+        rows = Transferred(maps["kernel"], maps["bias"], anchors, self.layers, anchors.shape[1])
         target = target.replace(params=jax.lax.stop_gradient(target.params))
         within = np.tri(self.steps, dtype=bool)
         truth, logits = run_anchored(target, batch, anchors, rows, within, range(1, self.steps + 1))

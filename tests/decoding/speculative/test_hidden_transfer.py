@@ -13,10 +13,15 @@ from research.errors import UserError
 
 from .virtual_cases import LAYERS, WIDTH, call, close, continuation, extend, make_batch, prefix, target
 
-PARAMS = {
-    "kernel": jnp.eye(WIDTH) + 0.3 * jax.random.normal(jax.random.key(8), (2, WIDTH, WIDTH)),
-    "bias": jax.random.normal(jax.random.key(9), (2, WIDTH)),
-}
+KERNEL = jnp.eye(WIDTH) + 0.3 * jax.random.normal(jax.random.key(8), (2, WIDTH, WIDTH))
+BIAS = jax.random.normal(jax.random.key(9), (2, WIDTH))
+
+
+def maps(kernel=KERNEL, bias=BIAS):
+    return {"projection": {"kernel": kernel, "bias": bias}}
+
+
+PARAMS = maps()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -35,11 +40,11 @@ def test_after_the_last_layer_it_is_a_linear_head():
     the model's own head. Here norm(h) = h / rms(h) goes through the same norm again, so a map that is linear
     and a bias of 0 give the logits of norm(h) W_j normalised."""
     batch = make_batch()
-    params = PARAMS | {"bias": jnp.zeros((2, WIDTH))}
+    params = maps(bias=jnp.zeros((2, WIDTH)))
     guesses, hidden, _ = forced(HiddenTransfer((LAYERS, LAYERS)), params, batch)
     scale = target().params["final_norm"]["scale"]
     for j in range(2):
-        mapped = np.asarray(hidden / scale) @ np.asarray(params["kernel"][j])
+        mapped = np.asarray(hidden / scale) @ np.asarray(KERNEL[j])
         normed = mapped / np.sqrt((mapped**2).mean(-1, keepdims=True)) * scale
         close(
             guesses[j][0], normed @ np.asarray(target().params["embedding"]["table"]).T, rtol=1e-3, atol=1e-3
@@ -48,7 +53,7 @@ def test_after_the_last_layer_it_is_a_linear_head():
 
 def test_the_identity_after_the_last_layer_says_what_the_model_says():
     batch = make_batch()
-    params = {"kernel": jnp.broadcast_to(jnp.eye(WIDTH), (2, WIDTH, WIDTH)), "bias": jnp.zeros((2, WIDTH))}
+    params = maps(jnp.broadcast_to(jnp.eye(WIDTH), (2, WIDTH, WIDTH)), jnp.zeros((2, WIDTH)))
     start = jax.jit(HiddenTransfer((1, LAYERS)).create)(jax.random.key(0), target())
     jax.tree.map(np.testing.assert_array_equal, start, params)
     guesses, _, logits = forced(HiddenTransfer((1, LAYERS)), params, batch)
@@ -69,7 +74,7 @@ def test_guesses_do_not_see_the_future():
 def test_a_step_sees_the_steps_before_where_they_exist():
     """Step 2 follows another map of step 1 if both have a layer in common; step 1 never follows step 2."""
     batch = make_batch()
-    first, second = (PARAMS | {"bias": PARAMS["bias"].at[j].add(1.0)} for j in (0, 1))
+    first, second = (maps(bias=BIAS.at[j].add(1.0)) for j in (0, 1))
     for layers, sees in (((0, 1), True), ((1, LAYERS), False)):
         drafter = HiddenTransfer(layers)
         said, other_first, other_second = (forced(drafter, p, batch)[0] for p in (PARAMS, first, second))
@@ -86,7 +91,9 @@ def test_only_the_maps_are_trained():
 
     own, others = jax.jit(jax.grad(objective, (0, 1)))(PARAMS, target().params)
     assert all(not leaf.any() for leaf in jax.tree.leaves(others))
-    assert all((jnp.abs(leaf).max((1, 2) if leaf.ndim == 3 else 1) > 0).all() for leaf in own.values())
+    assert all(
+        (jnp.abs(leaf).max((1, 2) if leaf.ndim == 3 else 1) > 0).all() for leaf in own["projection"].values()
+    )
 
 
 def test_the_loss_sums_the_divergences_from_the_model_at_the_true_places():
@@ -123,7 +130,7 @@ def test_guesses_are_what_the_maps_say_behind_the_accepted_text(layers):
         assert int(outcome.accept.count[0]) == accepted + 1
         # The same text as a chain, with pseudo states behind its last token alone.
         text = jnp.asarray([[root, first, second][: accepted + 1]])
-        rows = Transferred(PARAMS["kernel"], PARAMS["bias"], jnp.asarray([[accepted]]), layers, 1)
+        rows = Transferred(KERNEL, BIAS, jnp.asarray([[accepted]]), layers, 1)
         logits, _, _ = extend(cache, text, virtual=rows)
         best = np.argsort(-np.asarray(logits[:, accepted + 1 :]), axis=-1)[:, :, :2]
         assert state.guesses.tolist() == best.tolist()
