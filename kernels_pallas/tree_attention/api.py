@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.tree_attention import gpu, reference, tpu
+from kernels_pallas.tree_attention import reference
 
 Implementation = Literal["reference", "tpu", "gpu"]
 
@@ -63,7 +63,11 @@ def tree_attention(
     arguments = (query, cached, fresh, length, tree, cached_mask)
     if implementation == "reference":
         return reference.tree_attention(*arguments, scale=scale, softcap=softcap)
-    kernel = tpu if implementation == "tpu" else gpu
+    # Imported here: Pallas takes half a second to import, and most programs run no kernel.
+    if implementation == "tpu":
+        from kernels_pallas.tree_attention import tpu as kernel
+    else:
+        from kernels_pallas.tree_attention import gpu as kernel
     return kernel.tree_attention(*arguments, scale=scale, softcap=softcap, interpret=interpret)
 
 

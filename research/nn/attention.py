@@ -7,9 +7,14 @@ from flax import struct
 
 from research.errors import UserError
 from research.nn import cache as caches
-from research.nn.attention_kernels import AttentionKernel, AutoAttention, cached_attention
+from research.nn.attention_kernels import (
+    AttentionKernel,
+    AutoAttention,
+    CachedKernel,
+    PlainCachedAttention,
+)
 from research.nn.linear import Linear
-from research.nn.masks import Causal, MaskRule, Window
+from research.nn.masks import Causal, Full, MaskRule, Prefix, Window
 from research.nn.rotary import Rotary, compute_once, rotate
 
 
@@ -38,7 +43,7 @@ class Attention(nn.Module):
         scale: factor of the scores, default head_dim ** -0.5.
         softcap: tanh soft cap of the scores (Gemma 2), or None.
         use_bias, output_bias: biases of query, key and value, and of the output.
-        kernel: how the product is computed without a cache.
+        kernel, cached_kernel: how the product is computed without a cache, and with one.
 
     x is [B, T, width] or [B * T, width]; the output has the same leading axes. Returns the output and the
     new key and value rows, [B, Hkv, T, d] each.
@@ -56,6 +61,7 @@ class Attention(nn.Module):
     use_bias: bool = False
     output_bias: bool = False
     kernel: AttentionKernel = AutoAttention()
+    cached_kernel: CachedKernel = PlainCachedAttention()
 
     @property
     def kv_heads(self) -> int:
@@ -73,9 +79,7 @@ class Attention(nn.Module):
         if self.key_norm is not None:
             key = self.key_norm(key)
         if self.rotary is not None:
-            angles = self.rotary(context.positions, self.head_dim)
-            if cache is None:
-                angles = compute_once(angles)
+            angles = compute_once(self.rotary(context.positions, self.head_dim))
             query, key = rotate(query, *angles), rotate(key, *angles)
         query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
@@ -111,13 +115,21 @@ class Attention(nn.Module):
         self, query, key, value, context: Context, cache: caches.LayerCache, scale: float
     ) -> jax.Array:
         old_key, old_value, index, valid = cache.read(context.length)
-        positions = context.positions
-        cached_mask = self.rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
+        positions, slots = context.positions, old_key.shape[2]
         fresh_mask = self.rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
-        return cached_attention(
+        if isinstance(cache, caches.DenseCache) and isinstance(self.rule, (Full, Causal, Prefix)):
+            cached_mask = None  # every new token sees all committed ones
+        else:
+            cached_mask = self.rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
+        if isinstance(cache, (caches.DenseCache, caches.RingCache)):
+            held = jnp.minimum(context.length, slots)
+        else:
+            held = jnp.full_like(context.length, slots)  # the mask alone says which slots hold tokens
+        return self.cached_kernel(
             query,
             (old_key, old_value),
             (key, value),
+            held,
             cached_mask,
             fresh_mask,
             scale=scale,

@@ -6,12 +6,13 @@ H is a multiple of Hkv: query head h reads key head h // (H / Hkv). All kernels 
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.tree_attention import Unsupported, tree_attention
 from research.errors import UserError
 from research.nn.masks import Full, MaskRule
 
@@ -218,34 +219,83 @@ class AutoAttention:
         return kernel(query, key, value, rule, segments=segments, prefix=prefix, scale=scale, softcap=softcap)
 
 
-def cached_attention(
-    query: jax.Array,
-    cached: tuple[jax.Array, jax.Array],
-    fresh: tuple[jax.Array, jax.Array],
-    cached_mask: jax.Array,
-    fresh_mask: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> jax.Array:
-    """Attention of N new tokens over a cached prefix of S rows and over each other.
+class CachedKernel(Protocol):
+    """Attention of N new tokens over a cached prefix of S slots and over each other.
 
-    query [B, H, N, d]; cached key and value [B, Hkv, S, d]; fresh key and value [B, Hkv, N, d]; masks bool
-    [b, 1 or H, N, S] and [b, 1 or H, N, N]. The two sets of keys are never concatenated: only their
-    scores are.
+    query [B, H, N, d]; cached key and value [B, Hkv, S, d]; fresh key and value [B, Hkv, N, d]. The slots
+    before `length` int32[B] hold tokens; `cached_mask` bool [b, 1 or H, N, S] says which slots each new token
+    sees, None for all that hold one; `fresh_mask` bool [b, 1 or H, N, N], where every token sees itself.
     """
-    batch, heads, count, dim = query.shape
-    kv_heads = cached[0].shape[1]
-    rows = group_queries(query, kv_heads)
-    slots = cached[0].shape[2]
 
-    def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
-        raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
-        grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
-        return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE).reshape(raw.shape)
+    def __call__(
+        self,
+        query: jax.Array,
+        cached: tuple[jax.Array, jax.Array],
+        fresh: tuple[jax.Array, jax.Array],
+        length: jax.Array,
+        cached_mask: jax.Array | None,
+        fresh_mask: jax.Array,
+        *,
+        scale: float,
+        softcap: float | None,
+    ) -> jax.Array: ...
 
-    both = jnp.concatenate([scores(cached[0], cached_mask), scores(fresh[0], fresh_mask)], axis=-1)
-    probabilities = jax.nn.softmax(both, axis=-1).astype(query.dtype)
-    old, new = probabilities[..., :slots], probabilities[..., slots:]
-    out = _product(old, cached[1].astype(query.dtype), _PV) + _product(new, fresh[1], _PV)
-    return out.astype(query.dtype).reshape(batch, heads, count, dim)
+
+@dataclasses.dataclass(frozen=True)
+class PlainCachedAttention:
+    """Scores of all slots; the two sets of keys share a softmax and are never concatenated."""
+
+    def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
+        batch, heads, count, dim = query.shape
+        kv_heads, slots = cached[0].shape[1:3]
+        rows = group_queries(query, kv_heads)
+        if cached_mask is None:
+            cached_mask = (jnp.arange(slots) < length[:, None])[:, None, None]
+
+        def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
+            raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
+            grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
+            return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE).reshape(raw.shape)
+
+        old, new = scores(cached[0], cached_mask), scores(fresh[0], fresh_mask)
+        top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
+        old, new = jnp.exp(old - top), jnp.exp(new - top)
+        total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+        out = _product(old.astype(query.dtype), cached[1].astype(query.dtype), _PV)
+        out = out + _product(new.astype(query.dtype), fresh[1], _PV)
+        return (out / total).astype(query.dtype).reshape(batch, heads, count, dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeAttention:
+    """The Pallas kernel: reads a row's prefix in blocks up to its length, and keeps no scores in memory.
+
+    Args:
+        implementation: "auto" takes the kernel of the backend; "reference" is plain jnp and runs everywhere.
+        interpret: run the kernel in Pallas' interpreter, anywhere and slowly.
+
+    Raises:
+        UserError: when called, where the kernel cannot run. Nothing else is run instead.
+    """
+
+    implementation: Literal["auto", "reference", "tpu", "gpu"] = "auto"
+    interpret: bool = False
+
+    def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
+        try:
+            return tree_attention(
+                query,
+                cached,
+                fresh,
+                length,
+                fresh_mask,
+                cached_mask,
+                scale=scale,
+                softcap=softcap,
+                implementation=None if self.implementation == "auto" else self.implementation,
+                interpret=self.interpret,
+            )
+        except Unsupported as error:
+            raise UserError(
+                f"cached_kernel={self} cannot run: {error}; PlainCachedAttention runs everywhere"
+            ) from error

@@ -96,8 +96,8 @@ def compute_once(tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Ar
     """The same cosines and sines, on CPU computed once for all heads and layers.
 
     XLA:CPU fuses them into the rotation of every head of every layer, and computes them anew there: a
-    twentieth of a training step. It fuses nothing into a product, and one with the identity is exact;
-    optimization barriers it drops before it fuses. For the few tokens of a decoding step fusion is faster.
+    twentieth of a training step and a fiftieth of a decoding step. It fuses nothing into a product, and one
+    with the identity is exact; optimization barriers it drops before it fuses.
     """
     if jax.default_backend() != "cpu":
         return tables

@@ -7,7 +7,12 @@ import pytest
 
 from research.errors import UserError
 from research.nn.attention import Attention, Context
-from research.nn.attention_kernels import BlockedAttention, DenseAttention
+from research.nn.attention_kernels import (
+    BlockedAttention,
+    DenseAttention,
+    PlainCachedAttention,
+    TreeAttention,
+)
 from research.nn.cache import Cache, DenseCache, RingCache
 from research.nn.masks import Causal, Full, Prefix, Window
 from research.nn.norm import RMSNorm
@@ -106,11 +111,14 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_the_keys():
     np.testing.assert_allclose(run(scaled), run(params), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [DenseAttention(), BlockedAttention(4)])
+@pytest.mark.parametrize(
+    ("kernel", "cached_kernel"),
+    [(DenseAttention(), PlainCachedAttention()), (BlockedAttention(4), TreeAttention("reference"))],
+)
 @pytest.mark.parametrize("rule", [Causal(), Window(3), Window((2, 3, 4, 9)), Window(2, sinks=1)], ids=str)
-def test_a_cache_gives_what_the_whole_row_gives(rule, kernel):
+def test_a_cache_gives_what_the_whole_row_gives(rule, kernel, cached_kernel):
     """Five tokens at once, then one, then three; unequal rows are tested with whole models."""
-    module, params, x = make(rule=rule, kernel=kernel)
+    module, params, x = make(rule=rule, kernel=kernel, cached_kernel=cached_kernel)
     whole, _ = jax.jit(lambda x: module.apply({"params": params}, x, context()))(x)
     cache = Cache((module.init_cache(2, 16, 3, jnp.float32),), jnp.zeros(2, jnp.int32))
 

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention, cached_attention
+from research.nn.attention_kernels import (
+    AutoAttention,
+    BlockedAttention,
+    DenseAttention,
+    PlainCachedAttention,
+    TreeAttention,
+)
 from research.nn.masks import Causal, Full, Prefix, Window
 
 PLAIN = dict(segments=None, prefix=None, scale=0.3, softcap=None)
@@ -178,19 +184,34 @@ def test_vmap_equals_one_at_a_time():
             np.testing.assert_allclose(ours[i], theirs, atol=1e-5)
 
 
-def test_cached_attention_is_attention_over_both_sets_of_keys():
-    query, key, value, _ = inputs(7)
-    new = 3
+CACHED = {"plain": PlainCachedAttention(), "reference": TreeAttention("reference")} | {
+    name: TreeAttention(name, interpret=True) for name in ("tpu", "gpu")
+}
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_cached_attention_is_attention_over_both_sets_of_keys(name):
+    query, key, value, _ = inputs(7, dim=16)
+    new, mask = 3, jnp.ones((1, 1, 3, 4), bool).at[..., 0].set(False)  # token 0 was forgotten
     parts = [(x[:, :, :-new], x[:, :, -new:]) for x in (key, value)]
-    cached_mask = jnp.ones((1, 1, new, 7 - new), bool).at[..., 0].set(False)  # token 0 was forgotten
-    out = cached_attention(
+    out = CACHED[name](
         query[:, :, -new:],
         (parts[0][0], parts[1][0]),
         (parts[0][1], parts[1][1]),
-        cached_mask,
+        jnp.full((query.shape[0],), 4),
+        mask,
         jnp.tril(jnp.ones((new, new), bool))[None, None],
         scale=0.3,
         softcap=2.0,
     )
     expected = loops(query, key, value, lambda b, h, q, k: k == q or 0 < k <= q, softcap=2.0)
     np.testing.assert_allclose(out, expected[:, :, -new:], atol=2e-6)
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    query, key, value, _ = inputs(2)
+    one, tree = jnp.ones((query.shape[0],), jnp.int32), jnp.ones((1, 1, 1, 1), bool)
+    parts = [(x[:, :, :1], x[:, :, 1:]) for x in (key, value)]
+    cached, fresh = zip(*parts, strict=True)
+    with pytest.raises(UserError, match="PlainCachedAttention runs everywhere"):
+        TreeAttention("gpu")(query[:, :, 1:], cached, fresh, one, None, tree, scale=1.0, softcap=None)
