@@ -238,14 +238,15 @@ def prompted() -> Member:
 
 
 def jacobi() -> Member:
-    """SJD on a target whose head names the token it was given, so that tokens repeat until the layers, a little
-    louder, disturb them: where each token is a function of the last one, Jacobi decoding can gain nothing."""
+    """SJD on a target whose head names the token it was given and whose layers speak up against it: tokens repeat
+    for a while. Where each token is a function of the last one, Jacobi decoding can gain nothing."""
     tiny = tiny_target()
     params = {
         name: jax.tree.map(lambda x: 1.08 * x, value) if name.startswith("layer") else value
         for name, value in tiny.params.items()
     }
-    params["head"] = {"kernel": params["embedding"]["table"].T}
+    basis = jax.random.orthogonal(jax.random.key(2), WIDTH)
+    params |= {"embedding": {"table": basis}, "head": {"kernel": basis.T}}
     target = TinyTarget(tiny.model, params, tiny.directory)
     drafter = SJD(codes=VOCAB, rows=CONTEXT, columns=5, window=4, init_rule="repeat_horizontal")
     return Member(drafter, deterministic=False, target=target)
