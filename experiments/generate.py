@@ -6,6 +6,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='class ' --widths=S
     python -m experiments.generate --prompt='def ' --drafter=prompt_lookup
     python -m experiments.generate --prompt='def ' --drafter=runs/medusa
+    python -m experiments.generate --prompt='def ' --drafter=auto
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
@@ -15,10 +16,14 @@ line that says which it is. Everything is decoded in one batch, and a prompt is 
 """
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments import cli
+
+if TYPE_CHECKING:
+    from research.training.model_directory import Loaded
 
 PROGRAM = cli.Program(__doc__)
 WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
@@ -63,7 +68,8 @@ DRAFTER = PROGRAM.define(
     flags.DEFINE_string,
     "drafter",
     None,
-    "What drafts: prompt_lookup, iad, submodel (of a nested model), a run or folder of a drafter, or a smaller model.",
+    "What drafts: prompt_lookup, iad, submodel (of a nested model), a run or folder of a drafter, a smaller model, or "
+    "auto: the fastest by the call times that `python -m experiments.bench costs` measured.",
 )
 ACCEPTANCE = PROGRAM.define(
     flags.DEFINE_enum,
@@ -115,10 +121,11 @@ def main(arguments: list[str]) -> None:
     if loaded.tokenizer is None:
         raise UserError(f"{workdir} has no tokenizer.json, so its model can't read a prompt")
     params, drafting = loaded.params, {}
-    if DRAFTER.value is not None:
+    name = choose_drafter(loaded) if DRAFTER.value == "auto" else DRAFTER.value
+    if name is not None:
         from research.decoding.speculative.loading import find_drafter
 
-        drafter = find_drafter(DRAFTER.value, loaded)
+        drafter = find_drafter(name, loaded)
         params = drafter.target_params(loaded)
         drafting = dict(proposer=drafter.proposer, proposer_params=drafter.params)
         if ACCEPTANCE.value == "typical":
@@ -151,12 +158,28 @@ def main(arguments: list[str]) -> None:
         f"ended by {ends}; {speed} ({seconds}), compilation {stats.compile_seconds:.1f} s",
         file=sys.stderr,
     )
-    if DRAFTER.value is not None:
+    if name is not None:
         print(
-            f"{DRAFTER.value}: {stats.tokens_per_call:.2f} tokens a call, {stats.drafted} drafted, "
+            f"{name}: {stats.tokens_per_call:.2f} tokens a call, {stats.drafted} drafted, "
             f"{stats.wasted} of them wasted",
             file=sys.stderr,
         )
+
+
+def choose_drafter(loaded: "Loaded") -> str | None:
+    """The drafter that measured call times predict to be fastest, None for plain decoding; says why.
+
+    Raises:
+        UserError: nothing was measured for this model.
+    """
+    from research.decoding.cost import Costs, choose, default_path
+    from research.decoding.speculative.loading import fingerprint
+
+    choice = choose(Costs.load(default_path(fingerprint(loaded.params))))
+    for reason in choice.reasons:
+        print(reason, file=sys.stderr)
+    print(f"drafter: {choice.name or 'none, plain decoding is the fastest'}", file=sys.stderr)
+    return choice.name
 
 
 def heading(prompt: int, sample: int) -> str:

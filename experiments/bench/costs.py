@@ -122,14 +122,13 @@ def measure_drafter(
     proposer: Proposer = drafter.proposer
     generator = Generator(loaded.model, loaded.params, proposer=proposer, proposer_params=drafter.params)
     prompts = drafting.prompts("code", count, loaded.tokenizer)
-    best = float("inf")
-    for _ in range(rounds + 1):
-        stats = [_decode(generator, prompt) for prompt in prompts]
-        best = min(best, _call_seconds(stats))
+    turns = [[_decode(generator, prompt) for prompt in prompts] for _ in range(rounds + 1)]
+    # The same tokens in every turn, so of every prompt the best turn counts.
+    stats = [min(each, key=lambda stats: stats.decode_seconds) for each in zip(*turns, strict=True)]
     calls = sum(sum(each.gained) for each in stats)
     tokens = sum((k + 1) * n for each in stats for k, n in enumerate(each.gained)) / calls
     where = name if name in UNTRAINED else str(Path(name).expanduser().resolve())
-    return Candidate(where, proposer.size, tokens, max(0.0, best - costs.call(proposer.size)))
+    return Candidate(where, proposer.size, tokens, max(0.0, _call_seconds(stats) - costs.call(proposer.size)))
 
 
 def _decode(generator: Generator, prompt: Sequence[int]) -> Any:
