@@ -122,7 +122,8 @@ class SJD:
 
         guessed = self._guessed(state.guesses)
         tokens = jnp.where(guessed, guess, drawn)
-        # Once made, a guess is certain: its q is a point mass.
+        # Once made, a guess is certain: its q is a point mass. Logits are left as they are, because the verifier
+        # normalises p and q alike, so that equal ones stay equal to the last bit.
         q = jnp.where(guessed[..., None], _point(tokens, state.logits.shape[-1]), state.logits)
         # In the header nothing is drafted, not even the image behind it.
         inside = (offset[:, :1] >= 0) & (offset < self.rows * self.columns)

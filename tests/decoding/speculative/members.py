@@ -249,7 +249,8 @@ def jacobi() -> Member:
     params |= {"embedding": {"table": basis}, "head": {"kernel": basis.T}}
     target = TinyTarget(tiny.model, params, tiny.directory)
     drafter = SJD(codes=VOCAB, rows=CONTEXT, columns=5, window=4, init_rule="repeat_horizontal")
-    return Member(drafter, deterministic=False, target=target)
+    prompts = ((18, 29, 31), *map(tuple, PROMPTS[1:]))  # the first brings new tokens inside accepted paths
+    return Member(drafter, deterministic=False, target=target, prompts=prompts)
 
 
 def adaptive_trigrams() -> Member:

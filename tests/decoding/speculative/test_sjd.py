@@ -237,6 +237,13 @@ def test_acceptance_is_the_overlap_of_p_and_q():
         assert abs(kept - float(expected)) < 4 * 0.5 / np.sqrt(rows)  # four standard errors
 
 
+def test_rows_do_not_depend_on_the_batch():
+    proposer = sjd(rows=4, columns=3, init_rule="sample_vertical")
+    batches = [run(MARKOV, proposer, Sampled(), rows=rows, length=12, start=START)[0] for rows in (1, 5)]
+    np.testing.assert_array_equal(batches[0], batches[1][:1])
+    assert len(np.unique(batches[1], axis=0)) > 1
+
+
 def test_only_the_image_is_drafted():
     """A prompt of 5 tokens, a header of 2 and an image of 2 x 3: the image stands at positions 7 to 12."""
     proposer = SJD(codes=VOCAB, rows=2, columns=3, window=4, header=2)
