@@ -60,22 +60,25 @@ def run(layer: int | None, seed: int, workdir: Path, progress: Progress, needs: 
     return measured
 
 
-def mean(results: Results, arm: str) -> float:
+def mean(results: Results, arm: str, name: str) -> float:
     return statistics.fmean(
-        statistics.fmean(results[arm][f"{mode} {kind} tokens_per_call"]) for mode in MODES for kind in KINDS
+        statistics.fmean(results[arm][f"{mode} {kind} {name}"]) for mode in MODES for kind in KINDS
     )
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Holds if a middle layer gains more tokens a call than the last layer and than Medusa; partly if only one."""
-    gained = {arm: mean(results, arm) for arm in results}
+    """Holds if a middle layer gains more tokens a call than the last layer and than Medusa, and decodes faster than
+    Medusa on the clock; partly if only some of it is so."""
+    gained = {arm: mean(results, arm, "tokens_per_call") for arm in results}
+    speed = {arm: mean(results, arm, "speed") for arm in results}
     last = f"layer {LAYERS[-1]}"
     middle = max((f"layer {layer}" for layer in LAYERS[:-1]), key=gained.__getitem__)
-    won = [gained[middle] > gained[last], gained[middle] > gained["Medusa"]]
+    won = [gained[middle] > gained[last], gained[middle] > gained["Medusa"], speed[middle] > speed["Medusa"]]
     guesses = {arm: np.mean(results[arm]["first guess"], axis=0) for arm in results}
     below, above = results[middle]["rows"][0]
     return "yes" if all(won) else "partly" if any(won) else "no", (
         f"Tokens a call, mean over kinds of text and modes: {', '.join(f'{a} {x:.2f}' for a, x in gained.items())}. "
+        f"On the clock of this machine, plain decoding = 1: {', '.join(f'{a} {x:.2f}' for a, x in speed.items())}. "
         "First guesses right at depths 1 to 3: "
         + "; ".join(f"{arm} {', '.join(f'{x:.0%}' for x in found)}" for arm, found in guesses.items())
         + f". Maps of {results[middle]['parameters'][0]} numbers against {results['Medusa']['parameters'][0]} in "
