@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/hidden_transfer.py --workdir=runs/hidden_transfer
 
-`tiny` (the default): three maps after layer 4 of the 6 of the base model that ships; TIME on two CPU cores; RESULT.
+`tiny` (the default): three maps after layer 4 of the 6 of the base model that ships.
+Its time and result have not been measured yet.
 `paper`: three maps, trained everywhere at once; the paper's layers and rates are not published in detail. The
 target, `task.target`, is a run or a model directory of yours: set `task.drafter.layers` to about two thirds of its.
 """
@@ -18,7 +19,8 @@ from research.training.stages import Stage
 
 PRESETS = ("tiny", "paper")
 
-# Of maps trained by `tiny`: how often the guess of each rank is right, by `trees.calibrate` on validation text.
+# How often the guess of each rank is right: assumed, not measured, and only the shape of the tree depends on it.
+# `trees.calibrate` measures it for trained maps.
 TINY = (
     (0.30, 0.09, 0.05, 0.03),
     (0.18, 0.06, 0.04, 0.03),

@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/ppd.py --workdir=runs/ppd
 
-`tiny` (the default): three prompts, 768 numbers in all, for the base model that ships, and trees of up to 24 rows;
-TIME on two CPU cores; RESULT.
+`tiny` (the default): three prompts, 768 numbers in all, for the base model that ships, and trees of up to 24 rows.
+Its time and result have not been measured yet.
 `paper`: three prompts, each text cut off at one random place. The target, `task.target`, is a run or a model
 directory of yours; measure its accuracies with `trees.calibrate` and step times, and let `ppd.choose_size` find
 the trees.
@@ -23,7 +23,8 @@ from research.training.stages import Stage
 
 PRESETS = ("tiny", "paper")
 
-# Of prompts trained by `tiny`: how often the guess of each rank is right, by `trees.calibrate` on validation text.
+# How often the guess of each rank is right: assumed, not measured, and only the shape of the trees depends on it.
+# `trees.calibrate` measures it for trained prompts.
 TINY = (
     (0.16, 0.06, 0.04, 0.03, 0.03, 0.02),
     (0.12, 0.05, 0.04, 0.03, 0.02, 0.02),
