@@ -77,7 +77,7 @@ def fit(
     `optimizer` are its other arguments. The run is kept in workdir/run, and goes on from there.
     """
     data = (
-        of(SelfDistilled, target=TARGET, rows=2048, length=length)
+        of(SelfDistilled, target=TARGET, rows=2048, length=length, order=seed)
         if text == "self"
         else of(TokenDataset, split="train", length=length, seed=seed)
     )

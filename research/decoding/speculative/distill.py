@@ -80,7 +80,8 @@ class SelfDistilled(RecordDataset):
       prompt: tokens of the beginning; it lies in one document.
       temperature: of the target; 0 is greedy.
       sources, split: where prompts come from, as in `TokenDataset`.
-      seed: of prompts, draws, and the order of each epoch.
+      seed: of prompts and draws, so of the text.
+      order: seed of the order of each epoch: another one is another run over the same text.
     """
 
     target: str
@@ -91,6 +92,7 @@ class SelfDistilled(RecordDataset):
     sources: str = "builtin"
     split: str = "train"
     seed: int = 0
+    order: int = 0
 
     def __post_init__(self):
         if self.rows < 1 or not 1 <= self.prompt < self.length:
@@ -100,7 +102,7 @@ class SelfDistilled(RecordDataset):
             )
         self._sampling = Sampling(self.temperature)
         self._rows: Rows | None = None
-        self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(self.rows, self.seed, epoch))
+        self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(self.rows, self.order, epoch))
 
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Six arrays of `length`; nothing is read for it."""
