@@ -4,7 +4,6 @@ One drafter a seed, trained once; both arms draft with it. The static tree is th
 number of accepted tokens, by how often the drafter's guesses of each rank are right on validation text.
 """
 
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -58,26 +57,29 @@ def rank_accuracy(params) -> np.ndarray:
     return calibrate(drafter, params, Target(loaded.params, loaded.model), batches, top=WIDTH)
 
 
-def mean(results: Results, arm: str, budget: int, mode: str, kind: str) -> float:
-    return statistics.fmean(results[arm][f"{budget} nodes, {mode} {kind} tokens_per_call"])
+def over_kinds(results: Results, arm: str, setting: str, name: str) -> np.ndarray:
+    """Mean over kinds of text, one number a seed."""
+    return np.mean([results[arm][f"{setting} {kind} {name}"] for kind in KINDS], axis=0)
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Holds if the dynamic tree gains more tokens a call, mean over kinds of text, in both modes at both sizes;
-    partly if in some of the four."""
-    gains, sentences = [], []
-    for mode in MODES:
-        for budget in BUDGETS:
-            static, dynamic = (
-                statistics.fmean(mean(results, arm, budget, mode, kind) for kind in KINDS)
-                for arm in ("static", "dynamic")
-            )
-            gains.append(dynamic - static)
-            sentences.append(
-                f"{mode}, {budget} nodes {static:.2f} -> {dynamic:.2f} ({dynamic / static - 1:+.0%})"
-            )
-    verdict = "yes" if min(gains) > 0 else "partly" if max(gains) > 0 else "no"
-    return verdict, f"Tokens a call, static -> dynamic: {'; '.join(sentences)}."
+    """Holds if the dynamic tree gains more tokens a call with every seed, in both modes at both sizes, and is faster
+    on the clock, as the paper says; partly if it gains more with every seed somewhere, or is faster."""
+    more, speeds, sentences = [], {"static": [], "dynamic": []}, []
+    for setting in (f"{budget} nodes, {mode}" for mode in MODES for budget in BUDGETS):
+        static, dynamic = (over_kinds(results, arm, setting, "tokens_per_call") for arm in speeds)
+        more.append(bool(np.all(dynamic > static)))
+        for arm, found in speeds.items():
+            found.append(over_kinds(results, arm, setting, "speed").mean())
+        change = dynamic.mean() / static.mean() - 1
+        sentences.append(f"{setting} {static.mean():.2f} -> {dynamic.mean():.2f} ({change:+.1%})")
+    static, dynamic = (float(np.mean(found)) for found in speeds.values())
+    faster = dynamic > static
+    verdict = "yes" if all(more) and faster else "partly" if any(more) or faster else "no"
+    return verdict, (
+        f"Tokens a call, static -> dynamic: {'; '.join(sentences)}; more with every seed in {sum(more)} of {len(more)} "
+        f"settings. On the clock, plain decoding = 1: static {static:.2f}, dynamic {dynamic:.2f}."
+    )
 
 
 def figure(results: Results, path: Path) -> None:
