@@ -77,14 +77,14 @@ def run(arm: str, seed: int, workdir: Path, progress: Progress, needs: dict[str,
     return measured
 
 
-def gains(results: Results, arm: str, mode: str) -> np.ndarray:
-    """Tokens a call, mean over kinds, by seed."""
-    return np.mean([results[arm][f"{mode} {kind} tokens_per_call"] for kind in KINDS], axis=0)
+def gains(results: Results, arm: str, mode: str, name: str = "tokens_per_call") -> np.ndarray:
+    """Tokens a call, or another measure, mean over kinds, by seed."""
+    return np.mean([results[arm][f"{mode} {kind} {name}"] for kind in KINDS], axis=0)
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Holds if in both modes Hydra is above Medusa with every seed and Hydra++ above Hydra in the mean; partly if
-    the first alone."""
+    """Holds if in both modes Hydra gains more tokens a call than Medusa with every seed and Hydra++ more than Hydra in
+    the mean, and their speeds are in that order too; partly if Hydra gains more than Medusa."""
     found = {mode: [gains(results, arm, mode) for arm in ("medusa", "hydra", "hydra++")] for mode in MODES}
     first = all(np.all(hydra > medusa) for medusa, hydra, _ in found.values())
     second = all(plus.mean() > hydra.mean() for _, hydra, plus in found.values())
@@ -95,9 +95,14 @@ def judge(results: Results) -> tuple[str, str]:
     last = [
         statistics.fmean(a[-1] for a in results[arm]["agreement"]) for arm in ("medusa", "hydra", "hydra++")
     ]
-    verdict = "yes" if first and second else "partly" if first else "no"
+    speed = [
+        statistics.fmean(gains(results, arm, mode, "speed").mean() for mode in MODES)
+        for arm in ("medusa", "hydra", "hydra++")
+    ]
+    verdict = "yes" if first and second and speed == sorted(speed) else "partly" if first else "no"
     return verdict, (
-        f"Tokens a call of Medusa, Hydra and Hydra++: {shown}. Their head {HEADS} is right at "
+        f"Tokens a call of Medusa, Hydra and Hydra++: {shown}. On the clock, plain decoding = 1: "
+        f"{', '.join(f'{x:.2f}' for x in speed)}. Their head {HEADS} is right at "
         f"{', '.join(f'{x:.0%}' for x in last)} of the places of validation text."
     )
 

@@ -106,8 +106,8 @@ def mean(results: Results, arm: str, name: str) -> float:
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Holds if the chain already gains, every larger tree gains more, and typical acceptance more than exact
-    sampling; partly if all trees beat the chain."""
+    """Holds if the chain already gains, every larger tree gains more, typical acceptance gains more than exact
+    sampling, and some tree is faster than plain decoding on the clock; partly if all trees beat the chain."""
     arms = ("chain", *(f"{budget} nodes" for budget in BUDGETS))
     gains = {mode: [mean(results, arm, f"{mode} {{}} tokens_per_call") for arm in arms] for mode in MODES}
     rates = [mean(results, arm, "warm {} tokens_per_call") for arm in ("exact, T=1", "typical, T=1")]
@@ -115,10 +115,14 @@ def judge(results: Results) -> tuple[str, str]:
     loops = [mean(results, arm, "warm {} loopiness") for arm in ("exact, T=1", "typical, T=1")]
     rising = all(found[0] > 1 and found == sorted(found) for found in gains.values())
     beaten = all(min(found[1:]) > found[0] for found in gains.values())
-    verdict = "yes" if rising and rates[1] > rates[0] else "partly" if beaten else "no"
+    speed = {mode: [mean(results, arm, f"{mode} {{}} speed") for arm in arms] for mode in MODES}
+    faster = all(max(found) > 1 for found in speed.values())
+    clock = "; ".join(f"{mode} {', '.join(f'{x:.2f}' for x in found)}" for mode, found in speed.items())
+    verdict = "yes" if rising and rates[1] > rates[0] and faster else "partly" if beaten else "no"
     shown = "; ".join(f"{mode} {', '.join(f'{x:.2f}' for x in found)}" for mode, found in gains.items())
     return verdict, (
-        f"Tokens a call with {', '.join(arms)}: {shown}. At temperature 1, exact {rates[0]:.2f} and typical "
+        f"Tokens a call with {', '.join(arms)}: {shown}. On the clock, plain decoding = 1: "
+        f"{clock}. At temperature 1, exact {rates[0]:.2f} and typical "
         f"{rates[1]:.2f}, whose text has {costs[1]:.2f} nats a token instead of {costs[0]:.2f} and "
         f"{loops[1]:.0%} instead of {loops[0]:.0%} repeated 8-grams."
     )
