@@ -81,7 +81,8 @@ def mean(results: Results, arm: str, shape: str, mode: str, name: str = "tokens_
 
 def judge(results: Results) -> tuple[str, str]:
     """Holds if Clover gains more tokens a call than Medusa, and is faster on the clock, with chains and with four
-    candidates, and its dynamic tree gains more than both fixed shapes of four, in both modes; partly if any of it is so."""
+    candidates, and its dynamic tree gains more than both fixed shapes of four, in both modes; partly if any of
+    it is so."""
     wins, sentences = {"chains": [], "four": [], "dynamic": []}, []
     for mode in MODES:
         one, other = mean(results, "clover", "chain of 3", mode), mean(results, "medusa", "chain of 3", mode)
