@@ -274,10 +274,14 @@ def draw(
     batch, count = tokens.shape
     every = jnp.broadcast_to(logits[:, None], (batch, count, logits.shape[-1]))
     warped = round.warp(every, tokens, chain(count))
-    index = jnp.broadcast_to(node, (batch,))[:, None, None]
-    log_q = jax.nn.log_softmax(jnp.take_along_axis(warped, index, axis=1)[:, 0])
+    if warped is every:  # no processors: spare the compiler a gather from equal rows
+        warped = logits
+    else:
+        index = jnp.broadcast_to(node, (batch,))[:, None, None]
+        warped = jnp.take_along_axis(warped, index, axis=1)[:, 0]
+    log_q = jax.nn.log_softmax(warped)
     if round.greedy:
-        return argmax(log_q), log_q
+        return argmax(warped), log_q
     keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(round.keys)
     return argmax(log_q + gumbel(keys, logits.shape[-1])), log_q
 
