@@ -9,6 +9,7 @@ it.
 """
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -80,9 +81,9 @@ def run(
     report(f"decoding, {PROMPT} + {new_tokens} tokens, float32, greedy; {memory}, {load}")
     rows = []
     for shape in shapes:
-        model, params = _model(shape, PROMPT + new_tokens)
+        model, params = random_model(shape, PROMPT + new_tokens)
         generator = Generator(model, params)
-        peer = _peer(shape, params, PROMPT + new_tokens)
+        peer = functools.partial(peer_generate, peer_model(shape, params, PROMPT + new_tokens))
         for batch in batches:
             row = _measure(shape, params, generator, peer, batch, rounds, new_tokens, bandwidth)
             rows.append(row)
@@ -135,14 +136,15 @@ def _measure(
     )
 
 
-def _model(shape: Shape, length: int) -> tuple[DecoderLM, Any]:
+def random_model(shape: Shape, length: int) -> tuple[DecoderLM, Any]:
+    """The shape with an untied head, and parameters without training."""
     model = make_decoder(shape, length, tied_head=False)
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
     return model, init(jax.random.key(0))
 
 
-def _peer(shape: Shape, params: Any, length: int) -> Callable[[np.ndarray, int], np.ndarray]:
-    """`transformers` Llama with these weights: (prompts [B, T], new tokens) -> new tokens [B, new]."""
+def peer_model(shape: Shape, params: Any, length: int) -> Any:
+    """`transformers` Llama with these weights. Raises UserError where it is not installed."""
     try:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -186,17 +188,21 @@ def _peer(shape: Shape, params: Any, length: int) -> Callable[[np.ndarray, int],
         for name in ("gate", "up", "down"):
             state[f"{prefix}.mlp.{name}_proj.weight"] = tensor(layer["mlp"][name]["kernel"])
     model.load_state_dict(state)
+    return model
 
-    def generate(prompts: np.ndarray, new_tokens: int) -> np.ndarray:
-        inputs = torch.from_numpy(prompts)
-        with torch.inference_mode():
-            output = model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                use_cache=True,
-            )
-        return output[:, prompts.shape[1] :].numpy()
 
-    return generate
+def peer_generate(model: Any, prompts: np.ndarray, new_tokens: int, **options: Any) -> np.ndarray:
+    """Greedy `generate` of a peer: prompts [B, T] -> new tokens [B, new]."""
+    import torch
+
+    inputs = torch.from_numpy(prompts)
+    with torch.inference_mode():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            **options,
+        )
+    return output[:, prompts.shape[1] :].numpy()
