@@ -6,7 +6,8 @@
 The drafter has the target's encoder, from which it starts, and a decoder that sees in both directions. It learns
 from what the target itself writes.
 
-`tiny` (the default): blocks of 8 for the corrector that ships; TIME on two CPU cores; RESULT.
+`tiny` (the default): blocks of 8 for the corrector that ships, a few minutes on two CPU cores. A quarter of its
+updates, and half the lines in each, gave 2.7 bytes a call on lines with 5 % errors and 1.7 at 25 %.
 `paper`: six decoder layers and blocks of 25 tokens, and the paper's 300k updates of 128k tokens, in which every batch
 is written by the target first. The target, `task.target`, is a run or a model directory of yours; give the
 drafter, `task.drafter.model`, its encoder's sizes.

@@ -55,39 +55,38 @@ def measure(found: Generator, plain: Generator, pairs: Sequence[tuple[list[int],
     Returns:
         tokens_per_call   tokens gained in a call after prefill, the model's own included: plain is 1
         calls             a line, after prefill
-        speed             seconds of plain decoding / seconds, both with prefill, over all lines in turns
+        speed             seconds of plain decoding / seconds, both with prefill: of every line the best of some
+                          turns that the two take
+        decoding          the same without prefill
         equal             share of lines whose tokens are those of plain decoding
         exact             share of lines that come out right
         edited            share of a source's tokens that the output changes: edits from one to the other
     """
-    seconds = {"found": [], "plain": []}
     for each in (found, plain):  # compiled and warm
-        for source, _ in pairs[:2]:
-            each.generate([source], max_new_tokens=64)
+        each.generate([pairs[0][0]], max_new_tokens=64)
     gained, calls, equal, exact, edits, length = 0, 0, 0, 0, 0, 0
-    for turn in range(_TURNS):
-        spent = {"found": 0.0, "plain": 0.0}
-        for source, right in pairs:
-            expected = plain.generate([source], max_new_tokens=64)
-            result = found.generate([source], max_new_tokens=64)
-            for name, each in (("plain", expected), ("found", result)):
-                spent[name] += each.stats.prefill_seconds + each.stats.decode_seconds
-            if turn:
-                continue
-            counts = result.stats.gained
-            gained += sum((k + 1) * n for k, n in enumerate(counts))
-            calls += sum(counts)
-            output = result.samples[0]
-            equal += output.tokens == expected.samples[0].tokens
-            exact += output.text == right
-            edits += distance(source[1:], output.tokens)
-            length += len(source) - 1
-        for name, total in spent.items():
-            seconds[name].append(total)
+    whole, after = np.zeros(2), np.zeros(2)  # seconds, plain and found
+    for source, right in pairs:
+        turns = [
+            [each.generate([source], max_new_tokens=64) for each in (plain, found)] for _ in range(_TURNS)
+        ]
+        decoding = [[result.stats.decode_seconds for result in turn] for turn in turns]
+        prefill = [[result.stats.prefill_seconds for result in turn] for turn in turns]
+        whole += np.min(np.add(decoding, prefill), axis=0)
+        after += np.min(decoding, axis=0)
+        expected, result = turns[0]
+        counts, output = result.stats.gained, result.samples[0]
+        gained += sum((k + 1) * n for k, n in enumerate(counts))
+        calls += sum(counts)
+        equal += output.tokens == expected.samples[0].tokens
+        exact += output.text == right
+        edits += distance(source[1:], output.tokens)
+        length += len(source) - 1
     return {
         "tokens_per_call": gained / calls,
         "calls": calls / len(pairs),
-        "speed": float(np.median(seconds["plain"]) / np.median(seconds["found"])),
+        "speed": whole[0] / whole[1],
+        "decoding": after[0] / after[1],
         "equal": equal / len(pairs),
         "exact": exact / len(pairs),
         "edited": edits / length,
