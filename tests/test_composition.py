@@ -19,8 +19,15 @@ from research.config import build, of
 from research.config_capture import capture
 from research.data.text import TokenDataset
 from research.decoding.generator import Generator
+from research.decoding.prepare import prepare
 from research.decoding.proposers import Target
+from research.decoding.sampling import Sampling
+from research.decoding.speculative.aded import ADED, count_trigrams
 from research.decoding.speculative.draft_model import Submodel
+from research.decoding.speculative.eagle import ConfidenceTree, Eagle
+from research.decoding.speculative.hidden_transfer import HiddenTransfer
+from research.decoding.speculative.medusa import Medusa
+from research.decoding.speculative.trees import RankTree
 from research.elastic.loading import load_submodel
 from research.elastic.matformer import MatFormer, extract, parse_widths
 from research.elastic.slicing import ElasticSpec
@@ -410,6 +417,85 @@ def _(_):
     assert [sample.tokens for sample in result.samples] == [sample.tokens for sample in plain.samples]
     # Prefill gives 1 of 16 tokens and 4 calls the others if every draft is right: some were, and some were not.
     assert 1 + 4 < result.stats.calls < plain.stats.calls == 16
+
+
+# Drafters whose ways into the target differ: heads on its output, rows between its layers, a layer with a cache of its
+# own, a search in the text. Parameters are as created: exactness does not depend on good guesses.
+TREE = RankTree(((0,), (1,), (0, 0), (0, 1)))
+DRAFTERS = {
+    "Medusa": Medusa(TREE, num_heads=2),
+    "Hidden Transfer": HiddenTransfer((1, 1), TREE.paths),
+    "EAGLE-2": Eagle(ConfidenceTree(depth=2, width=2, budget=4)),
+    "ADED": ADED(iterations=8, paths=2, nodes=4, successors=2),
+}
+
+
+def drafted_as_plain(name: str, model, params, **options) -> None:
+    """The drafter's output is that of plain decoding, for prompts of unequal lengths."""
+    drafter, target = DRAFTERS[name], Target(*reversed(prepare(model, params)))
+    own = jax.jit(lambda: drafter.create(KEY, target))() if name != "ADED" else text_table()
+    drafted = Generator(model, params, proposer=drafter, proposer_params=own)
+    options = dict(max_new_tokens=20) | options
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6]]
+    expected = Generator(model, params).generate(prompts, **options)
+    assert drafted.generate(prompts, **options).samples == expected.samples
+
+
+def text_table():
+    text = np.arange(64, dtype=np.int32)[None] * 5 % VOCAB
+    return count_trigrams([{"tokens": text, "segments": np.ones_like(text)}], VOCAB, successors=2)
+
+
+def louder(params):
+    """Larger kernels, so that greedy output is not one token for ever."""
+    return jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, params)
+
+
+for _name in DRAFTERS:
+
+    @runs(
+        _name,
+        "window cache, soft caps and post-norms (Gemma)",
+        "behind a ring that has wrapped, the tokens of plain decoding",
+    )
+    def _(_, name=_name):
+        attention = dict(softcap=20.0, num_kv_heads=1)
+        model = decoder(
+            (Window(4), Causal()),
+            attention=attention,
+            post_norms=True,
+            norm=RMSNorm(unit_offset=True),
+            logit_softcap=30.0,
+        )
+        drafted_as_plain(name, model, louder(init(model)))
+
+    @runs(_name, "low-rank target", "kernels of rank 2 in attention and FFN: the tokens of plain decoding")
+    def _(_, name=_name):
+        model = decoder()
+        params = jax.tree.map(np.asarray, louder(init(model)))
+        for layer in ("layer_0", "layer_1"):
+            for part, names in (("attention", ("query", "output")), ("mlp", ("up", "down"))):
+                for kernel in names:
+                    left, values, right = np.linalg.svd(
+                        params[layer][part][kernel]["kernel"], full_matrices=False
+                    )
+                    low = LowRank(jnp.asarray(left[:, :2] * values[:2]), jnp.asarray(right[:2]))
+                    params[layer][part][kernel] = {"kernel": low}
+        drafted_as_plain(name, model, params)
+
+
+@runs("Medusa", "scanned target", "unrolled when it is decoded: the tokens of plain decoding")
+def _(_):
+    model = decoder()
+    params = scan_params(louder(init(model)), 1)
+    drafted_as_plain("Medusa", model.clone(scan_layers=True), params)
+
+
+@runs("ADED", "sampling with a repetition penalty", "the tokens of plain sampling with the same seed")
+def _(_):
+    model = decoder()
+    options = dict(sampling=Sampling(0.9, top_p=0.9, repetition_penalty=1.3), seed=2)
+    drafted_as_plain("ADED", model, louder(init(model)), **options)
 
 
 @runs(
