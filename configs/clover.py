@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/clover.py:tiny --workdir=runs/clover
 
-`tiny` (the default): a drafter of three guesses and 4 candidates for the base model that ships. TIME on two CPU
-cores; RESULT.
+`tiny` (the default): a drafter of three guesses and 4 candidates for the base model that ships. Its training has not
+been timed in full; what a shorter one gave is in docs/results/clover.
 `paper`: the training of the authors' code: five guesses, two layers, 20 epochs of 68k conversations, and 20
 candidates; the paper's setting of large batches is `budget=4`. The target, `task.target`, is a run or a model
 directory of yours, `num_heads` that of its attention. Gradients are clipped by their norm, the code's by value.

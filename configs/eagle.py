@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/eagle.py:tiny --workdir=runs/eagle
 
-`tiny` (the default): a drafter for the base model that ships, with EAGLE-2's tree of 16 nodes. TIME on two CPU
-cores; RESULT.
+`tiny` (the default): a drafter for the base model that ships, with EAGLE-2's tree of 16 nodes. Its training has not
+been timed in full; what a shorter one gave is in docs/results/eagle.
 `paper`: the tree of 60 nodes and the training of the authors' code, 20 epochs of 68k conversations. The target,
 `task.target`, is a run or a model directory of yours. Gradients are clipped by their norm, the code's by value.
 """

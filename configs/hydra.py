@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/hydra.py --workdir=runs/hydra
 
-`tiny` (the default): Hydra, three heads for the base model that ships and a tree of 31 nodes; TIME on two CPU cores;
-RESULT.
+`tiny` (the default): Hydra, three heads for the base model that ships and a tree of 31 nodes. Its training has not
+been timed in full; what a shorter one gave is in docs/results/hydra.
 `plus`: Hydra++ in the same steps, with two layers a head, the prefix layer, and the target as teacher.
 `paper`: Hydra++ as published, four heads of four layers and 63 nodes. The target, `task.target`, is a run or a model
 directory of yours.

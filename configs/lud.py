@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=configs/lud.py --workdir=runs/lud
 
-`tiny` (the default): the base model that ships, tuned to say units of up to 4 tokens; TIME on two CPU cores; RESULT.
+`tiny` (the default): the base model that ships, tuned to say units of up to 4 tokens. Its training has not been timed
+in full; what a shorter one gave is in docs/results/lud.
 `paper`: units of up to 8 tokens; lengths and rates are guesses, for the paper's code was never released. The
 target, `task.target`, is a run or a model directory of yours, already tuned to the data.
 

@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/medusa.py --workdir=runs/medusa
 
-`tiny` (the default): Medusa-1, three heads on the frozen base model that ships and a tree of 31 nodes; TIME on two
-CPU cores; RESULT.
+`tiny` (the default): Medusa-1, three heads on the frozen base model that ships and a tree of 31 nodes. Its training
+has not been timed in full; what a shorter one gave is in docs/results/medusa.
 `tuned`: Medusa-2 in the same steps, half of them with low-rank branches in the target, which keeps to what it said
 before.
 `paper`: Medusa-2 as published, both stages, five heads and 63 nodes. The target, `task.target`, is a run or a model
