@@ -9,9 +9,9 @@ photographs; its training has not been timed alone. Then, in Python,
     artist = Artist(loaded.model, loaded.params, Codebook.load(), rows=16, columns=16, proposer=build(proposer()))
     drawing = artist.draw(range(8), sampling=Sampling(temperature=1.0))
 
-draws an image of each class in 2 to 3 times fewer calls than there are tokens (docs/results/sjd). `paper`: LlamaGen-XL (arXiv 2406.06525),
-one of the paper's targets, on ImageNet. Its learned tokenizer is not part of the project: a codebook of 16384 patches
-stands for it, which `Codebook.fit(...).save("imagenet_codebook.json")` has to make first.
+draws an image of each class in 2 to 3 times fewer calls than there are tokens (docs/results/sjd). `paper`: LlamaGen-
+XL (arXiv 2406.06525), one of the paper's targets, on ImageNet. Its learned tokenizer is not part of the project: a
+codebook of 16384 patches stands for it, which `Codebook.fit(...).save("imagenet_codebook.json")` has to make first.
 """
 
 from ml_collections import ConfigDict
