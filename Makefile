@@ -14,7 +14,7 @@ demo: .venv/stamp-run
 	.venv/bin/python -m experiments.demo --workdir=runs/demo
 
 test: .venv/stamp-test
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/stamp-lint
 	.venv/bin/ruff check .

@@ -16,7 +16,7 @@ NEW = 24
 SAMPLED = Sampling(0.8, top_p=0.95)
 
 
-@pytest.fixture(params=MEMBERS)
+@pytest.fixture(params=MEMBERS, scope="module")  # all tests of a member, then those of the next
 def drafter(request) -> Member:
     return member(request.param)
 
