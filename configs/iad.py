@@ -1,4 +1,4 @@
-"""A corrector of code and what decodes it fastest, input-guided aggressive decoding (arXiv 2205.10350).
+"""A corrector of code, the model that input-guided aggressive decoding (IAD, arXiv 2205.10350) is made for.
 
     python -m experiments.train --config=configs/iad.py --workdir=runs/corrector
     python -m experiments.generate --workdir=runs/corrector --prompt='retrun self.valeu' --drafter=iad
