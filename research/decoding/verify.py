@@ -54,6 +54,11 @@ class Accept(struct.PyTreeNode):
     count: jax.Array
     token: jax.Array
 
+    @property
+    def last(self) -> jax.Array:
+        """int32[B]: the last accepted node; the root in finished rows, which accept none."""
+        return _at(self.path, jnp.maximum(self.count - 1, 0))
+
 
 class Verifier(Protocol):
     """Static and hashable."""

@@ -299,7 +299,5 @@ def stack_rows(first: jax.Array, others: jax.Array) -> jax.Array:
 
 def last_accepted(outcome: Outcome, before: jax.Array) -> jax.Array:
     """int32[B], the last token that the target's cache has taken in; `before` where it took in none."""
-    accept = outcome.accept
-    end = jnp.take_along_axis(accept.path, jnp.maximum(accept.count - 1, 0)[:, None], axis=1)
-    token = jnp.take_along_axis(outcome.draft.tokens, end, axis=1)[:, 0]
-    return jnp.where(accept.count > 0, token, before)
+    token = jnp.take_along_axis(outcome.draft.tokens, outcome.accept.last[:, None], axis=1)[:, 0]
+    return jnp.where(outcome.accept.count > 0, token, before)

@@ -202,8 +202,7 @@ class Hydra:
     ) -> jax.Array | Following:
         if self.prefix_layer:
             return read_accepted(_prefix(target), params["prefix"], target, state, outcome)
-        accept = outcome.accept
-        return at(outcome.hidden, at(accept.path, jnp.maximum(accept.count - 1, 0)))
+        return at(outcome.hidden, outcome.accept.last)
 
 
 def _prefix(target: Target) -> PrefixLayer:

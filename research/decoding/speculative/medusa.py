@@ -135,9 +135,7 @@ class Medusa:
         return self.tree.draft(round.root, jnp.stack(guesses, axis=1)), state
 
     def observe(self, params: PyTree, target: Target, state: jax.Array, outcome: Outcome) -> jax.Array:
-        accept = outcome.accept
-        last = at(accept.path, jnp.maximum(accept.count - 1, 0))
-        return at(outcome.hidden, last)
+        return at(outcome.hidden, outcome.accept.last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Layout(struct.PyTreeNode):
         """After `at`: the logits float32[B, steps, copies, vocabulary] of the virtual rows under the last
         accepted node, and int32[B], how many of the steps there are; the rest is meaningless."""
         rows = jnp.arange(len(outcome.accept.count))
-        last = outcome.accept.path[rows, jnp.maximum(outcome.accept.count - 1, 0)]
+        last = outcome.accept.last
         return outcome.logits[rows[:, None, None], self.row[rows, last]], self.count[rows, last]
 
 
