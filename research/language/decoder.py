@@ -8,7 +8,7 @@ from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh
 from research.nn.linear import Embedding, Linear
 from research.nn.norm import RMSNorm
-from research.nn.transformer import LayerStack, VirtualRows
+from research.nn.transformer import LayerStack, VirtualRows, tree_places
 
 
 class DecoderLM(LayerStack, kw_only=True):
@@ -102,13 +102,9 @@ class DecoderLM(LayerStack, kw_only=True):
         join the tokens between layers, behind them in `tree` and `depth`, whose N then counts both.
         -> float32 logits [B, N, V], hidden [B, N, D], fresh rows of the tokens alone.
         """
-        batch, count = tokens.shape[0], tokens.shape[1] + (0 if virtual is None else virtual.size)
-        if depth is None:
-            depth = jnp.arange(count)
-        if tree is None:
-            tree = jnp.tril(jnp.ones((count, count), bool))
-        positions = cache.length[:, None] + jnp.broadcast_to(depth, (batch, count))
-        context = Context(positions, length=cache.length, tree=tree if tree.ndim == 3 else tree[None])
+        count = tokens.shape[1] + (0 if virtual is None else virtual.size)
+        positions, tree = tree_places(cache.length, count, tree, depth)
+        context = Context(positions, length=cache.length, tree=tree)
         hidden, fresh = self.run_layers(self.embedding(tokens), context, cache.layers, virtual)
         hidden = self.final_norm(hidden)
         return self.logits(hidden), hidden, fresh
@@ -119,9 +115,5 @@ class DecoderLM(LayerStack, kw_only=True):
         """An empty cache for `capacity` tokens a row. Every append writes all its rows before the surplus is
         forgotten, so capacity must cover the longest sequence plus the largest append; `margin` is how far
         windowed layers can roll back."""
-        period = len(self.blocks)
-        layers = tuple(
-            self.blocks[i % period].attention.init_cache(batch, capacity, margin, dtype)
-            for i in range(self.num_layers)
-        )
+        layers = self.init_layer_caches(batch, capacity, margin, dtype)
         return Cache(layers, jnp.zeros((batch,), jnp.int32))

@@ -18,7 +18,7 @@ from research.nn.cache import Cache, Fresh
 from research.nn.cross_attention import CrossContext, MemoryCache
 from research.nn.linear import Embedding, Linear
 from research.nn.norm import RMSNorm
-from research.nn.transformer import LayerStack, VirtualRows
+from research.nn.transformer import LayerStack, VirtualRows, tree_places
 from research.training.task import (
     Batch,
     Metrics,
@@ -177,13 +177,8 @@ class EncoderDecoder(LayerStack, kw_only=True):
         virtual: VirtualRows | None = None,
     ) -> tuple[jax.Array, jax.Array, tuple[Fresh, ...]]:
         """Score N new tokens of the target; arguments and results as in `DecoderLM.extend`."""
-        batch, count = tokens.shape[0], tokens.shape[1] + (0 if virtual is None else virtual.size)
-        if depth is None:
-            depth = jnp.arange(count)
-        if tree is None:
-            tree = jnp.tril(jnp.ones((count, count), bool))
-        positions = cache.length[:, None] + jnp.broadcast_to(depth, (batch, count))
-        tree = tree if tree.ndim == 3 else tree[None]
+        count = tokens.shape[1] + (0 if virtual is None else virtual.size)
+        positions, tree = tree_places(cache.length, count, tree, depth)
         context = CrossContext(positions, length=cache.length, tree=tree, source=cache.source)
         hidden, fresh = self.run_layers(self.embedding(tokens), context, cache.layers, virtual)
         hidden = self.final_norm(hidden)
@@ -195,11 +190,9 @@ class EncoderDecoder(LayerStack, kw_only=True):
         """An empty cache for `capacity` tokens of the target a row, as for `DecoderLM`; the memory comes with
         what `prefill` gives."""
         nothing = jnp.zeros((batch, 1, 0, 1), dtype)
-        layers = []
-        for i in range(self.num_layers):
-            own = self.blocks[i % len(self.blocks)].attention.init_cache(batch, capacity, margin, dtype)
-            layers.append(MemoryCache(own, (nothing, nothing)))
-        return SourceCache(tuple(layers), jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, 0), bool))
+        own = self.init_layer_caches(batch, capacity, margin, dtype)
+        layers = tuple(MemoryCache(cache, (nothing, nothing)) for cache in own)
+        return SourceCache(layers, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, 0), bool))
 
 
 @dataclass(frozen=True)

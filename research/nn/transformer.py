@@ -167,6 +167,16 @@ class LayerStack(nn.Module):
             start = boundary
         return x, tuple(fresh)
 
+    def init_layer_caches(
+        self, batch: int, capacity: int, margin: int, dtype: jnp.dtype
+    ) -> tuple[LayerCache, ...]:
+        """The empty cache of every layer's attention."""
+        period = len(self.blocks)
+        return tuple(
+            self.blocks[i % period].attention.init_cache(batch, capacity, margin, dtype)
+            for i in range(self.num_layers)
+        )
+
     def _run_span(
         self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
     ) -> tuple[jax.Array, list[Fresh]]:
@@ -181,6 +191,21 @@ class LayerStack(nn.Module):
     def _laid_out(self, x: jax.Array) -> jax.Array:
         flat = self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu")
         return x.reshape(-1, x.shape[-1]) if flat else x
+
+
+def tree_places(
+    length: jax.Array, count: int, tree: jax.Array | None, depth: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Of `count` new rows behind int32[B] committed ones: positions int32[B, N] and tree bool[b, N, N].
+
+    tree bool[N, N] or [B, N, N] and depth int32[N] or [B, N] as in a decoder's `extend`: a chain by default.
+    """
+    if depth is None:
+        depth = jnp.arange(count)
+    if tree is None:
+        tree = jnp.tril(jnp.ones((count, count), bool))
+    positions = length[:, None] + jnp.broadcast_to(depth, (length.shape[0], count))
+    return positions, tree if tree.ndim == 3 else tree[None]
 
 
 def _leading(context: Context, count: int) -> Context:

@@ -17,7 +17,7 @@ from flax import struct
 from research.decoding.proposers import Outcome, Prompt, Target
 from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh
-from research.nn.transformer import LayerStack, unscan_layers
+from research.nn.transformer import LayerStack, tree_places, unscan_layers
 from research.nn.weights import Weight, materialize
 
 
@@ -57,23 +57,14 @@ class Follower(LayerStack):
         depth: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Fresh, ...]]:
         """N places behind the cache, which is not written; `tree` and `depth` as for `DecoderLM.extend`."""
-        batch, count = hidden.shape[:2]
-        if depth is None:
-            depth = jnp.arange(count)
-        if tree is None:
-            tree = jnp.tril(jnp.ones((count, count), bool))
-        positions = cache.length[:, None] + jnp.broadcast_to(depth, (batch, count))
-        context = Context(positions, length=cache.length, tree=tree if tree.ndim == 3 else tree[None])
+        positions, tree = tree_places(cache.length, hidden.shape[1], tree, depth)
+        context = Context(positions, length=cache.length, tree=tree)
         states, fresh = self.run_layers(self.merge(hidden, embedded), context, cache.layers)
         return self.finish(states), fresh
 
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> Cache:
         """Empty, with `capacity` slots a row."""
-        period = len(self.blocks)
-        layers = tuple(
-            self.blocks[i % period].attention.init_cache(batch, capacity, margin, dtype)
-            for i in range(self.num_layers)
-        )
+        layers = self.init_layer_caches(batch, capacity, margin, dtype)
         return Cache(layers, jnp.zeros((batch,), jnp.int32))
 
 
