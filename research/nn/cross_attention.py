@@ -14,6 +14,7 @@ from research.nn.attention import Context
 from research.nn.attention_kernels import NEGATIVE, group_queries
 from research.nn.cache import Fresh, LayerCache
 from research.nn.linear import Linear
+from research.nn.mlp import feed_forward
 from research.nn.rotary import Rotary, rotate
 from research.nn.transformer import Block
 
@@ -128,5 +129,5 @@ class CrossBlock(Block, kw_only=True):
         memory = None if cache is None else cache.memory
         y, memory = self.cross_attention(self.norm.copy(name="cross_attention_norm")(x), context, memory)
         x = x + self._branch(y, "cross_attention")
-        y = self.mlp(self.norm.copy(name="mlp_norm")(x))
+        y = feed_forward(self.mlp, self.norm.copy(name="mlp_norm")(x), context)
         return x + self._branch(y, "mlp"), (fresh, memory)

@@ -1,4 +1,9 @@
-"""Feed-forward layers. Any module with the signature x [..., width] -> [..., width] serves as an FFN."""
+"""Feed-forward layers.
+
+Any module with the signature x [..., width] -> [..., width] serves as an FFN. One that must know where its tokens
+are (which are padding, what belongs to which sequence) sets the class attribute `takes_context = True` and is
+called with (x, context).
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.nn.attention import Context
 from research.nn.linear import Linear
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
@@ -18,6 +24,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "relu_squared": lambda x: jnp.square(nn.relu(x)),
 }
+
+
+def feed_forward(mlp: nn.Module, x: jax.Array, context: Context) -> jax.Array:
+    """x [B, T, width] or [B * T, width] through any FFN."""
+    return mlp(x, context) if getattr(mlp, "takes_context", False) else mlp(x)
 
 
 class MLP(nn.Module):

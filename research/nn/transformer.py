@@ -1,16 +1,21 @@
 """Transformer block and the stack of blocks that decoders and encoders share."""
 
+import functools
 import re
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
+from research.nn.mlp import feed_forward
 from research.nn.norm import RMSNorm
+from research.nn.reports import COLLECTIONS
 
 Remat = Literal["none", "dots", "full"]
 
@@ -40,7 +45,7 @@ class Block(nn.Module):
 
     Args:
         attention: a mixer, (x, context, cache) -> (y, fresh rows).
-        mlp: any x -> y.
+        mlp: any x -> y, or (x, context) -> y where it `takes_context`.
         norm: template of the block's norms.
         post_norms: also normalise what the mixer and the mlp add (Gemma 2 and 3).
         dropout: rate on both residual branches, active when `apply` is given a `dropout` key.
@@ -58,7 +63,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Fresh]:
         y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, cache)
         x = x + self._branch(y, "attention")
-        y = self.mlp(self.norm.copy(name="mlp_norm")(x))
+        y = feed_forward(self.mlp, self.norm.copy(name="mlp_norm")(x), context)
         return x + self._branch(y, "mlp"), fresh
 
     def _branch(self, y: jax.Array, name: str) -> jax.Array:
@@ -76,25 +81,45 @@ class _Repeat(nn.Module):
     remat: Remat
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, tuple[Fresh, ...]]:
+    def __call__(self, stream: "Stream", context: Context) -> tuple["Stream", tuple[Fresh, ...]]:
         fresh = []
         for i, block in enumerate(self.blocks):
-            x, rows = run_block(block.copy(name=f"layer_{i}"), x, context, None, self.remat)
+            stream, rows = run_block(block.copy(name=f"layer_{i}"), stream, context, None, self.remat)
             fresh.append(rows)
-        return x, tuple(fresh)
+        return stream, tuple(fresh)
+
+
+class Stream(struct.PyTreeNode):
+    """What runs through the layers: the hidden states, and beside them what some blocks carry through depth.
+
+    x [B, T, width] (or flat); depth: any pytree of arrays with the leading axes of x, or None.
+    """
+
+    x: jax.Array
+    depth: Any = None
 
 
 def run_block(
-    block: nn.Module, x: jax.Array, context: Context, cache: LayerCache | None, remat: Remat
-) -> tuple[jax.Array, Fresh]:
-    if remat == "none":
-        return block(x, context, cache)
+    block: nn.Module, stream: Stream, context: Context, cache: LayerCache | None, remat: Remat
+) -> tuple[Stream, Fresh]:
+    """One block. A block with `init_depth` takes and returns the whole stream, any other the hidden states."""
+    carries = hasattr(block, "init_depth")
+    run = block if remat == "none" else _rematerialized(block, remat)
+    out, fresh = run(stream if carries else stream.x, context, cache)
+    return (out if carries else stream.replace(x=out)), fresh
+
+
+def _rematerialized(block: nn.Module, remat: Remat) -> Callable[..., Any]:
     lifted = nn.remat(lambda module, *args: module(*args), policy=_POLICIES[remat])
-    return lifted(block, x, context, cache)
+    return functools.partial(lifted, block)
 
 
 class LayerStack(nn.Module):
     """Base of models that are a stack of blocks. Subclasses call `run_layers` from their own methods.
+
+    Between the layers goes a `Stream`: a block with a method `init_depth(x) -> state` carries its own state through
+    depth, (stream, context, cache) -> (stream, fresh rows); what the first such block of the pattern makes of the
+    embedded tokens is what all of them pass on, and blocks without the method leave it alone.
 
     Args:
         blocks: the pattern of blocks; layer i is a copy of blocks[i % len(blocks)].
@@ -125,7 +150,7 @@ class LayerStack(nn.Module):
                 )
             scan = nn.scan(
                 _Repeat,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, **dict.fromkeys(COLLECTIONS, 0)},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=self.num_layers // period,
@@ -150,20 +175,25 @@ class LayerStack(nn.Module):
             if cache is not None:
                 raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")
             shape = x.shape
-            x, stacked = self.layers(self._laid_out(x), context)
+            stream, stacked = self.layers(self._enter(x), context)
             repeats = self.num_layers // len(self.blocks)
             fresh = tuple(jax.tree.map(lambda y: y[i], rows) for i in range(repeats) for rows in stacked)  # noqa: B023
-            return x.reshape(shape), fresh
+            return stream.x.reshape(shape), fresh
+        stream = self._enter(x)
         if virtual is None:
-            x, fresh = self._run_span(x, context, cache, 0, self.num_layers)
-            return x, tuple(fresh)
-        tokens, fresh, start = x.shape[1], [], 0
+            stream, fresh = self._run_span(stream, context, cache, 0, self.num_layers)
+            return stream.x.reshape(x.shape), tuple(fresh)
+        batch, tokens, width = x.shape
+        fresh, start, count = [], 0, tokens
         for group, boundary in enumerate((*virtual.layers, self.num_layers)):
             # Layers below a boundary run without the rows that join there.
-            x, rows = self._run_span(x, _leading(context, x.shape[1]), cache, start, boundary)
+            stream, rows = self._run_span(stream, _leading(context, count), cache, start, boundary)
             fresh += jax.tree.map(lambda y: y[:, :, :tokens], rows)
+            x = stream.x.reshape(batch, count, width)
             if group < len(virtual.layers):
-                x = jnp.concatenate([x, virtual.rows(group, x[:, :tokens]).astype(x.dtype)], axis=1)
+                joining = self._enter(virtual.rows(group, x[:, :tokens]).astype(x.dtype))
+                stream = jax.tree.map(functools.partial(_join, batch), stream, joining)
+                count += virtual.sizes[group]
             start = boundary
         return x, tuple(fresh)
 
@@ -178,19 +208,23 @@ class LayerStack(nn.Module):
         )
 
     def _run_span(
-        self, x: jax.Array, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
-    ) -> tuple[jax.Array, list[Fresh]]:
+        self, stream: Stream, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
+    ) -> tuple[Stream, list[Fresh]]:
         """Layers start .. stop - 1."""
-        shape, fresh = x.shape, []
-        x = self._laid_out(x)
+        fresh = []
         for i in range(start, stop):
-            x, rows = run_block(self.layers[i], x, context, None if cache is None else cache[i], self.remat)
+            layer_cache = None if cache is None else cache[i]
+            stream, rows = run_block(self.layers[i], stream, context, layer_cache, self.remat)
             fresh.append(rows)
-        return x.reshape(shape), fresh
+        return stream, fresh
 
-    def _laid_out(self, x: jax.Array) -> jax.Array:
+    def _enter(self, x: jax.Array) -> Stream:
+        """x [B, T, width] in the token layout, with the depth state that the first block with one begins with."""
         flat = self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu")
-        return x.reshape(-1, x.shape[-1]) if flat else x
+        x = x.reshape(-1, x.shape[-1]) if flat else x
+        carrying = (block for block in self.blocks if hasattr(block, "init_depth"))
+        first = next(carrying, None)
+        return Stream(x, None if first is None else first.init_depth(x))
 
 
 def tree_places(
@@ -206,6 +240,13 @@ def tree_places(
         tree = jnp.tril(jnp.ones((count, count), bool))
     positions = length[:, None] + jnp.broadcast_to(depth, (length.shape[0], count))
     return positions, tree if tree.ndim == 3 else tree[None]
+
+
+def _join(batch: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Rows of `new` behind those of `old` for every sequence; [B, T, ...] or [B * T, width] alike."""
+    shape = old.shape[old.ndim - 1 :]
+    both = jnp.concatenate([y.reshape(batch, -1, *shape) for y in (old, new)], axis=1)
+    return both.reshape(-1, *shape) if old.ndim == 2 else both
 
 
 def _leading(context: Context, count: int) -> Context:

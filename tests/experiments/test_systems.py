@@ -67,4 +67,6 @@ def test_the_program_prints_json_and_a_table(capsys):
 
 def test_the_results_page_is_up_to_date():
     """Mend it with: python -m experiments.systems --markdown > docs/results/README.md"""
-    assert (systems.RESULTS / "README.md").read_text(encoding="utf-8") == systems.results_page(systems.read_catalogue())
+    assert (systems.RESULTS / "README.md").read_text(encoding="utf-8") == systems.results_page(
+        systems.read_catalogue()
+    )
