@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.claims.drafting import decode, fit, selected, target
+from experiments.claims.drafting import decode, fit, rank_accuracy, selected
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import of
-from research.data.text import TokenDataset
-from research.decoding.proposers import Proposer, Target
+from research.decoding.proposers import Proposer
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.clover import Clover
 from research.decoding.speculative.medusa import Medusa
-from research.decoding.speculative.trees import RankTree, build_static_tree, calibrate, chain_paths
+from research.decoding.speculative.trees import RankTree, build_static_tree, chain_paths
 from research.nn.accounting import count_bytes
 
 GUESSES, BUDGET = 3, 4
@@ -63,9 +62,7 @@ def medusa(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed
     chain = of(RankTree, paths=chain_paths(GUESSES))
     params = train(of(Medusa, tree=chain, num_heads=GUESSES), seed, workdir, progress)
     heads = Medusa(RankTree(chain_paths(GUESSES)), num_heads=GUESSES)
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(2)]
-    accuracy = calibrate(heads, params, Target(loaded.params, loaded.model), batches, top=BUDGET)
+    accuracy = rank_accuracy(heads, params, length=LENGTH, rows=16, top=BUDGET)
     best = RankTree(build_static_tree(accuracy, BUDGET))
     return measure(
         {"chain of 3": heads, "best fixed 4": dataclasses.replace(heads, tree=best)}, params, progress, seed

@@ -28,10 +28,11 @@ from research.data.sources import open_source
 from research.data.text import TokenDataset
 from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generation, Generator
-from research.decoding.proposers import Proposer
+from research.decoding.proposers import Proposer, Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.distill import SelfDistilled
 from research.decoding.speculative.training import DrafterTraining
+from research.decoding.speculative.trees import Forced, calibrate
 from research.decoding.verify import Verifier
 from research.errors import UserError, nearest
 from research.training.loop import Trainer
@@ -107,6 +108,14 @@ def fit(
         state, _ = trainer.train(run, progress=False)
     progress(0.7, "decoding")
     return state.params["drafter"]
+
+
+def rank_accuracy(drafter: Forced, params: Any, *, length: int, rows: int = 32, top: int = 10) -> np.ndarray:
+    """f32[levels, top]: how often the guess of each rank is right on the first `rows` x `length` tokens of the
+    validation split, given the true text before."""
+    loaded, data = target(), TokenDataset(split="validation", length=length, shuffle=False)
+    batches = [data.take(np.arange(start, start + 8)) for start in range(0, rows, 8)]
+    return calibrate(drafter, params, Target(loaded.params, loaded.model), batches, top=top)
 
 
 @functools.cache

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.drafting import decode, fit, selected, target
+from experiments.claims.drafting import decode, fit, rank_accuracy, selected
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import of
-from research.data.text import TokenDataset
-from research.decoding.proposers import Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.eagle import ConfidenceTree, Eagle
-from research.decoding.speculative.trees import RankTree, build_static_tree, calibrate
+from research.decoding.speculative.trees import RankTree, build_static_tree
 from research.nn.accounting import count_bytes
 
 DEPTH, WIDTH, BUDGETS = 5, 6, (8, 24)  # drafted tokens in a call
@@ -30,7 +28,8 @@ def run(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) 
     home = needs["static"].workdir if needs else workdir  # there, training has ended
     options = dict(steps=STEPS, batch_size=BATCH, length=LENGTH, peak=2e-3, weight_decay=0.0)
     params = fit(drafter, seed, home, progress, **options)
-    accuracy = None if needs else rank_accuracy(params)
+    widest = Eagle(ConfidenceTree(DEPTH, WIDTH, max(BUDGETS)))
+    accuracy = None if needs else rank_accuracy(widest, params, length=LENGTH, rows=16, top=WIDTH)
     measured = {}
     for i, budget in enumerate(BUDGETS):
         tree = (
@@ -47,14 +46,6 @@ def run(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) 
             }
     tokens = 0 if needs else STEPS * BATCH * LENGTH
     return measured | {"budget": tokens, "bytes": count_bytes(params)}
-
-
-def rank_accuracy(params) -> np.ndarray:
-    """[DEPTH, WIDTH]: how often the guess of each rank is right at each level."""
-    drafter = Eagle(ConfidenceTree(DEPTH, WIDTH, max(BUDGETS)))
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(2)]
-    return calibrate(drafter, params, Target(loaded.params, loaded.model), batches, top=WIDTH)
 
 
 def over_kinds(results: Results, arm: str, setting: str, name: str) -> np.ndarray:

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.claims.drafting import decode, fit, selected, target
+from experiments.claims.drafting import decode, fit, rank_accuracy, selected
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build, of
-from research.data.text import TokenDataset
-from research.decoding.proposers import Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.hidden_transfer import HiddenTransfer
 from research.decoding.speculative.medusa import Medusa
-from research.decoding.speculative.trees import RankTree, build_static_tree, calibrate, chain_paths
+from research.decoding.speculative.trees import RankTree, build_static_tree, chain_paths
 from research.nn.accounting import count_bytes, count_parameters
 
 STEPS_AHEAD, BUDGET = 3, 15
@@ -41,9 +39,7 @@ def run(layer: int | None, seed: int, workdir: Path, progress: Progress, needs: 
     chain = drafter(layer, chain_paths(STEPS_AHEAD))
     common = dict(steps=STEPS, batch_size=BATCH, length=LENGTH, weight_decay=0.0)
     params = fit(chain, seed, workdir, progress, peak=1e-3, **common)
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(4)]
-    table = calibrate(build(chain), params, Target(loaded.params, loaded.model), batches)
+    table = rank_accuracy(build(chain), params, length=LENGTH)
     best = build(drafter(layer, build_static_tree(table, BUDGET)))
     measured = {
         "first guess": table[:, 0].tolist(),

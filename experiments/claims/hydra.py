@@ -11,16 +11,14 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.claims.drafting import decode, fit, selected, target
+from experiments.claims.drafting import decode, fit, rank_accuracy, selected
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build, of
-from research.data.text import TokenDataset
-from research.decoding.proposers import Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.hydra import Hydra
 from research.decoding.speculative.medusa import Medusa
 from research.decoding.speculative.trees import Path as Ranks
-from research.decoding.speculative.trees import RankTree, build_static_tree, calibrate, chain_paths
+from research.decoding.speculative.trees import RankTree, build_static_tree, chain_paths
 from research.nn.accounting import count_bytes
 
 HEADS, BUDGET = 3, 15  # drafted tokens of a call
@@ -53,21 +51,13 @@ def train(arm: str, seed: int, workdir: Path, progress: Progress):
     )
 
 
-def rank_accuracy(arm: str, params) -> np.ndarray:
-    """[HEADS, 10], given the tokens before."""
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(4)]
-    return calibrate(
-        build(drafter(arm, chain_paths(HEADS))), params, Target(loaded.params, loaded.model), batches
-    )
-
-
 def run(arm: str, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]):
     params = train(arm, seed, workdir, progress)
-    accuracy = rank_accuracy(arm, params)
+    accuracy = rank_accuracy(build(drafter(arm, chain_paths(HEADS))), params, length=LENGTH)
     baseline = accuracy
     if needs:
-        baseline = rank_accuracy("medusa", train("medusa", seed, needs["medusa"].workdir, progress))
+        heads = train("medusa", seed, needs["medusa"].workdir, progress)
+        baseline = rank_accuracy(build(drafter("medusa", chain_paths(HEADS))), heads, length=LENGTH)
     proposer = build(drafter(arm, build_static_tree(baseline, BUDGET)))
     measured = {"agreement": accuracy[:, 0], "budget": STEPS * BATCH * LENGTH, "bytes": count_bytes(params)}
     for mode, sampling in MODES.items():

@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.drafting import decode, fit, prompts, selected, target
+from experiments.claims.drafting import decode, fit, prompts, rank_accuracy, selected, target
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import of
-from research.data.text import TokenDataset
-from research.decoding.proposers import Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.medusa import Medusa
-from research.decoding.speculative.trees import RankTree, build_static_tree, calibrate, chain_paths
+from research.decoding.speculative.trees import RankTree, build_static_tree, chain_paths
 from research.decoding.verify import Typical, Verifier
 from research.nn.accounting import count_bytes
 
@@ -53,10 +51,7 @@ def heads(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
 
 
 def best_tree(params, budget: int) -> RankTree:
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(4)]
-    drafter = Medusa(RankTree(chain_paths(HEADS)), HEADS)
-    accuracy = calibrate(drafter, params, Target(loaded.params, loaded.model), batches)
+    accuracy = rank_accuracy(Medusa(RankTree(chain_paths(HEADS)), HEADS), params, length=LENGTH)
     return RankTree(build_static_tree(accuracy, budget))
 
 

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.drafting import decode, fit, selected, target
+from experiments.claims.drafting import decode, fit, rank_accuracy, selected, target
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import of
-from research.data.text import TokenDataset
 from research.decoding.proposers import Target
 from research.decoding.sampling import Sampling
 from research.decoding.speculative.medusa import Medusa
@@ -25,7 +24,6 @@ from research.decoding.speculative.ppd import PPD, choose_size, search_trees
 from research.decoding.speculative.trees import (
     RankTree,
     build_static_tree,
-    calibrate,
     chain_paths,
     expected_tokens,
 )
@@ -45,13 +43,6 @@ def prompts(seed: int, workdir: Path, progress: Progress):
     drafter = of(PPD, prompts=PROMPTS, anchors=16)
     common = dict(steps=STEPS, batch_size=BATCH, length=LENGTH, weight_decay=0.0)
     return fit(drafter, seed, workdir, progress, peak=1e-2, warmup=0, floor=0.0, **common)
-
-
-def accuracy(drafter: PPD | Medusa, params) -> np.ndarray:
-    """f32[3, 10]: how often the guess of each rank is right, given the true text before."""
-    loaded, data = target(), TokenDataset(split="validation", length=LENGTH, shuffle=False)
-    batches = [data.take(np.arange(8 * i, 8 * i + 8)) for i in range(4)]
-    return calibrate(drafter, params, Target(loaded.params, loaded.model), batches)
 
 
 def fixed_trees(table: np.ndarray) -> tuple[Chains, ...]:
@@ -82,7 +73,7 @@ def trained(kind: str, seed: int, workdir: Path, progress: Progress, needs: dict
     measured: dict = {"budget": 0 if needs else STEPS * BATCH * LENGTH}
     if kind == "chain":
         return measured | measure(PPD(PROMPTS), params, seed, progress)
-    table = accuracy(PPD(PROMPTS), params)
+    table = rank_accuracy(PPD(PROMPTS), params, length=LENGTH)
     measured["first guess"] = table[:, 0].tolist()
     if kind == "fixed":
         trees, expected = fixed_trees(table), expected_tokens(table, build_static_tree(table, FIXED))
@@ -101,7 +92,7 @@ def medusa(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed
     drafter = of(Medusa, tree=of(RankTree, paths=chain_paths(PROMPTS)), num_heads=PROMPTS)
     common = dict(steps=STEPS, batch_size=BATCH, length=LENGTH, weight_decay=0.0)
     params = fit(drafter, seed, workdir, progress, peak=1e-3, **common)
-    table = accuracy(Medusa(RankTree(chain_paths(PROMPTS)), PROMPTS), params)
+    table = rank_accuracy(Medusa(RankTree(chain_paths(PROMPTS)), PROMPTS), params, length=LENGTH)
     best = Medusa(RankTree(build_static_tree(table, ROWS - 1)), PROMPTS)
     measured = {"budget": STEPS * BATCH * LENGTH, "first guess": table[:, 0].tolist()}
     return measured | measure(best, params, seed, progress)
