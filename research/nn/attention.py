@@ -78,26 +78,21 @@ class Attention(nn.Module):
             query = self.query_norm(query)
         if self.key_norm is not None:
             key = self.key_norm(key)
-        if self.rotary is not None:
-            angles = compute_once(self.rotary(context.positions, self.head_dim))
-            query, key = rotate(query, *angles), rotate(key, *angles)
-        query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        if cache is None:
-            out = self.kernel(
-                query,
-                key,
-                value,
-                self.rule,
-                segments=context.segments,
-                prefix=context.prefix,
-                scale=scale,
-                softcap=self.softcap,
-            )
-        else:
-            out = self._cached(query, key, value, context, cache, scale)
-        out = out.swapaxes(1, 2).reshape(*x.shape[:-1], self.num_heads * self.head_dim)
-        return Linear(x.shape[-1], self.output_bias, name="output")(out), (key, value)
+        out, fresh = attend(
+            query,
+            key,
+            value,
+            context,
+            cache,
+            rule=self.rule,
+            rotary=self.rotary,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            kernel=self.kernel,
+            cached_kernel=self.cached_kernel,
+        )
+        out = out.reshape(*x.shape[:-1], self.num_heads * self.head_dim)
+        return Linear(x.shape[-1], self.output_bias, name="output")(out), fresh
 
     def _project(self, x: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> query [B, T, H, d], key and value [B, T, Hkv, d]; one product where the tree holds `qkv`."""
@@ -111,34 +106,64 @@ class Attention(nn.Module):
             value = Linear(narrow, self.use_bias, name="value")(x)
         return tuple(y.reshape(*shape, -1, self.head_dim) for y in (query, key, value))
 
-    def _cached(
-        self, query, key, value, context: Context, cache: caches.LayerCache, scale: float
-    ) -> jax.Array:
-        old_key, old_value, index, valid = cache.read(context.length)
-        positions, slots = context.positions, old_key.shape[2]
-        fresh_mask = self.rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
-        if isinstance(cache, caches.DenseCache) and isinstance(self.rule, (Full, Causal, Prefix)):
-            cached_mask = None  # every new token sees all committed ones
-        else:
-            cached_mask = self.rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
-        if isinstance(cache, (caches.DenseCache, caches.RingCache)):
-            held = jnp.minimum(context.length, slots)
-        else:
-            held = jnp.full_like(context.length, slots)  # the mask alone says which slots hold tokens
-        return self.cached_kernel(
-            query,
-            (old_key, old_value),
-            (key, value),
-            held,
-            cached_mask,
-            fresh_mask,
-            scale=scale,
-            softcap=self.softcap,
-        )
-
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> caches.LayerCache:
-        """A ring of the window plus `margin` rows for windowed rules without sinks, else a dense cache."""
-        rule = self.rule
-        if isinstance(rule, Window) and not rule.sinks and rule.span + margin < capacity:
-            return caches.RingCache.empty(batch, rule.span + margin, self.kv_heads, self.head_dim, dtype)
-        return caches.DenseCache.empty(batch, capacity, self.kv_heads, self.head_dim, dtype)
+        """As `empty_cache`."""
+        return empty_cache(self.rule, batch, capacity, margin, self.kv_heads, self.head_dim, dtype)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    context: Context,
+    cache: caches.LayerCache | None,
+    *,
+    rule: MaskRule,
+    rotary: Rotary | None,
+    scale: float,
+    softcap: float | None = None,
+    kernel: AttentionKernel,
+    cached_kernel: CachedKernel,
+) -> tuple[jax.Array, caches.Fresh]:
+    """What is left of attention once the projections are made: rotary embedding, mask, cache and kernel.
+
+    query [B, T, H, d], key and value [B, T, Hkv, d]; query head h reads key head h // (H / Hkv). Returns
+    [B, T, H, d] and the new rows, [B, Hkv, T, d] each.
+    """
+    if rotary is not None:
+        angles = compute_once(rotary(context.positions, query.shape[-1]))
+        query, key = rotate(query, *angles), rotate(key, *angles)
+    query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
+    numbers = dict(scale=scale, softcap=softcap)
+    if cache is None:
+        places = dict(segments=context.segments, prefix=context.prefix)
+        out = kernel(query, key, value, rule, **places, **numbers)
+    else:
+        held, cached_mask, fresh_mask, cached = _visible(rule, context, cache)
+        out = cached_kernel(query, cached, (key, value), held, cached_mask, fresh_mask, **numbers)
+    return out.swapaxes(1, 2), (key, value)
+
+
+def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tuple:
+    """What a `CachedKernel` is told: length, cached mask, fresh mask, and the cached keys and values."""
+    old_key, old_value, index, valid = cache.read(context.length)
+    positions, slots = context.positions, old_key.shape[2]
+    fresh_mask = rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
+    if isinstance(cache, caches.DenseCache) and isinstance(rule, (Full, Causal, Prefix)):
+        cached_mask = None  # every new token sees all committed ones
+    else:
+        cached_mask = rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
+    if isinstance(cache, (caches.DenseCache, caches.RingCache)):
+        held = jnp.minimum(context.length, slots)
+    else:
+        held = jnp.full_like(context.length, slots)  # the mask alone says which slots hold tokens
+    return held, cached_mask, fresh_mask, (old_key, old_value)
+
+
+def empty_cache(
+    rule: MaskRule, batch: int, capacity: int, margin: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> caches.LayerCache:
+    """A ring of the window plus `margin` rows for windowed rules without sinks, else a dense cache."""
+    if isinstance(rule, Window) and not rule.sinks and rule.span + margin < capacity:
+        return caches.RingCache.empty(batch, rule.span + margin, kv_heads, head_dim, dtype)
+    return caches.DenseCache.empty(batch, capacity, kv_heads, head_dim, dtype)

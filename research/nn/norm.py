@@ -1,5 +1,7 @@
 """Normalisation over the last axis, statistics in float32."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,28 @@ from research.nn.linear import parameter
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale (arXiv 1910.07467). `unit_offset`: the scale is stored minus one (Gemma)."""
+    """x / rms(x) * scale (arXiv 1910.07467).
+
+    Args:
+        unit_offset: the scale is stored minus one (Gemma).
+        axes: how many trailing axes are normalised together, with one flat scale (OLMoE: heads and their width).
+    """
 
     epsilon: float = 1e-6
     unit_offset: bool = False
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape
+        x = x.reshape(*shape[: -self.axes], math.prod(shape[-self.axes :]))
         init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
         scale = parameter(self, "scale", init, (x.shape[-1],)).astype(jnp.float32)
         if self.unit_offset:
             scale = 1.0 + scale
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * scale).astype(x.dtype)
+        return (wide * inverse * scale).astype(x.dtype).reshape(shape)
 
 
 class LayerNorm(nn.Module):

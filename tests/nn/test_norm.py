@@ -21,6 +21,14 @@ def test_rms_norm_of_3_4():
     np.testing.assert_allclose(RMSNorm(3.5).apply(ones, x), [[0.75, 2.0]], rtol=1e-6)
 
 
+def test_rms_norm_over_heads_and_their_width():
+    """Two heads of two: sqrt((9 + 16 + 0 + 144) / 4) = 6.5, and one scale for the four numbers."""
+    x = jnp.asarray([[[3.0, 4.0], [0.0, 12.0]]])
+    scale = {"params": {"scale": jnp.asarray([1.0, 2.0, 3.0, 4.0])}}
+    expected = [[[3 / 6.5, 8 / 6.5], [0.0, 48 / 6.5]]]
+    np.testing.assert_allclose(RMSNorm(0.0, axes=2).apply(scale, x), expected, rtol=1e-6)
+
+
 def test_layer_norm_by_hand():
     # Mean 2, deviation 1: [-1, 1] * [1, 3] + [10, 20]
     params = {"scale": jnp.asarray([1.0, 3.0]), "bias": jnp.asarray([10.0, 20.0])}
