@@ -218,7 +218,7 @@ CLAIM = Claim(
     measures={
         "loss": "held-out nats a code",
         "calls": "an image",
-        "codes per call": "",
+        "codes per call": "plain is 1",
         "wasted": "drafted and not kept, an image",
         "nats": "a code of every drawn image, under the target",
         "equal": "share of greedy images",
