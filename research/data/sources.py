@@ -1,6 +1,7 @@
 """Where documents come from: one string names a source of text, whatever it is stored in.
 
     builtin, stdlib         Python's standard library (research.data.stdlib_code)
+    arithmetic              generated sums in sentences (research.data.arithmetic)
     tfds:NAME[#FIELD]       a TFDS dataset, e.g. tfds:lm1b or tfds:wikipedia/20230601.en#text
     jsonl:PATH:FIELD        one JSON object a line; PATH may be a glob, and end in .gz
     hf:ID[@CONFIG][#FIELD]  a dataset of the Hugging Face `datasets` library
@@ -22,12 +23,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from research.data.arithmetic import Arithmetic
 from research.data.stdlib_code import SPLITS, Progress
 from research.data.stdlib_code import prepare as prepare_stdlib
 from research.errors import UserError, nearest
 
 _HELD_OUT = 0.04
-_KINDS = ("builtin", "stdlib", "tfds:", "jsonl:", "hf:")
+_KINDS = ("builtin", "stdlib", "arithmetic", "tfds:", "jsonl:", "hf:")
 
 
 class TextSource(Protocol):
@@ -55,6 +57,8 @@ def open_source(spec: str, split: str, progress: Progress | None = None) -> Text
     if spec in ("builtin", "stdlib"):
         builder = prepare_stdlib(progress=progress)
         return TfdsText(builder, split, "text", f"builtin {Path(builder.data_dir).parents[1].name}")
+    if spec == "arithmetic":
+        return Arithmetic(split)
     if colon and kind == "tfds":
         name, _, field = rest.partition("#")
         return TfdsText(tfds_builder(name), split, field, f"tfds {name}")
