@@ -1,6 +1,7 @@
 """A decoder as a directory that transformers loads: which family expresses it, and writing it."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 from research.interop.families import ACTIVATIONS, FAMILIES, Family, layers_of, obstacles, write_config
 from research.interop.files import DTYPES, cast, check_dtype, new_directory, some, write_json, write_tensors
-from research.interop.names import flatten, is_transposed, shapes, tensor_name, unfuse
+from research.interop.names import flatten, shapes, stored, unfuse
 from research.language.decoder import DecoderLM
 from research.nn import weights
 from research.nn.attention import Attention
@@ -109,16 +110,23 @@ def save(
         raise _unequal_error(widths)
     largest = max(widths)
     padded_to = None if len(set(widths)) == 1 else largest
-    paths = {tensor_name(path, family): path for path in leaves}
-    sizes = {name: _padded_shape(path, leaves[path].shape, largest) for name, path in paths.items()}
+    padded = {path: _padded_shape(path, leaf.shape, largest) for path, leaf in leaves.items()}
+    places = {path: stored(path, shape, family) for path, shape in padded.items()}
+    sizes = {name: place.tensor_shape(padded[path]) for path, place in places.items() for name in place.names}
+    parts: dict[str, list[str]] = {}
+    for path, place in sorted(places.items(), key=lambda item: item[1].part):
+        for name in place.names:
+            parts.setdefault(name, []).append(path)
     parameters = sum(int(np.prod(shape)) for shape in sizes.values())
 
-    def make(name: str) -> np.ndarray:
-        path = paths[name]
+    @functools.lru_cache(maxsize=2)  # the names of a stack of experts follow each other
+    def plain(path: str) -> np.ndarray:
         array = np.asarray(weights.materialize(leaves[path]))
-        grow = [(0, to - have) for have, to in zip(array.shape, sizes[name], strict=True)]
-        array = cast(np.pad(array, grow), dtype, name)
-        return array.T if is_transposed(path) else array
+        return np.pad(array, [(0, to - have) for have, to in zip(array.shape, padded[path], strict=True)])
+
+    def make(name: str) -> np.ndarray:
+        pieces = [places[path].piece(plain(path), name) for path in parts[name]]
+        return cast(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-2), dtype, name)
 
     directory = Path(directory).expanduser()
     item = np.dtype(DTYPES[dtype]).itemsize

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from research.errors import UserError, nearest
+from research.interop.experts import Experts
 from research.interop.fields import Fields
 from research.interop.rope import read_rotary, write_scaling
 from research.language.decoder import DecoderLM
@@ -72,6 +73,7 @@ class Family:
             scale of the scores.
         attention_softcap, logit_softcap: which soft caps may be set.
         local_rope: windowed layers have a rotary base of their own.
+        experts: how its experts are described, None where FFNs are dense.
         defaults: of entries that may be absent.
     """
 
@@ -85,6 +87,7 @@ class Family:
     attention_softcap: bool = False
     logit_softcap: bool = False
     local_rope: bool = False
+    experts: Experts | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -19,7 +19,7 @@ from research.interop.export import Export, expressible, save
 from research.interop.families import FAMILIES, Family, read_config
 from research.interop.fields import Fields, read_json
 from research.interop.files import TensorFiles, cast, check_dtype, some
-from research.interop.names import is_transposed, layer_count, shapes, tensor_name
+from research.interop.names import Stored, layer_count, shapes, stored
 from research.language.decoder import DecoderLM
 from research.training.paths import nested
 
@@ -74,7 +74,10 @@ def load(
 
 def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str | None) -> dict[str, Any]:
     expected = shapes(model)
-    names = {path: tensor_name(path, family) for path in expected}
+    places = {path: stored(path, shape, family) for path, shape in expected.items()}
+    sizes = {
+        name: place.tensor_shape(expected[path]) for path, place in places.items() for name in place.names
+    }
     found = {
         name for name in files.names if not name.endswith("rotary_emb.inv_freq")
     }  # a buffer of old files
@@ -84,29 +87,27 @@ def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: st
                 f"{files.directory}: {_HEAD} differs from {_TABLE}, but tie_word_embeddings is true"
             )
         found.discard(_HEAD)
-    if missing := sorted(set(names.values()) - found):
-        raise UserError(
-            f"{files.directory}: missing tensors {some(missing)}{_instead(found - set(names.values()))}"
-        )
-    if unexpected := sorted(found - set(names.values())):
+    if missing := sorted(sizes.keys() - found):
+        raise UserError(f"{files.directory}: missing tensors {some(missing)}{_instead(found - sizes.keys())}")
+    if unexpected := sorted(found - sizes.keys()):
         raise UserError(
             f"{files.directory}: tensors that {family.model_type} doesn't have: {some(unexpected)}"
         )
-    wrong = []
-    for path, name in names.items():
-        wanted = expected[path][::-1] if is_transposed(path) else expected[path]
-        if files.shape(name) != wanted:
-            wrong.append(f"{name} is {list(files.shape(name))} and config.json asks for {list(wanted)}")
+    wrong = [
+        f"{name} is {list(files.shape(name))} and config.json asks for {list(wanted)}"
+        for name, wanted in sizes.items()
+        if files.shape(name) != wanted
+    ]
     if wrong:
         raise UserError(f"{files.directory}: {'; '.join(wrong[:4])}{_more(wrong)}")
 
-    def read(path: str) -> jnp.ndarray:
-        array = files.read(names[path])
+    def read(place: Stored) -> jnp.ndarray:
+        tensors = [files.read(name) for name in place.names]
         if dtype is not None:
-            array = cast(array, dtype, names[path])
-        return jnp.asarray(np.ascontiguousarray(array.T) if is_transposed(path) else array)
+            tensors = [cast(tensor, dtype, name) for tensor, name in zip(tensors, place.names, strict=True)]
+        return jnp.asarray(place.assemble(tensors))
 
-    return nested({path: read(path) for path in expected})
+    return nested({path: read(place) for path, place in places.items()})
 
 
 def _instead(surplus: set[str]) -> str:

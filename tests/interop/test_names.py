@@ -3,20 +3,22 @@
 import numpy as np
 
 from research.interop.families import FAMILIES
-from research.interop.names import flatten, layer_count, tensor_name, unfuse
+from research.interop.names import flatten, layer_count, stored, unfuse
 from research.training.paths import nested
 
 
+def name_of(path, family):
+    (name,) = stored(path, (4, 4), FAMILIES[family]).names
+    return name
+
+
 def test_names_of_the_two_norm_schemes():
-    llama, gemma = FAMILIES["llama"], FAMILIES["gemma2"]
-    assert tensor_name("layer_3/attention/query/kernel", llama) == "model.layers.3.self_attn.q_proj.weight"
-    assert tensor_name("layer_0/attention/output/bias", llama) == "model.layers.0.self_attn.o_proj.bias"
-    assert tensor_name("layer_0/mlp_norm/scale", llama) == "model.layers.0.post_attention_layernorm.weight"
-    assert tensor_name("layer_0/mlp_norm/scale", gemma) == "model.layers.0.pre_feedforward_layernorm.weight"
-    assert (
-        tensor_name("layer_0/attention_post_norm/scale", gemma)
-        == "model.layers.0.post_attention_layernorm.weight"
-    )
+    assert name_of("layer_3/attention/query/kernel", "llama") == "model.layers.3.self_attn.q_proj.weight"
+    assert name_of("layer_0/attention/output/bias", "llama") == "model.layers.0.self_attn.o_proj.bias"
+    assert name_of("layer_0/mlp_norm/scale", "llama") == "model.layers.0.post_attention_layernorm.weight"
+    assert name_of("layer_0/mlp_norm/scale", "gemma2") == "model.layers.0.pre_feedforward_layernorm.weight"
+    post = name_of("layer_0/attention_post_norm/scale", "gemma2")
+    assert post == "model.layers.0.post_attention_layernorm.weight"
 
 
 def test_layer_count():
