@@ -1,0 +1,299 @@
+"""Dispatch: how tokens travel to their experts and back.
+
+A dispatch is made from a `Routing` and turns tokens into a *buffer*, one array whose rows are grouped by expert.
+Elementwise functions apply to a buffer as to any array; what an expert multiplies goes through `dot` and `bias`,
+which know the grouping. So a layer of experts is written once:
+
+    hidden = dispatch.dot(dispatch.scatter(x), up)          # up [E, D, F]
+    y = dispatch.combine(dispatch.dot(act(hidden), down), routing.gate)
+
+and the backends differ in nothing but speed, memory, and what `capacity` drops:
+
+    dense     every expert over every token: the oracle, E / k times the work
+    capacity  [E, C, width]: a fixed number of slots an expert; what does not fit is dropped, first choices last
+    sorted    rows sorted by expert, nothing dropped, no work beyond the last tile of each expert
+
+N tokens, k choices of each, E experts, P = k N pairs (token, choice). Padding (`routing.mask`) travels nowhere,
+and comes back as 0.
+"""
+
+import functools
+import math
+from typing import Literal, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from research.errors import UserError, nearest
+from research.moe.grouped import grouped_dot
+from research.moe.losses import load
+from research.moe.routing import Routing
+from research.nn import weights
+from research.nn.weights import Kernel
+
+Backend = Literal["auto", "dense", "capacity", "sorted"]
+BACKENDS = get_args(Backend)
+
+
+class Dispatch(Protocol):
+    """The contract. A buffer [..., width] has leading axes of the backend's own."""
+
+    counts: jax.Array  # f32[E], choices of real tokens that fell on each expert
+    dropped: jax.Array  # f32[], how many of them found no place
+
+    def scatter(self, x: jax.Array) -> jax.Array:
+        """x [N, width] -> buffer: every token once for each of its choices."""
+
+    def scatter_slots(self, x: jax.Array) -> jax.Array:
+        """x [N, k, width], a row for every choice -> buffer."""
+
+    def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        """Buffer [..., in] times its experts' kernels [E, in, out] -> buffer [..., out]."""
+
+    def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
+        """Buffer [..., width] plus its experts' bias [E, width]."""
+
+    def gather_slots(self, buffer: jax.Array) -> jax.Array:
+        """Buffer -> [N, k, width], not combined; 0 for what was dropped and for padding."""
+
+    def combine(self, buffer: jax.Array, gate: jax.Array) -> jax.Array:
+        """Buffer -> [N, width]: the sum over the choices, weighed by gate [N, k]."""
+
+
+def make_dispatch(
+    routing: Routing, backend: Backend = "auto", capacity_factor: float | None = None
+) -> Dispatch:
+    """The dispatch of a routing.
+
+    capacity_factor: of `capacity`, see `expert_capacity`. "auto" is `capacity` where a factor is given, else
+    `sorted`. Raises `UserError` for an unknown backend, a factor that is not positive, or a factor for a backend
+    that drops nothing.
+    """
+    if backend not in BACKENDS:
+        close = nearest(backend, BACKENDS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(BACKENDS)}"
+        raise UserError(f"dispatch={backend!r}: no such backend; {hint}")
+    if backend == "auto":
+        backend = "sorted" if capacity_factor is None else "capacity"
+    if backend == "capacity":
+        return CapacityDispatch.make(routing, capacity_factor)
+    if capacity_factor is not None:
+        raise UserError(
+            f"capacity_factor={capacity_factor}: dispatch={backend!r} drops nothing; use 'capacity'"
+        )
+    return DenseDispatch.make(routing) if backend == "dense" else SortedDispatch.make(routing)
+
+
+def expert_capacity(tokens: int, num_experts: int, k: int, factor: float | None) -> int:
+    """Slots of each expert: ceil(factor * k * tokens / E), rounded up to a multiple of 4 and at most `tokens`;
+    all `tokens`, so that nothing is dropped, for None.
+
+    Raises `UserError` unless the factor is positive.
+    """
+    if factor is None:
+        return tokens
+    if not factor > 0:
+        raise UserError(
+            f"capacity_factor={factor}: experts need a capacity above 0; 1.25 is usual, None drops nothing"
+        )
+    # The small number keeps a product such as 1.1 * 10 from rounding up over its own rounding error.
+    slots = math.ceil(factor * k * tokens / num_experts - 1e-6)
+    return min(-(-slots // 4) * 4, tokens)
+
+
+class DenseDispatch(struct.PyTreeNode):
+    """Every expert computes every token, buffer [E, N, width]; a gate matrix [N, E] picks. The oracle."""
+
+    index: jax.Array
+    mask: jax.Array
+    counts: jax.Array
+    dropped: jax.Array
+
+    @classmethod
+    def make(cls, routing: Routing) -> "DenseDispatch":
+        return cls(routing.index, routing.mask, load(routing), jnp.zeros((), jnp.float32))
+
+    def scatter(self, x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (self.counts.shape[0], *x.shape))
+
+    def scatter_slots(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("nke,nkd->end", self._chosen(x.dtype), x)
+
+    def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        return batched_dot(buffer, kernel)
+
+    def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
+        return buffer + bias[:, None].astype(buffer.dtype)
+
+    def gather_slots(self, buffer: jax.Array) -> jax.Array:
+        return jnp.einsum("nke,end->nkd", self._chosen(buffer.dtype), buffer)
+
+    def combine(self, buffer: jax.Array, gate: jax.Array) -> jax.Array:
+        gates = jnp.einsum("nke,nk->ne", self._chosen(jnp.float32), gate)
+        return jnp.einsum("ne,end->nd", gates, buffer.astype(jnp.float32)).astype(buffer.dtype)
+
+    def _chosen(self, dtype: jnp.dtype) -> jax.Array:
+        chosen = jax.nn.one_hot(self.index, self.counts.shape[0], dtype=dtype)
+        return chosen * self.mask[:, None, None]
+
+
+class _Slots(struct.PyTreeNode):
+    """Base of backends whose buffer has a slot for every pair that is computed.
+
+    pair_of_slot int32[S]: n k + j of the pair in each slot, P in an empty one.
+    slot_of_pair int32[N, k]: its inverse, S where the pair has no slot.
+    """
+
+    pair_of_slot: jax.Array
+    slot_of_pair: jax.Array
+    counts: jax.Array
+    dropped: jax.Array
+
+    def _shape(self, rows: jax.Array) -> jax.Array:
+        """Rows [S, width] as a buffer."""
+        raise NotImplementedError
+
+    def scatter(self, x: jax.Array) -> jax.Array:
+        k = self.slot_of_pair.shape[1]
+        return self._shape(_take(x, self.pair_of_slot // k, self.slot_of_pair))
+
+    def scatter_slots(self, x: jax.Array) -> jax.Array:
+        flat = x.reshape(-1, x.shape[-1])
+        return self._shape(_take(flat, self.pair_of_slot, self.slot_of_pair.reshape(-1, 1)))
+
+    def gather_slots(self, buffer: jax.Array) -> jax.Array:
+        rows = buffer.reshape(-1, buffer.shape[-1])
+        pairs = _take(rows, self.slot_of_pair.reshape(-1), self.pair_of_slot[:, None])
+        return pairs.reshape(*self.slot_of_pair.shape, -1)
+
+    def combine(self, buffer: jax.Array, gate: jax.Array) -> jax.Array:
+        slots = self.gather_slots(buffer).astype(jnp.float32)
+        return jnp.sum(slots * gate[..., None], axis=1).astype(buffer.dtype)
+
+
+class CapacityDispatch(_Slots):
+    """C slots an expert, buffer [E, C, width]. All first choices precede all second ones, then tokens in order;
+    pairs beyond the C-th of an expert are dropped: their token gets nothing from that expert."""
+
+    @classmethod
+    def make(cls, routing: Routing, capacity_factor: float | None = None) -> "CapacityDispatch":
+        tokens, k = routing.index.shape
+        experts = routing.num_experts
+        capacity = expert_capacity(tokens, experts, k, capacity_factor)
+        order, counts, start = _sort_pairs(routing)
+        place = jnp.arange(capacity)
+        filled = place < counts[:, None]
+        pairs = jnp.take(order, start[:, None] + place, mode="clip")
+        pair_of_slot = jnp.where(filled, pairs, tokens * k).reshape(-1)
+        kept = jnp.sum(filled, dtype=jnp.float32)
+        counts = counts.astype(jnp.float32)
+        return cls(pair_of_slot, _invert(pair_of_slot, tokens, k), counts, jnp.sum(counts) - kept)
+
+    def _shape(self, rows: jax.Array) -> jax.Array:
+        return rows.reshape(self.counts.shape[0], -1, rows.shape[-1])
+
+    def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        return batched_dot(buffer, kernel)
+
+    def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
+        return buffer + bias[:, None].astype(buffer.dtype)
+
+
+class SortedDispatch(_Slots):
+    """Rows sorted by expert, buffer [S, width]; every expert's rows begin at a multiple of `tile`, and nothing is
+    dropped.
+
+    expert_of_tile int32[S / tile]; E for tiles that no expert uses, which come last.
+    """
+
+    expert_of_tile: jax.Array
+    tile: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def make(cls, routing: Routing, tile: int | None = None) -> "SortedDispatch":
+        tokens, k = routing.index.shape
+        pairs, experts = tokens * k, routing.num_experts
+        tile = default_tile(pairs, experts) if tile is None else tile
+        order, counts, start = _sort_pairs(routing)
+        # Each expert that is used wastes less than a tile.
+        tiles = -(-(pairs + min(experts, pairs) * (tile - 1)) // tile)
+        used = -(-counts // tile)
+        end = jnp.cumsum(used)
+        expert_of_tile = jnp.searchsorted(end, jnp.arange(tiles), side="right").astype(jnp.int32)
+        expert = jnp.repeat(expert_of_tile, tile, total_repeat_length=tiles * tile)
+        # The place of a slot among its expert's rows.
+        first = jnp.append((end - used) * tile, tiles * tile)
+        place = jnp.arange(tiles * tile) - first[expert]
+        filled = (expert < experts) & (place < jnp.append(counts, 0)[expert])
+        at = jnp.append(start, 0)[expert] + place
+        pair_of_slot = jnp.where(filled, jnp.take(order, at, mode="clip"), pairs)
+        return cls(
+            pair_of_slot,
+            _invert(pair_of_slot, tokens, k),
+            counts.astype(jnp.float32),
+            jnp.zeros((), jnp.float32),
+            expert_of_tile,
+            tile,
+        )
+
+    def _shape(self, rows: jax.Array) -> jax.Array:
+        return rows
+
+    def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        return grouped_dot(buffer, kernel, self.expert_of_tile, self.tile)
+
+    def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
+        rows = jnp.take(bias, self.expert_of_tile, axis=0, mode="fill", fill_value=0).astype(buffer.dtype)
+        return (buffer.reshape(-1, self.tile, buffer.shape[-1]) + rows[:, None]).reshape(buffer.shape)
+
+
+def default_tile(pairs: int, experts: int) -> int:
+    """Rows of a tile: about an eighth of an expert's mean load, a power of two between 1 and 128."""
+    return min(128, 2 ** max(0, (pairs // (8 * experts)).bit_length()))
+
+
+def batched_dot(buffer: jax.Array, kernel: Kernel) -> jax.Array:
+    """Buffer [E, C, in] times kernel [E, in, out], in the dtype of the buffer, accumulated in float32."""
+    return jax.vmap(weights.dot)(buffer, kernel)
+
+
+def _sort_pairs(routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> order int32[P]: pairs n k + j grouped by expert, within an expert by choice and then by token, padding
+    last; counts int32[E]; start int32[E] of each expert in the order."""
+    tokens, k = routing.index.shape
+    experts = routing.num_experts
+    expert = jnp.where(routing.mask[:, None], routing.index, experts).T.reshape(-1)  # first choices first
+    order = jnp.argsort(expert, stable=True)
+    order = (order % tokens) * k + order // tokens
+    counts = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
+    return order, counts, jnp.cumsum(counts) - counts
+
+
+def _invert(pair_of_slot: jax.Array, tokens: int, k: int) -> jax.Array:
+    """int32[S] of pairs -> int32[N, k] of slots, S for a pair without one."""
+    slots = pair_of_slot.shape[0]
+    empty = jnp.full(tokens * k, slots, jnp.int32)
+    inverse = empty.at[pair_of_slot].set(
+        jnp.arange(slots, dtype=jnp.int32), mode="drop", unique_indices=False
+    )
+    return inverse.reshape(tokens, k)
+
+
+@functools.partial(jax.custom_vjp)
+def _take(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Rows `index` [S] of x [M, width], 0 beyond M. `inverse` [M, r] says where each row of x went (>= S:
+    nowhere), so that the gradient gathers as well, where a plain one would add up row after row."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _take(x, index, inverse), inverse
+
+
+def _take_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    parts = (jnp.take(cotangent, column, axis=0, mode="fill", fill_value=0) for column in inverse.T)
+    return functools.reduce(jnp.add, parts), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)

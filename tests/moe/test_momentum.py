@@ -1,0 +1,401 @@
+"""Momentum through depth: closed forms by hand, the plain residual bit for bit, and every way to run a stack alike.
+
+After three layers of sums of at most 24 terms, programs that order sums differently agree to about
+100 * 2 ** -24 = 6e-6 of values of order 1, hence `close`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+
+from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.moe.momentum import Adam, HeavyBall, Momentum, MomentumBlock, robust_momentum
+from research.nn.attention import Attention, Context
+from research.nn.masks import Full
+from research.nn.mlp import MLP, GatedMLP
+from research.nn.norm import LayerNorm
+from research.nn.reports import apply_reporting
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block, LayerStack, scan_params
+from research.training.task import cast_floats
+from research.vision.vit import ViT
+
+VOCAB, WIDTH, LENGTH, LAYERS = 24, 8, 6, 3
+TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 1, VOCAB)
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+exactly = np.testing.assert_array_equal
+
+ROBUST = robust_momentum(kappa=20.0, smoothness=2.0)
+PLAIN = HeavyBall(mu=0.0, gamma=1.0)
+
+
+# Stacks without attention, whose FFNs are known functions, against arithmetic by hand.
+
+
+class NoMixing(nn.Module):
+    """Attention that adds nothing."""
+
+    def __call__(self, x, context, cache=None):
+        return jnp.zeros_like(x), ()
+
+
+class Identity(nn.Module):
+    def __call__(self, x):
+        return x
+
+
+class Given(nn.Module):
+    """An FFN whose output, one vector, is its parameter."""
+
+    @nn.compact
+    def __call__(self, x):
+        u = self.param("u", nn.initializers.normal(1.0), (x.shape[-1],))
+        return jnp.broadcast_to(u, x.shape).astype(x.dtype)
+
+
+class Springs(nn.Module):
+    """u = -s x with a stiffness of its own for every coordinate."""
+
+    stiffness: tuple[float, ...]
+
+    def __call__(self, x):
+        return -jnp.asarray(self.stiffness) * x
+
+
+class Stack(LayerStack):
+    def setup(self):
+        self.make_layers()
+
+    def __call__(self, x):
+        return self.run_layers(x, Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])))[0]
+
+
+def bare(cell, mlp, num_layers, *more, **fields):
+    """x [1, 1, width] -> x after layers that are nothing but the cell's steps, and their parameters."""
+    block = MomentumBlock(NoMixing(), mlp, Identity(), momentum=cell)
+    return Stack((block, *more), num_layers, **fields)
+
+
+def outputs(params, count):
+    """The u of every layer, in float64."""
+    return [np.asarray(params[f"layer_{i}"]["mlp"]["u"], np.float64) for i in range(count)]
+
+
+@pytest.mark.parametrize("mu,gamma", [(0.7, 1.0), (-0.4, 0.5)])
+def test_heavy_ball_is_its_closed_form(mu, gamma):
+    """x_T = x_0 + gamma sum_t sum_{s <= t} mu^(t - s) u_s."""
+    stack = bare(HeavyBall(mu, gamma), Given(), 5)
+    x = jnp.arange(4.0).reshape(1, 1, 4)
+    params = stack.init(jax.random.key(1), x)["params"]
+    u = outputs(params, 5)
+    expected = np.asarray(x[0, 0]) + gamma * sum(mu ** (t - s) * u[s] for t in range(5) for s in range(t + 1))
+    close(stack.apply({"params": params}, x)[0, 0], expected)
+
+
+def test_dense_layers_pass_the_state_on():
+    """GLaM's pattern, MoE and dense in turn: what dense layers add does not enter the buffer.
+
+    Layers 0 and 2 step, 1 and 3 add: x + u0 + u1 + (mu u0 + u2) + u3.
+    """
+    stack = bare(HeavyBall(0.5), Given(), 4, Block(NoMixing(), Given(), Identity()))
+    x = jnp.ones((1, 2, 4))
+    params = stack.init(jax.random.key(2), x)["params"]
+    u = outputs(params, 4)
+    close(stack.apply({"params": params}, x)[0, 1], 1 + u[0] + u[1] + 0.5 * u[0] + u[2] + u[3])
+
+
+def test_robust_momentum_looks_ahead():
+    """Against the method as Cyrus et al. write it, for f(x) = s x^2 / 2:
+    x_{t+1} = x_t + mu (x_t - x_{t-1}) - gamma s y_t, y_t = x_t + alpha (x_t - x_{t-1})."""
+    kappa, smoothness, rho = 9.0, 3.0, 0.7  # between 1 - 1/3 and 1 - 1/9
+    cell = robust_momentum(kappa, smoothness, rho)
+    mu = 9 * 0.343 / 8  # kappa rho^3 / (kappa - 1) = 0.385875
+    gamma = 9 * 0.09 * 1.7 / 3  # kappa (1 - rho)^2 (1 + rho) / L = 0.459
+    alpha = 0.343 / (8 * 0.09 * 1.7)  # 0.280229
+    close([cell.mu, cell.gamma, cell.alpha], [mu, gamma, alpha])
+    close(cell.alpha * cell.gamma, cell.mu / smoothness)
+    stiffness = np.asarray([0.5, 3.0])
+    old = new = np.ones(2)
+    for _ in range(6):
+        y = new + alpha * (new - old)
+        old, new = new, new + mu * (new - old) - gamma * stiffness * y
+    stack = bare(cell, Springs(tuple(stiffness.tolist())), 6)
+    close(stack.apply({}, jnp.ones((1, 1, 2)))[0, 0], new)
+    fastest = robust_momentum(kappa, smoothness)  # rho = 2/3: mu = rho^2 / (2 - rho), gamma = (1 + rho) / L
+    close([fastest.mu, fastest.gamma], [1 / 3, 5 / 9])
+
+
+def test_adam_is_adam():
+    cell = Adam(gamma=0.3, beta1=0.8, beta2=0.9, epsilon=1e-4, decay=0.1)
+    stack = bare(cell, Given(), 4)
+    x = jnp.full((1, 1, 4), 2.0)
+    params = stack.init(jax.random.key(3), x)["params"]
+    expected, first, second = np.full(4, 2.0), np.zeros(4), np.zeros(4)
+    for u in outputs(params, 4):
+        first, second = 0.8 * first + 0.2 * u, 0.9 * second + 0.1 * u**2
+        expected = expected + 0.3 * first / np.sqrt(second + 1e-4) - 0.1 * expected
+    close(stack.apply({"params": params}, x)[0, 0], expected)
+
+
+def test_adam_first_then_heavy_ball():
+    """The released stack's cells: layer 0 replaces x (decay 1) by gamma m / sqrt(v) and fills the buffer too.
+
+    From zero, m / sqrt(v) = 0.1 u / sqrt(0.001 u^2) = 3.162 sign(u); then x + mu u0 + u1.
+    """
+    stack = bare(Adam(decay=1.0, mu=0.5), Given(), 2, MomentumBlock(NoMixing(), Given(), Identity()))
+    stack = stack.clone(blocks=(stack.blocks[0], stack.blocks[1].clone(momentum=HeavyBall(0.5))))
+    x = jnp.full((1, 1, 4), 2.0)
+    params = stack.init(jax.random.key(4), x)["params"]
+    u = outputs(params, 2)
+    expected = 0.1 / np.sqrt(0.001) * np.sign(u[0]) + 0.5 * u[0] + u[1]
+    np.testing.assert_allclose(stack.apply({"params": params}, x)[0, 0], expected, rtol=1e-3)  # epsilon
+
+
+def test_the_released_post_norm_layer():
+    """h = norm(x), then norm(h + norm(h + p)), with norms that halve: x = 4 -> h = 2, p = u, (2 + (2 + u) / 2) / 2."""
+
+    class Half(nn.Module):
+        def __call__(self, x):
+            return 0.5 * x
+
+    block = MomentumBlock(NoMixing(), Given(), Half(), momentum=HeavyBall(0.5), post_norm_double=True)
+    stack = Stack((block,), 2)
+    x = jnp.full((1, 1, 4), 4.0)
+    params = stack.init(jax.random.key(5), x)["params"]
+    u = outputs(params, 2)
+    first = (2 + (2 + u[0]) / 2) / 2
+    h = first / 2
+    close(stack.apply({"params": params}, x)[0, 0], (h + (h + 0.5 * u[0] + u[1]) / 2) / 2)
+    with pytest.raises(UserError, match="post_norm_double has its own norms"):
+        Stack((block.clone(post_norms=True),), 1).init(jax.random.key(5), x)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.7, -0.5])
+def test_the_boundary_of_stability(mu):
+    """u = -s x through 1500 layers: bounded just where the 2x2 matrix has spectral radius below 1, that is where
+    gamma s < 2 (1 + mu), here on a grid that leaves out one percent about the boundary."""
+    gamma, boundary = 0.5, 2 * (1 + mu)
+    steps = np.concatenate([np.linspace(0.05, 0.99, 12), np.linspace(1.01, 1.5, 12)]) * boundary  # gamma s
+    radius = [
+        np.abs(np.linalg.eigvals([[1 - step, gamma * mu], [-step / gamma, mu]])).max() for step in steps
+    ]
+    exactly(np.asarray(radius) < 1, steps < boundary)
+    springs = Springs(tuple((steps / gamma).tolist()))
+    stack = bare(HeavyBall(mu, gamma), springs, 1500, scan_layers=True)
+    size = np.abs(stack.apply({}, jnp.ones((1, 1, len(steps))))[0, 0])
+    assert (size[steps < boundary] < 1e-3).all()
+    assert (~(size[steps > boundary] < 1e3)).all()  # large, or infinite and not a number by now
+
+
+# Whole models.
+
+
+def model(*cells, kind=MomentumBlock, num_layers=LAYERS, post_norms=False, **fields) -> DecoderLM:
+    attention = Attention(num_heads=2, head_dim=4, rotary=Rotary())
+    options = [dict(momentum=cell) for cell in cells] if kind is MomentumBlock else [{}]
+    blocks = tuple(kind(attention, GatedMLP(12), post_norms=post_norms, **option) for option in options)
+    sizes = dict(vocab_size=VOCAB, width=WIDTH, max_length=32, num_layers=num_layers)
+    return DecoderLM(blocks=blocks, **sizes, **fields)
+
+
+@functools.cache
+def params_of(model):
+    params = jax.jit(model.init)(jax.random.key(6), TOKENS)["params"]
+    return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "method"))
+def call(model, params, *args, method=None, **kwargs):
+    return model.apply({"params": params}, *args, method=method, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(model, params):
+    return jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, TOKENS))))(params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["flat", "batched"])
+def test_without_momentum_it_is_the_plain_stack_bit_for_bit(dtype, layout):
+    plain = model(kind=Block, token_layout=layout)
+    params = params_of(plain)
+    same = model(PLAIN, token_layout=layout)
+    shapes = jax.eval_shape(same.init, jax.random.key(6), TOKENS)["params"]
+    assert shapes == jax.eval_shape(lambda: params)  # one tree: no parameter is added
+    params = cast_floats(params, dtype)
+    exactly(call(same, params, TOKENS), call(plain, params, TOKENS))
+    assert (call(model(HeavyBall(0.7)), params, TOKENS) != call(plain, params, TOKENS)).any()
+
+
+def test_without_momentum_the_gradient_is_the_plain_one():
+    # Not bit for bit: XLA fuses the two backward passes differently.
+    plain = model(kind=Block)
+    jax.tree.map(close, gradient(model(PLAIN), params_of(plain)), gradient(plain, params_of(plain)))
+
+
+CELLS = {
+    "heavy-ball": (HeavyBall(0.7),),
+    "robust": (ROBUST,),
+    "adam": (Adam(gamma=0.1),),
+    "released adam": (Adam(gamma=0.1, mu=0.7), HeavyBall(0.7), HeavyBall(0.7)),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_cache_changes_nothing(name):
+    """A prompt of two tokens, then a tree of a wrong and a right child, then one token more."""
+    decoder = model(*CELLS[name])
+    params = params_of(decoder)
+    whole = call(decoder, params, TOKENS)
+    cache = decoder.init_cache(2, 16)
+    logits, _, fresh = call(decoder, params, TOKENS[:, :2], jnp.full(2, 2), method="prefill")
+    close(logits, whole[:, 1])
+    cache = cache.commit(fresh, None, jnp.full(2, 2))
+    nodes = jnp.stack([TOKENS[:, 2], TOKENS[:, 3] % (VOCAB - 1) + 1, TOKENS[:, 3]], axis=1)
+    tree = jnp.asarray([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
+    logits, _, fresh = call(decoder, params, nodes, cache, tree, jnp.asarray([0, 1, 1]), method="extend")
+    close(logits[:, 0], whole[:, 2])
+    close(logits[:, 2], whole[:, 3])
+    cache = cache.commit(fresh, jnp.asarray([[0, 2], [0, 2]]), jnp.full(2, 2))
+    close(call(decoder, params, TOKENS[:, 4:5], cache, method="extend")[0][:, 0], whole[:, 4])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_it_is_causal(name):
+    decoder = model(*CELLS[name])
+    changed = TOKENS.at[:, 3].set(TOKENS[:, 3] % (VOCAB - 1) + 1)
+    one, other = (call(decoder, params_of(decoder), tokens) for tokens in (TOKENS, changed))
+    exactly(one[:, :3], other[:, :3])
+    assert (one[:, 3:] != other[:, 3:]).any(-1).all()
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_scanned_and_rematerialised_layers_carry_the_state(name):
+    cells = CELLS[name]
+    plain, scanned = model(*cells), model(*cells, scan_layers=True, remat="full")
+    params = params_of(plain)
+    stacked = scan_params(params, len(cells))
+    close(call(scanned, stacked, TOKENS), call(plain, params, TOKENS))
+    jax.tree.map(close, gradient(scanned, stacked), scan_params(gradient(plain, params), len(cells)))
+    jax.tree.map(close, gradient(plain.clone(remat="dots"), params), gradient(plain, params))
+
+
+def test_states_are_float32_and_as_few_as_needed():
+    x = jnp.ones((2, 3), jnp.bfloat16)
+    for cell, count in ((HeavyBall(), 1), (ROBUST, 1), (Adam(), 2), (Adam(mu=0.7), 3)):
+        state = cell.start(x)
+        after = cell.step(x, x, state)
+        for leaves in (jax.tree.leaves(state), jax.tree.leaves(after[1])):
+            assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [((2, 3), jnp.float32)] * count
+        assert after[0].dtype == cell.point(x, state).dtype == jnp.bfloat16
+    # 1 + 2^-10 is not a bfloat16: the buffer keeps what the residual stream rounds away.
+    p = HeavyBall(0.5).step(x, jnp.full_like(x, 2.0**-10), Momentum(jnp.full((2, 3), 2.0)))[1].p
+    exactly(p, 1 + 2.0**-10)
+
+
+def test_rows_that_join_between_layers_begin_without_momentum():
+    """A virtual row that copies a token before layer 0 is that token; one that joins before layer 1 is what a stack
+    without layer 0 makes of it."""
+
+    class Rows(struct.PyTreeNode):
+        states: jax.Array
+        layers: tuple[int, ...] = struct.field(pytree_node=False)
+        sizes: tuple[int, ...] = (1,)
+        size: int = 1
+
+        def rows(self, group, x):
+            return self.states
+
+    decoder = model(*CELLS["heavy-ball"])
+    params = params_of(decoder)
+    cache = decoder.init_cache(2, 16)
+    states = params["embedding"]["table"][TOKENS[:, 1:2]]
+    alone = jnp.eye(2, dtype=bool)  # neither sees the other
+    depth = jnp.zeros(2, jnp.int32)
+
+    def hidden(model, params, layer):
+        rows = Rows(states, (layer,))
+        return call(model, params, TOKENS[:, :1], cache, alone, depth, rows, method="extend")[1]
+
+    both = call(decoder, params, TOKENS[:, :2], cache, alone, depth, method="extend")[1]
+    close(hidden(decoder, params, 0), both)
+    shorter = {**params, "layer_0": params["layer_1"], "layer_1": params["layer_2"]}
+    del shorter["layer_2"]
+    later = hidden(decoder, params, 1)
+    close(later[:, 0], both[:, 0])
+    cache = cache.replace(layers=cache.layers[:2])
+    close(later[:, 1], hidden(model(HeavyBall(0.7), num_layers=2), shorter, 0)[:, 1])
+
+
+def test_learned_coefficients():
+    fixed, learned = model(ROBUST), model(ROBUST.clone(learned=("mu", "gamma")))
+    start = jax.jit(learned.init)(jax.random.key(6), TOKENS)["params"]
+    cell = start["layer_2"]["momentum"]
+    close([cell["mu"], cell["gamma"]], [ROBUST.mu, ROBUST.gamma])
+    params = {name: {**value} for name, value in params_of(fixed).items()}
+    for i in range(LAYERS):
+        params[f"layer_{i}"]["momentum"] = cell
+    close(call(learned, params, TOKENS), call(fixed, params_of(fixed), TOKENS))
+    found = gradient(learned, params)
+    # mu of the first layer multiplies a buffer of zeros.
+    assert float(found["layer_0"]["momentum"]["mu"]) == 0.0
+    assert all(float(found[f"layer_{i}"]["momentum"]["gamma"]) != 0 for i in range(LAYERS))
+    assert all(float(found[f"layer_{i}"]["momentum"]["mu"]) != 0 for i in (1, 2))
+    assert list(
+        model(HeavyBall(learned=("gamma",))).init(jax.random.key(6), TOKENS)["params"]["layer_0"]["momentum"]
+    ) == ["gamma"]
+
+
+def test_norms_are_reported_over_real_tokens():
+    """One layer with u = 0 puts out its input: |(3, 4)| = 5 and |(0, 1)| = 1 where the third token is padding."""
+    block = MomentumBlock(NoMixing(), Springs((0.0, 0.0)), Identity())
+
+    class One(Stack):
+        def __call__(self, x):
+            context = Context(jnp.zeros((1, 3), jnp.int32), jnp.asarray([[1, 1, 0]]))
+            return self.run_layers(x, context)[0]
+
+    x = jnp.asarray([[[3.0, 4.0], [0.0, 1.0], [9.0, 9.0]]])
+    _, losses, measured = apply_reporting(One((block,), 1), {}, x)
+    assert losses == {} and {k: tuple(map(float, v)) for k, v in measured.items()} == {
+        "layer_0/output_norm": (6.0, 2.0)
+    }
+
+
+def test_it_runs_in_a_vision_transformer():
+    """Every other layer steps; with the plain cell the images' logits are those of the plain ViT."""
+    attention = Attention(num_heads=2, head_dim=4, rule=Full())
+    dense = Block(attention, MLP(12), LayerNorm())
+    vit = ViT(blocks=(dense,), num_layers=4, num_classes=3, width=WIDTH, patch=2)
+    images = jax.random.normal(jax.random.key(7), (2, 4, 4, 1))
+    params = jax.jit(vit.init)(jax.random.key(8), images)["params"]
+    step = MomentumBlock(attention, MLP(12), LayerNorm(), momentum=PLAIN)
+    exactly(call(vit.clone(blocks=(dense, step)), params, images), call(vit, params, images))
+    moving = vit.clone(blocks=(dense, step.clone(momentum=HeavyBall(0.7))))
+    assert (call(moving, params, images) != call(vit, params, images)).any()
+
+
+def test_what_can_not_be_is_told():
+    for make, told in (
+        (lambda: HeavyBall(mu=1.0), r"HeavyBall.mu: 1.0 is not in \(-1, 1\)"),
+        (lambda: HeavyBall(gamma=0.0), "HeavyBall.gamma: 0.0 is not a positive step size"),
+        (lambda: HeavyBall(learned=("alpha",)), "HeavyBall.learned: 'alpha' is not one of mu, gamma"),
+        (lambda: robust_momentum(1.0, 1.0), "kappa 1.0 and smoothness 1.0 must be above 1"),
+        (lambda: robust_momentum(4.0, 1.0, 0.9), "rho 0.9 is not between 0.5 and 0.75 of kappa 4.0"),
+        (lambda: Adam(beta1=1.0), r"Adam.beta1: 1.0 is not in \[0, 1\)"),
+        (lambda: Adam(epsilon=0.0), "Adam.epsilon: 0.0 must be positive"),
+    ):
+        with pytest.raises(UserError, match=told):
+            make()
+    for cells, told in (
+        ((Adam(), HeavyBall(), HeavyBall()), "give Adam the `mu` of the buffer"),
+        ((HeavyBall(), Adam(), Adam()), "begin with Adam"),
+    ):
+        with pytest.raises(UserError, match=told):
+            jax.eval_shape(model(*cells).init, jax.random.key(0), TOKENS)
