@@ -5,6 +5,7 @@
 Router, dispatch and experts are separate pieces; this module joins them and reports its losses and its load.
 """
 
+import functools
 
 import flax.linen as nn
 import jax
@@ -82,7 +83,8 @@ class MoE(nn.Module):
         mask = None if context.segments is None else context.segments.reshape(-1) > 0
         logits = Router(self.num_experts, self.router_bias, self.noise, name="router")(flat)
         keys = None
-        if self.ranks == "random":  # by place, so that decoding step by step routes as the whole sequence does
+        if self.ranks == "random":
+            # By place, so that decoding step by step routes as the whole sequence does.
             fold = jax.vmap(functools.partial(jax.random.fold_in, self.make_rng("routing")))
             keys = fold(context.positions.reshape(-1))
         routing = route(logits, self.k, norm=self.norm, ranks=self.ranks, mask=mask, key=keys)
@@ -97,7 +99,15 @@ class MoE(nn.Module):
             y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(y.dtype)
         if self.shared is not None:
             y = y + self._shared(flat)
-        self._report(routing, dispatch.dropped, sequences=context.positions.shape[0])
+        report_routing(
+            self,
+            routing,
+            dispatch.dropped,
+            context.positions.shape[0],
+            self.balance,
+            self.balance_weight,
+            self.z_weight,
+        )
         return y.reshape(x.shape)
 
     def _shared(self, x: jax.Array) -> jax.Array:
@@ -106,17 +116,26 @@ class MoE(nn.Module):
             y = y * jax.nn.sigmoid(Linear(1, name="shared_gate")(x))
         return y
 
-    def _report(self, routing: Routing, dropped: jax.Array, sequences: int) -> None:
-        if self.balance_weight:
-            value = losses.balance_loss(routing, self.balance, sequences)
-            report_loss(self, "balance", self.balance_weight * value)
-        if self.z_weight:
-            report_loss(self, "router_z", self.z_weight * losses.router_z_loss(routing))
-        counts = losses.load(routing)
-        total, tokens, one = jnp.sum(counts), jnp.sum(routing.mask, dtype=jnp.float32), jnp.float32(1)
-        report_measurement(self, "load", counts, total)
-        report_measurement(self, "max_over_mean", losses.max_over_mean(counts), one)
-        report_measurement(self, "entropy", losses.entropy(routing), tokens)
-        report_measurement(self, "dropped", dropped, total)
-        bad = jnp.sum(~jnp.isfinite(routing.logits), dtype=jnp.float32)
-        report_measurement(self, "router_non_finite", bad, jnp.float32(routing.logits.size))
+
+def report_routing(
+    module: nn.Module,
+    routing: Routing,
+    dropped: jax.Array,
+    sequences: int,
+    balance: Balance,
+    balance_weight: float,
+    z_weight: float,
+) -> None:
+    """The losses and measurements of a layer that routes, as `MoE` lists them; it routed `sequences` sequences."""
+    if balance_weight:
+        report_loss(module, "balance", balance_weight * losses.balance_loss(routing, balance, sequences))
+    if z_weight:
+        report_loss(module, "router_z", z_weight * losses.router_z_loss(routing))
+    counts = losses.load(routing)
+    total, tokens, one = jnp.sum(counts), jnp.sum(routing.mask, dtype=jnp.float32), jnp.float32(1)
+    report_measurement(module, "load", counts, total)
+    report_measurement(module, "max_over_mean", losses.max_over_mean(counts), one)
+    report_measurement(module, "entropy", losses.entropy(routing), tokens)
+    report_measurement(module, "dropped", dropped, total)
+    bad = jnp.sum(~jnp.isfinite(routing.logits), dtype=jnp.float32)
+    report_measurement(module, "router_non_finite", bad, jnp.float32(routing.logits.size))
