@@ -36,17 +36,20 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
+        kernel, bias = self.parameters(x.shape[-1])
+        y = weights.dot(x, kernel)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def parameters(self, width: int) -> tuple[weights.Kernel, jax.Array | None]:
+        """Kernel and bias for inputs of `width`, where subclasses multiply by parts of them."""
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         kernel = parameter(self, "kernel", init, (width, self.features))
         if kernel.shape[0] != width:
             path = "/".join(self.path)
             raise UserError(f"{path}/kernel takes {kernel.shape[0]} inputs, but its input is {width} wide")
-        y = weights.dot(x, kernel)
-        if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(y.dtype)
-        return y
+        if not self.use_bias:
+            return kernel, None
+        return kernel, parameter(self, "bias", nn.initializers.zeros, (self.features,))
 
 
 class Embedding(nn.Module):
