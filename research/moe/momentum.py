@@ -82,6 +82,7 @@ class HeavyBall(nn.Module):
             for name in self.learned
         }
 
+    @nn.nowrap  # so that no parameter is looked up: the stack asks a block that is no layer of its own
     def start(self, x: jax.Array) -> Momentum:
         """The state before the first layer."""
         return Momentum(p=jnp.zeros(x.shape, jnp.float32))
@@ -169,6 +170,7 @@ class Adam(nn.Module):
             )
         super().__post_init__()
 
+    @nn.nowrap
     def start(self, x: jax.Array) -> Momentum:
         """The state before the first layer."""
         zeros = jnp.zeros(x.shape, jnp.float32)
