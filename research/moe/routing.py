@@ -65,7 +65,8 @@ def route(
             alone (JetMoE, Mixtral), the same but for rounding; `unit`: 1, through which the router gets no
             gradient (UoE, LLaVA-MoLE); `unit_straight_through`: p / stop_gradient(p), 1 with a gradient.
         ranks: the places of the chosen experts in the token's order of preference, 0 the best; default 0 ... k-1.
-            (1,) is the weak pass of SCMoE. "random": one expert a token, uniformly, which needs `key`: one, or one a token [N].
+            (1,) is the weak pass of SCMoE. "random": one expert a token, uniformly, which needs `key`: one, or one a
+            token [N].
         mask: bool[N], False for padding; default: all tokens are real.
 
     Among equal logits the expert of the lower number comes first, as in `lax.top_k`.

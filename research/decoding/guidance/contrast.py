@@ -54,8 +54,9 @@ class TwoCaches(struct.PyTreeNode):
 class Contrasted:
     """A decoder's contract (`init_cache`, `prefill`, `extend`, `logits`) with contrasted logits.
 
-    Its parameters are {"model": those that both passes share, "beta": f32[], "log_alpha": f32[]}, so other
-    numbers need no new compilation. Hidden states are those of both passes side by side [..., 2D].
+    Its parameters are {"model": those that both passes share, "beta": f32[], "log_alpha": f32[], "rngs": keys of the
+    weak pass by stream}, so other numbers need no new compilation. Hidden states are those of both passes side by
+    side [..., 2D].
 
     Args:
         strong, weak: two decoders of one parameter tree, layers unrolled.
@@ -91,11 +92,9 @@ class Contrasted:
     def _prefill(
         self, params: Any, tokens: jax.Array, lengths: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:
-        passes = [
-            model.apply({"params": params["model"]}, tokens, lengths, method="prefill")
-            for model in (self.strong, self.weak)
-        ]
-        return self._contrast(params, *passes)
+        strong = self.strong.apply({"params": params["model"]}, tokens, lengths, method="prefill")
+        weak = self._weak(params, tokens, lengths, method="prefill")
+        return self._contrast(params, strong, weak)
 
     def _extend(
         self,
@@ -105,11 +104,13 @@ class Contrasted:
         tree: jax.Array | None = None,
         depth: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
-        passes = [
-            model.apply({"params": params["model"]}, tokens, own, tree, depth, method="extend")
-            for model, own in ((self.strong, cache.strong), (self.weak, cache.weak))
-        ]
-        return self._contrast(params, *passes)
+        variables = {"params": params["model"]}
+        strong = self.strong.apply(variables, tokens, cache.strong, tree, depth, method="extend")
+        weak = self._weak(params, tokens, cache.weak, tree, depth, method="extend")
+        return self._contrast(params, strong, weak)
+
+    def _weak(self, params: Any, *args: Any, method: str) -> Any:
+        return self.weak.apply({"params": params["model"]}, *args, rngs=params["rngs"], method=method)
 
     def _logits(self, params: Any, hidden: jax.Array) -> jax.Array:
         both = (
@@ -132,7 +133,13 @@ def contrast(strong: jax.Array, weak: jax.Array, beta: jax.Array, log_alpha: jax
 
 
 def contrasted(
-    strong: LayerStack, weak: LayerStack, params: Any, *, beta: float = 0.5, alpha: float = 0.1
+    strong: LayerStack,
+    weak: LayerStack,
+    params: Any,
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    rngs: dict[str, jax.Array] | None = None,
 ) -> tuple[Contrasted, dict[str, Any]]:
     """A model and its parameters that decode by contrast.
 
@@ -140,6 +147,7 @@ def contrasted(
         strong, weak: models of the same parameters, scanned or not.
         beta: how far to go from the weak logits beyond the strong ones; 0 is plain decoding of the plausible.
         alpha: a token is plausible if the strong pass finds it at least alpha times as probable as its best.
+        rngs: typed keys for a weak pass that draws; the same in every call.
 
     Raises:
         UserError: beta below zero, or alpha outside (0, 1].
@@ -151,4 +159,4 @@ def contrasted(
     weak, _ = unscan_layers(weak, params)
     strong, params = unscan_layers(strong, params)
     numbers = {"beta": jnp.float32(beta), "log_alpha": jnp.float32(math.log(alpha))}
-    return Contrasted(strong, weak), {"model": params, **numbers}
+    return Contrasted(strong, weak), {"model": params, "rngs": rngs or {}, **numbers}
