@@ -104,11 +104,12 @@ def replaced(config: "ConfigDict", split: str | None, batches: int | None) -> "C
 
 
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
-    """Prints {model: {metric: value}} with a column for each metric but the time it took."""
+    """Prints {model: {metric: value}} with a column for each metric of the whole model but the time it took."""
     from rich.console import Console
     from rich.table import Table
 
-    names = [name for values in rows.values() for name in values if name != "seconds"]
+    # What was measured in a layer, such as layer_0/mlp/load, is left to --json.
+    names = [name for values in rows.values() for name in values if name != "seconds" and "/" not in name]
     leading = [name for name in ("loss", "bits_per_byte", "accuracy", "parameters") if name in names]
     columns = list(dict.fromkeys(leading + names))
     table = Table("", *(column.replace("_", " ") for column in columns))

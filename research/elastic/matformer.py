@@ -115,8 +115,8 @@ class MatFormer:
 
         def branch(i: int):
             def objective(params: PyTree) -> tuple[jax.Array, Metrics]:
-                loss, count = self.task.loss(self.granularity(params, i), batch, key)["loss"]
-                metrics = {"loss": (loss, count)}
+                metrics = self.task.loss(self.granularity(params, i), batch, key)
+                loss, count = metrics["loss"]
                 for j, name in enumerate(self.names):  # weight 0 where another granularity was drawn
                     metrics[f"loss_{name}"] = (
                         metrics["loss"] if i == j else (jnp.zeros_like(loss), jnp.zeros_like(count))

@@ -18,11 +18,13 @@ from research.nn.cache import Cache, Fresh
 from research.nn.cross_attention import CrossContext, MemoryCache
 from research.nn.linear import Embedding, Linear
 from research.nn.norm import RMSNorm
+from research.nn.reports import apply_reporting
 from research.nn.transformer import LayerStack, VirtualRows, tree_places
 from research.training.task import (
     Batch,
     Metrics,
     PyTree,
+    add_reported,
     cast_floats,
     check_compute_dtype,
     cross_entropy,
@@ -202,7 +204,7 @@ class SequenceToSequence:
     The decoder reads the start token and the targets but the last. Metrics: `loss` (nats per token where
     `weights` f32[B, T] is 1) and `accuracy`. With label_smoothing s the loss mixes the target with the
     uniform distribution, (1 - s) onehot + s / V, in training only, where the plain nats are then reported as
-    `cross_entropy`. compute_dtype as in `LanguageModelling`.
+    `cross_entropy`. compute_dtype, and what layers report, as in `LanguageModelling`.
     """
 
     model: nn.Module
@@ -218,13 +220,13 @@ class SequenceToSequence:
         return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
-        metrics, logits = self._metrics(params, batch, key)
+        metrics, logits, losses = self._metrics(params, batch, key)
         if self.label_smoothing:
             (total, weight), s = metrics["loss"], self.label_smoothing
             uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
             smooth = (1 - s) * total + s * jnp.sum(batch["weights"].reshape(-1) * uniform)
             metrics |= {"loss": (smooth, weight), "cross_entropy": (total, weight)}
-        return metrics
+        return add_reported(metrics, losses)
 
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
         return self._metrics(params, batch, None)[0]
@@ -232,21 +234,25 @@ class SequenceToSequence:
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
 
-    def _metrics(self, params: PyTree, batch: Batch, key: jax.Array | None) -> tuple[Metrics, jax.Array]:
-        """-> the metrics and the logits [B * T, V]."""
+    def _metrics(
+        self, params: PyTree, batch: Batch, key: jax.Array | None
+    ) -> tuple[Metrics, jax.Array, dict[str, jax.Array]]:
+        """-> the metrics, the logits [B * T, V], the losses that layers report."""
         targets, weights = batch["targets"], batch["weights"].reshape(-1)
         variables = {"params": cast_floats(params, self.compute_dtype)}
         read = shift_right(targets, self.model.bos)
-        logits = self.model.apply(
-            variables, batch["source"], batch["source_lengths"], read, rngs=dropout_rngs(key)
+        logits, losses, measured = apply_reporting(
+            self.model, variables, batch["source"], batch["source_lengths"], read, rngs=dropout_rngs(key)
         )
         logits = logits.reshape(-1, logits.shape[-1])
         nats, _, correct = cross_entropy(logits, targets.reshape(-1))
         weight = jnp.sum(weights)
-        return {
+        metrics = {
             "loss": (jnp.sum(weights * nats), weight),
             "accuracy": (jnp.sum(weights * correct), weight),
-        }, logits
+            **measured,
+        }
+        return metrics, logits, losses
 
 
 def shift_right(targets: jax.Array, bos: int) -> jax.Array:

@@ -1,6 +1,8 @@
 """Evaluation on a schedule: every variant of the model over a dataset."""
 
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from research.training.feed import Dataset, batch_spec, check_batch_size, feed
 from research.training.task import Metrics, Task
 
 PyTree = Any
+
+NON_FINITE = "_non_finite"
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Evaluation:
         return names
 
     def run(self, evaluator: Evaluate, params: PyTree) -> dict[str, dict[str, float]]:
-        """{variant: {metric: mean, "parameters": count, "seconds": wall time}}.
+        """{variant: {metric: mean or list of means, "parameters": count, "seconds": wall time}}.
 
         Sums and weights of the batches are added in float64. Raises `UserError` if a metric has weight 0.
         """
@@ -83,8 +87,8 @@ class Evaluation:
                 results[name]["seconds"] = round(time.perf_counter() - start, 3)
         return results
 
-    def _totals(self, evaluator: Evaluate, variant: PyTree) -> dict[str, np.ndarray]:
-        """{metric: float64[2], (sum, weight)} over the pass."""
+    def _totals(self, evaluator: Evaluate, variant: PyTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{metric: (sum, weight)} over the pass, float64."""
         spec = batch_spec(evaluator.data, evaluator.batch_size)
         batches = feed(evaluator.data, 0, evaluator.batch_size, self._mesh, spec, epochs=1)
         measured: list[Metrics] = []
@@ -98,15 +102,40 @@ class Evaluation:
         if not measured:
             raise UserError(f"evaluator {evaluator.name!r}: its data has no records")
         return {
-            name: np.sum([np.asarray(m[name], np.float64) for m in measured], axis=0) for name in measured[0]
+            name: tuple(
+                np.sum([np.asarray(batch[name][part], np.float64) for batch in measured], axis=0)
+                for part in (0, 1)
+            )
+            for name in measured[0]
         }
 
 
-def means(totals: dict[str, Any], where: str) -> dict[str, float]:
+def means(totals: Mapping[str, Any], where: str) -> dict[str, float | list[float]]:
     """{metric: sum / weight} of {metric: (sum, weight)}; a metric without weight is left out.
 
-    Raises `UserError` if that is the loss.
+    The mean of a vector is a list. Raises `UserError` if the loss has no weight, or a layer counted values that
+    are not finite.
     """
+    if found := non_finite(totals):
+        raise UserError(f"{where}: {found}")
     if "loss" in totals and totals["loss"][1] == 0:
         raise UserError(f"{where}: the loss has no weight; is every target of the data masked?")
-    return {name: float(total) / float(weight) for name, (total, weight) in totals.items() if weight}
+    return {
+        name: (np.asarray(total, np.float64) / float(weight)).tolist()
+        for name, (total, weight) in totals.items()
+        if weight
+    }
+
+
+def non_finite(totals: Mapping[str, Any]) -> str | None:
+    """What to say where a metric `.../<name>_non_finite`, by which layers count such values, is not 0.
+
+    The first layer is named: NaN spreads through all later ones.
+    """
+    found = [name for name, (total, _) in totals.items() if name.endswith(NON_FINITE) and total > 0]
+    if not found:
+        return None
+    first = min(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+    layer, _, what = first.removesuffix(NON_FINITE).rpartition("/")
+    total, weight = totals[first]
+    return f"{int(total)} of the {int(weight)} {what} logits of {layer} are NaN or infinite"

@@ -1,6 +1,7 @@
 """The figures of a run, drawn from its `metrics.jsonl`."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,8 @@ SMOOTHING = 50  # a training curve's points are means over about a fiftieth of t
 def draw_figures(
     workdir: str | os.PathLike, baselines: Mapping[str, tuple[int, float]] | None = None
 ) -> list[Path]:
-    """Draws `figures/loss.png` and, for several variants or baselines, `loss_against_parameters.png`.
+    """Draws `figures/loss.png`; `loss_against_parameters.png` for several variants or baselines; and a heat map
+    over training of every vector that layers measure, such as `load.png` of the load of their experts.
 
     baselines: {label: (parameters, loss)} of independently trained models, drawn beside the variants.
     Returns the paths written. Raises `UserError` if the run has logged nothing.
@@ -30,6 +32,11 @@ def draw_figures(
     measured = last_evaluation(rows)
     if baselines or any(len(variants) > 1 for variants in measured.values()):
         drawn.append(_trade_off(measured, baselines or {}, folder / "loss_against_parameters.png"))
+    train = [row for row in rows if row["kind"] == "train"]
+    vectors = dict.fromkeys(key for row in train for key, value in row.items() if isinstance(value, list))
+    for name in dict.fromkeys(key.rpartition("/")[2] for key in vectors):
+        own = sorted((key for key in vectors if key.rpartition("/")[2] == name), key=_numbers)
+        drawn.append(_heat_map(train, own, folder / f"{name}.png"))
     return drawn
 
 
@@ -49,13 +56,22 @@ def smoothed(steps: list[int], values: list[float]) -> tuple[list[float], list[f
     return [fmean(steps[i : i + size]) for i in starts], [fmean(values[i : i + size]) for i in starts]
 
 
-def _axes() -> tuple[Any, Any]:
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def _figure(width: float, height: float) -> Any:
     # A second of import that only a finished run pays. Figure without pyplot: no display, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes() -> tuple[Any, Any]:
+    figure = _figure(6.4, 4.0)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -82,6 +98,42 @@ def _loss(rows: list[Row], path: Path) -> Path:
     axes.legend(fontsize="small")
     figure.savefig(path)
     return path
+
+
+def heat(rows: list[Row], key: str) -> tuple[list[int], list[list[float]]]:
+    """What a layer measured: the steps, and for each entry of its vector the values at these steps."""
+    own = [row for row in rows if key in row]
+    return [row["step"] for row in own], [
+        list(values) for values in zip(*(row[key] for row in own), strict=True)
+    ]
+
+
+def _heat_map(rows: list[Row], keys: list[str], path: Path) -> Path:
+    """A panel for each of `keys`, entries of the vector upwards, training to the right, one scale for all."""
+    panels = {key: heat(rows, key) for key in keys}
+    high = max(max(map(max, values)) for _, values in panels.values())
+    figure = _figure(6.4, 0.6 + 1.1 * len(keys))
+    rows_of_axes = figure.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (key, (steps, values)) in zip(rows_of_axes, panels.items(), strict=True):
+        image = axes.pcolormesh(
+            _edges(steps),
+            [i - 0.5 for i in range(len(values) + 1)],
+            values,
+            vmin=0.0,
+            vmax=high,
+            cmap="viridis",
+        )
+        axes.set_ylabel(key.rpartition("/")[0].removesuffix("/mlp"), fontsize="small")
+    rows_of_axes[-1].set_xlabel("step")
+    figure.colorbar(image, ax=list(rows_of_axes), label=path.stem.replace("_", " "))
+    figure.savefig(path)
+    return path
+
+
+def _edges(steps: list[int]) -> list[float]:
+    """The borders of columns around rising steps."""
+    middle = [(a + b) / 2 for a, b in zip(steps, steps[1:], strict=False)]
+    return [steps[0] - 0.5, *middle, steps[-1] + 0.5]
 
 
 def _trade_off(

@@ -473,7 +473,11 @@ class _Run:
                 self.writer.write(
                     {"step": step, "kind": "eval", "name": evaluator.name, "variant": variant, **values}
                 )
-                scores |= {_label(evaluator.name, variant, name): value for name, value in values.items()}
+                scores |= {
+                    _label(evaluator.name, variant, name): value
+                    for name, value in values.items()
+                    if not isinstance(value, list)
+                }
                 label = " ".join(part for part in (evaluator.name, variant) if part)
                 self.progress.message(f"step {step}: {label} loss {values['loss']:.4f}")
         return scores

@@ -61,7 +61,7 @@ class MetricsWriter:
         self._file.truncate(kept[-1][1] if kept else 0)
 
     def write(self, row: Row) -> None:
-        """Appends one row: `step`, `kind`, labels, and numbers."""
+        """Appends one row: `step`, `kind`, labels, numbers, and lists of numbers, drawn as histograms."""
         self.rows.append(row)
         if self._file is None:
             return
@@ -70,8 +70,11 @@ class MetricsWriter:
         board = self._event_file()
         parts = [row[key] for key in ("name", "variant") if row.get(key)] or [row["kind"]]
         for key, value in row.items():
-            if key not in LABELS:
-                board.add_scalar("/".join([*parts, key]), value, row["step"])
+            tag = "/".join([*parts, key])
+            if isinstance(value, list):
+                _add_histogram(board, tag, value, row["step"])
+            elif key not in LABELS:
+                board.add_scalar(tag, value, row["step"])
 
     def _event_file(self) -> Any:
         if self._board is None:
@@ -88,3 +91,18 @@ class MetricsWriter:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _add_histogram(board: Any, tag: str, values: list[float], step: int) -> None:
+    """A list as a histogram whose bucket i holds its i-th value: TensorBoard stacks them over the steps."""
+    board.add_histogram_raw(
+        tag,
+        min=0,
+        max=len(values),
+        num=len(values),
+        sum=sum(values),
+        sum_squares=sum(value * value for value in values),
+        bucket_limits=list(range(1, len(values) + 1)),
+        bucket_counts=values,
+        global_step=step,
+    )

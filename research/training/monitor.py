@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 
 from research.errors import UserError
-from research.training.evaluators import means
+from research.training.evaluators import means, non_finite
 from research.training.task import Metrics
 
 AHEAD = 2  # steps that may be unfinished: one in work, one queued
@@ -56,7 +56,7 @@ class Monitor:
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-1 - AHEAD].metrics[self._watched])
 
-    def settle(self, keep: int = AHEAD) -> list[tuple[int, dict[str, float]]]:
+    def settle(self, keep: int = AHEAD) -> list[tuple[int, dict[str, float | list[float]]]]:
         """[(step, {metric: mean})] of the wanted steps among all but the `keep` youngest, which it checks.
 
         Raises `Diverged`, naming the step and its records.
@@ -75,7 +75,8 @@ class Monitor:
     def _check(self, loss: float, pending: Pending) -> None:
         where = f"at step {pending.step} ({pending.source})"
         if not math.isfinite(loss):
-            raise Diverged(f"the {self._watched} is {loss} {where}")
+            cause = non_finite(jax.device_get(pending.metrics))
+            raise Diverged(f"the {self._watched} is {loss} {where}" + (f": {cause}" if cause else ""))
         if self._explode is not None and len(self._losses) >= SETTLED:
             usual = sorted(self._losses)[len(self._losses) * 9 // 10]
             if 0 < usual * self._explode < loss:

@@ -1,7 +1,7 @@
 """What is trained: initialisation, loss and metrics.
 
 Every metric is a pair (sum, weight). Sums and weights add over microbatches, devices and batches, so the mean
-`sum / weight` of the whole is exact however it was cut.
+`sum / weight` of the whole is exact however it was cut. A sum may be a vector (one value an expert, say).
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError, nearest
+from research.nn.reports import Measurement, apply_reporting
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -43,15 +44,42 @@ class Task(Protocol):
 
 
 def cast_floats(params: PyTree, dtype: str) -> PyTree:
-    """The floating leaves in `dtype`, the others as they are."""
+    """The floating leaves in `dtype`, the others as they are.
+
+    What lies below a `router` stays: in half precision its logits would tie, and training would choose other
+    experts than a model that is served in float32.
+    """
     if dtype == "float32":
         return params
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        routes = any(getattr(part, "key", None) == "router" for part in path)
+        return leaf if routes or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def dropout_rngs(key: jax.Array | None) -> dict[str, jax.Array] | None:
     """The `rngs` of `apply`: dropout is active where the model has any and a key is given (in training)."""
     return None if key is None else {"dropout": key}
+
+
+def add_reported(metrics: Metrics, losses: dict[str, jax.Array]) -> Metrics:
+    """Training metrics with the losses that layers report (`research.nn.reports`), f32[] each.
+
+    Each joins `loss` times its weight, so that the mean is that of the task plus theirs, and is reported under
+    its own name; the plain loss becomes `cross_entropy`, unless it has become that already. Raises `UserError`
+    where a layer's name is one of the task's.
+    """
+    if not losses:
+        return metrics
+    total, weight = metrics["loss"]
+    reported = {name: (weight * value, weight) for name, value in losses.items()}
+    for name in reported:
+        if name in metrics:
+            raise UserError(f"a layer reports a loss {name!r}, which is the name of a metric of the task")
+    objective = sum((sum_ for sum_, _ in reported.values()), total)
+    return {"cross_entropy": (total, weight)} | metrics | {"loss": (objective, weight)} | reported
 
 
 def check_compute_dtype(dtype: str, where: str) -> None:
@@ -83,10 +111,11 @@ class LanguageModelling:
 
     Metrics: `loss` (nats per token), `accuracy`, `bits_per_byte` (nats / ln 2 over the bytes of text that the
     targets stand for). With `z_loss` > 0, training adds `z_loss * logsumexp(logits)^2` to `loss` (PaLM,
-    arXiv:2204.02311, section 5) and reports the plain nats as `cross_entropy`; evaluation never adds it.
+    arXiv:2204.02311, section 5) and reports the plain nats as `cross_entropy`; evaluation never adds it. The same
+    goes for losses that layers report; what they measure (`layer_0/mlp/load`) becomes a metric of both.
 
     compute_dtype "bfloat16" casts the floating parameters to bfloat16 inside the loss; masters, gradients,
-    logits and losses stay float32.
+    logits, losses and routers stay float32.
     """
 
     model: nn.Module
@@ -100,12 +129,12 @@ class LanguageModelling:
         return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
-        metrics, partition = self._metrics(params, batch, key)
+        metrics, partition, losses = self._metrics(params, batch, key)
         if self.z_loss:
             total, weight = metrics["loss"]
             squared = self.z_loss * jnp.sum(batch["weights"].reshape(-1) * jnp.square(partition))
             metrics |= {"loss": (total + squared, weight), "cross_entropy": (total, weight)}
-        return metrics
+        return add_reported(metrics, losses)
 
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
         return self._metrics(params, batch, None)[0]
@@ -113,15 +142,20 @@ class LanguageModelling:
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
 
-    def _metrics(self, params: PyTree, batch: Batch, key: jax.Array | None) -> tuple[Metrics, jax.Array]:
-        logits = self.model.apply(
+    def _metrics(
+        self, params: PyTree, batch: Batch, key: jax.Array | None
+    ) -> tuple[Metrics, jax.Array, dict[str, jax.Array]]:
+        """-> the metrics, logsumexp f32[B*T], the losses that layers report."""
+        logits, losses, measured = apply_reporting(
+            self.model,
             {"params": cast_floats(params, self.compute_dtype)},
             batch["tokens"],
             positions=batch["positions"],
             segments=batch["segments"],
             rngs=dropout_rngs(key),
         )
-        return language_metrics(logits, batch)
+        metrics, partition = language_metrics(logits, batch)
+        return metrics | measured, partition, losses
 
 
 def language_metrics(logits: jax.Array, batch: Batch) -> tuple[Metrics, jax.Array]:
@@ -147,7 +181,7 @@ class Classification:
 
     image_shape: (height, width, channels) of the images. label_smoothing s mixes the one-hot target with the
     uniform distribution, (1 - s) onehot + s / classes, in training only, where the plain nats are then
-    reported as `cross_entropy`. compute_dtype as in `LanguageModelling`.
+    reported as `cross_entropy`. compute_dtype, and what layers report, as in `LanguageModelling`.
     """
 
     model: nn.Module
@@ -164,8 +198,8 @@ class Classification:
         return self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32))["params"]
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
-        logits = self._logits(params, batch, key)
-        metrics = classification_metrics(logits, batch)
+        logits, losses, measured = self._logits(params, batch, key)
+        metrics = classification_metrics(logits, batch) | measured
         if self.label_smoothing:
             uniform = jnp.mean(jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits, axis=-1)
             plain, weight = metrics["loss"]
@@ -173,19 +207,22 @@ class Classification:
                 batch["weights"] * uniform
             )
             metrics |= {"loss": (smooth, weight), "cross_entropy": (plain, weight)}
-        return metrics
+        return add_reported(metrics, losses)
 
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
-        return classification_metrics(self._logits(params, batch, None), batch)
+        logits, _, measured = self._logits(params, batch, None)
+        return classification_metrics(logits, batch) | measured
 
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
 
-    def _logits(self, params: PyTree, batch: Batch, key: jax.Array | None) -> jax.Array:
+    def _logits(
+        self, params: PyTree, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Measurement]]:
         images = batch["images"].astype(self.compute_dtype)
         variables = {"params": cast_floats(params, self.compute_dtype)}
-        logits = self.model.apply(variables, images, rngs=dropout_rngs(key))
-        return logits.astype(jnp.float32)
+        logits, losses, measured = apply_reporting(self.model, variables, images, rngs=dropout_rngs(key))
+        return logits.astype(jnp.float32), losses, measured
 
 
 def classification_metrics(logits: jax.Array, batch: Batch) -> Metrics:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.training.evaluators import Evaluate, Evaluation
+from research.training.evaluators import Evaluate, Evaluation, means
 from research.training.partitioning import make_mesh
 
 
@@ -92,3 +92,35 @@ def test_schedule():
     evaluator = Evaluate("numbers", Numbers(4), every=3)
     assert [step for step in range(9) if evaluator.due(step, 8)] == [3, 6, 8]
     assert [step for step in range(9) if Evaluate("numbers", Numbers(4)).due(step, 8)] == [8]
+
+
+class Vectors(Counting):
+    """Beside the loss, a vector: its sum over the records, and twice that."""
+
+    def evaluate(self, params, batch):
+        total = jnp.sum(batch["weights"] * batch["x"])
+        return super().evaluate(params, batch) | {
+            "load": (jnp.stack([total, 2 * total]), jnp.sum(batch["weights"]))
+        }
+
+    def variants(self, params):
+        return {"": params}
+
+
+def test_vectors_are_averaged_entry_by_entry():
+    result = Evaluation(Vectors(), make_mesh({}, jax.devices()[:1])).run(
+        Evaluate("numbers", Numbers(7), batch_size=4), PARAMS
+    )
+    assert result[""]["load"] == pytest.approx([40 / 13, 80 / 13], rel=1e-6)  # sums as above
+
+
+def test_the_first_layer_with_nan_is_named():
+    pair = (np.float32(3), np.float32(12))
+    totals = {
+        "loss": (np.float32(1), np.float32(1)),
+        "layer_10/mlp/router_non_finite": pair,
+        "layer_2/mlp/router_non_finite": pair,
+        "layer_1/mlp/router_non_finite": (np.float32(0), np.float32(12)),
+    }
+    with pytest.raises(UserError, match="here: 3 of the 12 router logits of layer_2/mlp are NaN or infinite"):
+        means(totals, "here")

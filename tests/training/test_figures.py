@@ -5,7 +5,7 @@ import json
 import pytest
 
 from research.errors import UserError
-from research.training.figures import draw_figures, last_evaluation, smoothed
+from research.training.figures import draw_figures, heat, last_evaluation, smoothed
 
 
 def write(directory, rows) -> None:
@@ -53,3 +53,14 @@ def test_nothing_logged_is_named(tmp_path):
     write(tmp_path, [])
     with pytest.raises(UserError, match="metrics.jsonl: nothing was logged"):
         draw_figures(tmp_path)
+
+
+def test_vectors_of_layers_become_heat_maps(tmp_path):
+    rows = [
+        {**train(step), "layer_0/mlp/load": [step / 10, 0.5], "layer_10/mlp/load": [0.25, 0.75]}
+        for step in (1, 5, 9)
+    ]
+    assert heat(rows, "layer_0/mlp/load") == ([1, 5, 9], [[0.1, 0.5, 0.9], [0.5, 0.5, 0.5]])
+    write(tmp_path, rows)
+    drawn = draw_figures(tmp_path)
+    assert [path.name for path in drawn] == ["loss.png", "load.png"] and all(map(is_image, drawn))

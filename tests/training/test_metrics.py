@@ -11,14 +11,19 @@ from research.training.metrics import MetricsWriter, read_rows
 
 
 def events(directory) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of every scalar, read with the record framing of the format."""
+    """(tag, step, value) of every scalar."""
+    return [(value.tag, step, value.simple_value) for step, value in written(directory)]
+
+
+def written(directory) -> list:
+    """(step, value) of everything, read with the record framing of the format."""
     found = []
     for path in sorted(directory.iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (size,) = struct.unpack_from("<Q", data, at)  # length, its checksum, the event, its checksum
             event = Event.FromString(data[at + 12 : at + 12 + size])
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            found += [(event.step, value) for value in event.summary.value]
             at += 12 + size + 4
     return found
 
@@ -64,3 +69,13 @@ def test_without_a_directory_rows_stay_in_memory():
     writer.write(train(1, 1.0))
     writer.close()
     assert writer.rows == [train(1, 1.0)]
+
+
+def test_a_vector_is_a_list_in_the_rows_and_a_histogram_in_tensorboard(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write({**train(1, 1.5), "layer_0/mlp/load": [0.25, 0.75]})
+    writer.close()
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["layer_0/mlp/load"] == [0.25, 0.75]
+    tag = "train/layer_0/mlp/load"
+    (event,) = [value for _, value in written(tmp_path / "tensorboard") if value.tag == tag]
+    assert (list(event.histo.bucket_limit), list(event.histo.bucket)) == ([1, 2], [0.25, 0.75])

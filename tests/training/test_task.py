@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.training.task import Classification, LanguageModelling, Task, cast_floats
+from research.nn.reports import report_loss, report_measurement
+from research.training.task import Classification, LanguageModelling, Task, add_reported, cast_floats
 
 LN2 = math.log(2)
 
@@ -134,3 +135,44 @@ def test_dropout_is_active_in_training_only_and_follows_the_key():
     )
     losses = [float(task.loss(params, batch(), jax.random.key(i))["loss"][0]) for i in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
+
+
+class Reporting(nn.Module):
+    """`Fixed`, with two loss terms and a measurement."""
+
+    @nn.compact
+    def __call__(self, tokens, positions=None, segments=None):
+        report_loss(self, "balance", jnp.float32(0.5))
+        report_loss(self, "router_z", jnp.float32(0.25))
+        report_measurement(self, "load", jnp.asarray([1.0, 3.0]), jnp.float32(4.0))
+        return Fixed(name="fixed")(tokens)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_losses_of_layers_join_in_training_only_and_measurements_always(z_loss):
+    task, plain = LanguageModelling(Reporting(), z_loss=z_loss), LanguageModelling(Fixed(), z_loss=z_loss)
+    params = task.init(jax.random.key(0))
+    own, _ = plain.loss(params["fixed"], batch(), jax.random.key(0))["loss"]
+    nats = plain.evaluate(params["fixed"], batch())["loss"][0]
+    loss = task.loss(params, batch(), jax.random.key(0))
+    # Three weighted targets: the sum grows by 3 (0.5 + 0.25), so the mean by 0.75.
+    np.testing.assert_allclose(loss["loss"], (own + 2.25, 3), rtol=1e-6)
+    np.testing.assert_allclose(loss["cross_entropy"], (nats, 3), rtol=1e-6)
+    np.testing.assert_allclose(loss["balance"], (1.5, 3), rtol=1e-6)
+    evaluation = task.evaluate(params, batch())
+    np.testing.assert_allclose(evaluation["loss"], (nats, 3), rtol=1e-6)
+    assert "balance" not in evaluation
+    for metrics in (loss, evaluation):
+        np.testing.assert_array_equal(metrics["load"][0], [1.0, 3.0])
+
+
+def test_a_layer_may_not_take_the_name_of_a_metric():
+    with pytest.raises(UserError, match="reports a loss 'accuracy'"):
+        add_reported({"loss": (1.0, 1.0), "accuracy": (1.0, 1.0)}, {"accuracy": jnp.float32(1)})
+
+
+def test_routers_stay_in_float32():
+    params = {"mlp": {"router": {"kernel": jnp.ones(1)}, "experts": {"up": {"kernel": jnp.ones(1)}}}}
+    cast = cast_floats(params, "bfloat16")["mlp"]
+    assert cast["router"]["kernel"].dtype == jnp.float32
+    assert cast["experts"]["up"]["kernel"].dtype == jnp.bfloat16
