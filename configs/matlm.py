@@ -7,6 +7,9 @@
 `paper`: the 180M-parameter language model of the authors' released code, for accelerators.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from ml_collections import ConfigDict
 
 from research.config import of
@@ -27,16 +30,24 @@ PRESETS = ("tiny", "base", "paper")
 
 
 def decoder(
-    width: int, num_layers: int, num_heads: int, hidden_dim: int, length: int, vocab_size: int = 4096, **block
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    hidden_dim: int,
+    length: int,
+    vocab_size: int = 4096,
+    mlp: Callable[..., ConfigDict] = partial(of, GatedMLP),
+    **attention,
 ) -> ConfigDict:
-    attention = of(Attention, num_heads=num_heads, head_dim=width // num_heads, rotary=of(Rotary), **block)
+    """A decoder; `mlp(hidden_dim=...)` makes the config of its FFNs, `attention` are more fields of its attention."""
+    fields = dict(num_heads=num_heads, head_dim=width // num_heads, rotary=of(Rotary)) | attention
     return of(
         DecoderLM,
         vocab_size=vocab_size,
         width=width,
         max_length=length,
         num_layers=num_layers,
-        blocks=(of(Block, attention=attention, mlp=of(GatedMLP, hidden_dim=hidden_dim)),),
+        blocks=(of(Block, attention=of(Attention, **fields), mlp=mlp(hidden_dim=hidden_dim)),),
     )
 
 

@@ -113,7 +113,8 @@ def matrices(params: PyTree) -> PyTree:
 
 
 def _rank(path: str, leaf: jax.Array) -> int:
-    return 0 if path.split("/")[-1] == "class_token" else leaf.ndim - is_stacked(path)
+    # A bias of experts is stacked, [E, features], and still not a matrix.
+    return 0 if path.split("/")[-1] in ("class_token", "bias") else leaf.ndim - is_stacked(path)
 
 
 def adamw(
