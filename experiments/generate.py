@@ -7,6 +7,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --drafter=prompt_lookup
     python -m experiments.generate --prompt='def ' --drafter=runs/medusa
     python -m experiments.generate --prompt='def ' --drafter=auto
+    python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
@@ -16,7 +17,7 @@ line that says which it is. Everything is decoded in one batch, and a prompt is 
 """
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from absl import flags
 
@@ -78,6 +79,22 @@ ACCEPTANCE = PROGRAM.define(
     "Which drafts are kept: exact changes nothing in the output; typical keeps more of them above temperature 0.",
     ["exact", "typical"],
 )
+CONTRAST = PROGRAM.define(
+    flags.DEFINE_string,
+    "contrast",
+    None,
+    "Of a mixture of experts: contrast its routing with a weak one that takes a token's 2nd (or n-th) best expert "
+    "alone, or a `random` one (SCMoE).",
+)
+CONTRAST_BETA = PROGRAM.define(
+    flags.DEFINE_float, "contrast_beta", 0.5, "How far to go away from the weak routing; 0 is not at all."
+)
+CONTRAST_ALPHA = PROGRAM.define(
+    flags.DEFINE_float,
+    "contrast_alpha",
+    0.1,
+    "Only tokens at least this times as probable as the best one are taken.",
+)
 DTYPE = PROGRAM.define(
     flags.DEFINE_enum, "dtype", "float32", "Precision of parameters and cache.", ["float32", "bfloat16"]
 )
@@ -104,6 +121,12 @@ def main(arguments: list[str]) -> None:
 
     if DRAFTER.value is None and ACCEPTANCE.value != "exact":
         raise UserError(f"--acceptance={ACCEPTANCE.value} judges drafts: it needs a --drafter")
+    if CONTRAST.value is None and (CONTRAST_BETA.present or CONTRAST_ALPHA.present):
+        raise UserError("--contrast_beta and --contrast_alpha are of --contrast, which is not there")
+    if CONTRAST.value is not None and DRAFTER.value not in (None, "prompt_lookup", "iad"):
+        raise UserError(
+            f"--drafter={DRAFTER.value} drafts for one routing, not for the contrast of two; prompt_lookup and iad do"
+        )
     workdir = WORKDIR.value
     if workdir is None and DRAFTER.value is not None:
         from research.decoding.speculative.loading import target_path
@@ -130,7 +153,20 @@ def main(arguments: list[str]) -> None:
         drafting = dict(proposer=drafter.proposer, proposer_params=drafter.params)
         if ACCEPTANCE.value == "typical":
             drafting["verifier"] = Typical()
-    generator = Generator(loaded.model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
+    model = loaded.model
+    if CONTRAST.value is not None:
+        from research.moe.scmoe import self_contrast
+
+        weak = parse_rank(CONTRAST.value)
+        model, params = self_contrast(
+            model,
+            params,
+            weak=weak,
+            beta=CONTRAST_BETA.value,
+            alpha=CONTRAST_ALPHA.value,
+            seed=SEED.value,
+        )
+    generator = Generator(model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
     stream = generator.stream(
         prompts,
         max_new_tokens=MAX_NEW_TOKENS.value,
@@ -164,6 +200,17 @@ def main(arguments: list[str]) -> None:
             f"{stats.wasted} of them wasted",
             file=sys.stderr,
         )
+
+
+def parse_rank(text: str) -> tuple[int, ...] | Literal["random"]:
+    """--contrast: a rank from 1 as the paper counts, as `with_ranks` takes it."""
+    from research.errors import UserError
+
+    if text == "random":
+        return "random"
+    if not text.isdecimal() or not int(text):
+        raise UserError(f"--contrast={text}: a rank from 1, such as 2, or random is expected")
+    return (int(text) - 1,)
 
 
 def choose_drafter(loaded: "Loaded") -> str | None:

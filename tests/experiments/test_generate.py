@@ -15,6 +15,8 @@ from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generator
 from research.decoding.sampling import Sampling
 from research.language.decoder import DecoderLM
+from research.moe.layer import MoE
+from research.moe.scmoe import self_contrast
 from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
@@ -112,3 +114,30 @@ def test_reads_standard_input(directory):
         ["import os"], max_new_tokens=3
     )
     assert run.stdout == expected.samples[0].text + "\n"
+
+
+def test_contrast_of_a_mixture(tmp_path, capsys):
+    tokenizer = Tokenizer.load()
+    block = of(
+        Block,
+        attention=of(Attention, num_heads=2, head_dim=4, rotary=of(Rotary)),
+        mlp=of(MoE, num_experts=4, k=2, hidden_dim=8),
+    )
+    config = of(
+        DecoderLM, blocks=(block,), num_layers=1, vocab_size=tokenizer.vocab_size, width=8, max_length=32
+    )
+    params = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    save_model(tmp_path / "mixture", config, params, tokenizer)
+    base = [f"--workdir={tmp_path / 'mixture'}", "--prompt=import os", "--max_new_tokens=6"]
+    assert call(*base, "--contrast=2", "--contrast_beta=0.9", "--drafter=prompt_lookup") == 0
+    model, params = self_contrast(build(config), params, weak=(1,), beta=0.9)
+    expected = Generator(model, params, tokenizer).generate(["import os"], max_new_tokens=6).samples[0].text
+    assert capsys.readouterr().out == expected + "\n"
+    for wrong, message in (
+        (["--contrast=0"], "--contrast=0: a rank from 1"),
+        (["--contrast=5"], "ranks from 0 to 3 are expected"),
+        (["--contrast_beta=1"], "are of --contrast"),
+        (["--contrast=2", "--drafter=submodel"], "prompt_lookup and iad do"),
+    ):
+        assert call(*base, *wrong) == 2
+        assert message in capsys.readouterr().err
