@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +10,14 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.interop.families import ACTIVATIONS, FAMILIES, Family, layers_of, obstacles, write_config
+from research.interop.experts import foreign_experts
+from research.interop.families import ACTIVATIONS, Family
 from research.interop.files import DTYPES, cast, check_dtype, new_directory, some, write_json, write_tensors
+from research.interop.members import candidates, layers_of, obstacles, write_config
 from research.interop.names import flatten, shapes, stored, unfuse
 from research.language.decoder import DecoderLM
+from research.moe.attention import MixtureOfAttention
+from research.moe.layer import MoE
 from research.nn import weights
 from research.nn.attention import Attention
 from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention
@@ -39,7 +44,7 @@ class Export:
         family: the `model_type`.
         dtype: of the tensors.
         parameters: stored numbers, padding included.
-        ffn_widths: hidden units of every layer of the model.
+        ffn_widths: hidden units of every layer of the model, of each expert where a layer has experts.
         padded_to: the width that narrower layers were filled up to with zeros; None where all are equal.
     """
 
@@ -105,11 +110,10 @@ def save(
     model, params = unscan_layers(model, variables["params"])
     attention = layers_of(model)[0].attention
     leaves = dict(flatten(unfuse(params, attention.num_heads, attention.kv_heads)))
-    widths = _check_leaves(leaves, model)
-    if len(set(widths)) > 1 and unequal == "refuse":
-        raise _unequal_error(widths)
-    largest = max(widths)
-    padded_to = None if len(set(widths)) == 1 else largest
+    by_ffn = _check_leaves(leaves, model)
+    largest = {kind: max(found) for kind, found in _by_kind(by_ffn).items()}
+    widths = tuple(width for ffn, width in by_ffn.items() if _kind(ffn) != "shared")
+    padded_to = _padded_to(by_ffn, unequal)
     padded = {path: _padded_shape(path, leaf.shape, largest) for path, leaf in leaves.items()}
     places = {path: stored(path, shape, family) for path, shape in padded.items()}
     sizes = {name: place.tensor_shape(padded[path]) for path, place in places.items() for name in place.names}
@@ -150,22 +154,30 @@ def _family_of(model: DecoderLM, unequal: Unequal) -> Family:
         raise UserError(f"unequal {unequal!r} is not supported; one of pad, refuse")
     if reasons := _foreign_parts(model):
         raise UserError(f"no family of transformers expresses this model: {'; '.join(reasons)}")
-    widths = tuple(block.mlp.hidden_dim for block in layers_of(model))
-    if len(set(widths)) > 1 and unequal == "refuse":
-        raise _unequal_error(widths)
-    found = {family.model_type: obstacles(family, model) for family in FAMILIES.values()}
-    nearest = min(found, key=lambda name: len(found[name]))
-    if found[nearest]:
-        raise UserError(
-            f"no family of transformers expresses this model; the nearest: {'; '.join(found[nearest])}"
-        )
-    return FAMILIES[nearest]
+    blocks = layers_of(model)
+    kinds = {type(block.mlp) for block in blocks}
+    for kind in kinds:
+        widths = tuple(block.mlp.hidden_dim for block in blocks if type(block.mlp) is kind)
+        if len(set(widths)) > 1 and (unequal == "refuse" or len(kinds) > 1):
+            raise _unequal_error(widths) if len(kinds) == 1 else _unequal_kinds(widths)
+    found = {family.model_type: (family, obstacles(family, model)) for family in candidates(model)}
+    family, reasons = min(found.values(), key=lambda pair: len(pair[1]))
+    if reasons:
+        raise UserError(f"no family of transformers expresses this model; the nearest: {'; '.join(reasons)}")
+    return family
 
 
 def _unequal_error(widths: tuple[int, ...]) -> UserError:
     return UserError(
         f"FFN widths {', '.join(map(str, widths))} differ between layers, and transformers' plain families "
         f'have one; unequal="pad" fills with zeros and keeps the logits. {_GEMMA_3N}'
+    )
+
+
+def _unequal_kinds(widths: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"FFN widths {', '.join(map(str, widths))} differ between layers of a model of dense and sparse layers; such a "
+        "model is exported with one width for its dense layers and one for its experts"
     )
 
 
@@ -195,29 +207,49 @@ def _foreign_parts(model: DecoderLM) -> list[str]:
             same("norm epsilon", part.epsilon)
             same("norm unit_offset", part.unit_offset)
 
-    norm(model.final_norm, "final norm")
+    jetmoe = any(isinstance(block.attention, MixtureOfAttention) for block in layers_of(model))
+    if (
+        kind(model.final_norm, (RMSNorm,), "final norm") and not jetmoe
+    ):  # whose last norm may have its own epsilon
+        norm(model.final_norm, "final norm")
     for block in layers_of(model):
         if not kind(block, (Block,), "block"):
             continue
         norm(block.norm, "norm")
         same("post_norms", block.post_norms)
-        if kind(block.mlp, (GatedMLP,), "FFN"):
+        if kind(block.mlp, (GatedMLP, MoE), "FFN"):
             same("FFN activation", block.mlp.activation)
             same("FFN use_bias", block.mlp.use_bias)
             if block.mlp.activation not in ACTIVATIONS.values():
                 found.append(f"the activation {block.mlp.activation} has no name in transformers")
+        if isinstance(block.mlp, MoE):
+            found += [
+                f"{what}, and families have {instead}" for what, instead in foreign_experts(block.mlp).items()
+            ]
+            for name in ("num_experts", "k", "norm", "output_bias"):
+                same(f"MoE {name}", getattr(block.mlp, name))
+            same("presence of a shared expert", block.mlp.shared is not None)
         attention = block.attention
-        if not kind(attention, (Attention,), "attention"):
+        if not kind(attention, (Attention, MixtureOfAttention), "attention"):
             continue
         kind(attention.kernel, (AutoAttention, DenseAttention, BlockedAttention), "attention kernel")
-        for name in ("num_heads", "kv_heads", "head_dim", "scale", "softcap", "use_bias", "output_bias"):
+        names = ("num_heads", "kv_heads", "head_dim", "scale", "output_bias")
+        if isinstance(attention, MixtureOfAttention):
+            names += ("num_experts", "k", "norm")
+            if attention.capacity_factor is not None:
+                found.append("attention experts have a capacity, and families drop nothing")
+        else:
+            names += ("softcap", "use_bias")
+            same(
+                "presence of query_norm and key_norm",
+                (attention.query_norm is None, attention.key_norm is None),
+            )
+            for part in (attention.query_norm, attention.key_norm):
+                if part is not None:
+                    norm(part, "query or key norm")
+                    same("query and key norm axes", part.axes)
+        for name in names:
             same(f"attention {name}", getattr(attention, name))
-        same(
-            "presence of query_norm and key_norm", (attention.query_norm is None, attention.key_norm is None)
-        )
-        for part in (attention.query_norm, attention.key_norm):
-            if part is not None:
-                norm(part, "query or key norm")
         if kind(attention.rotary, (Rotary,), "rotary embedding") and attention.rotary.scaling is not None:
             kind(attention.rotary.scaling, (LinearScaling, Llama3Scaling, YarnScaling), "rotary scaling")
         if kind(attention.rule, (Causal, Window), "mask rule") and isinstance(attention.rule, Window):
@@ -237,18 +269,50 @@ def _foreign_parts(model: DecoderLM) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _check_leaves(leaves: dict[str, Any], model: DecoderLM) -> tuple[int, ...]:
-    """The FFN width of every layer, from the arrays; all other shapes must be those of the model."""
+_FFN = re.compile(r"(layer_\d+/mlp(?:/experts|/shared)?)/(?:gate|up|down)/(?:kernel|bias)")
+
+
+def _ffn(path: str) -> str | None:
+    """The FFN that a parameter is of, `layer_0/mlp/experts` for those of experts; None if it has no hidden units."""
+    match = _FFN.fullmatch(path)
+    return match and match[1]
+
+
+def _kind(ffn: str) -> str:
+    """mlp, experts or shared."""
+    return ffn.rsplit("/", 1)[1]
+
+
+def _by_kind(by_ffn: dict[str, int]) -> dict[str, list[int]]:
+    kinds: dict[str, list[int]] = {}
+    for ffn, width in by_ffn.items():
+        kinds.setdefault(_kind(ffn), []).append(width)
+    return kinds
+
+
+def _padded_to(by_ffn: dict[str, int], unequal: Unequal) -> int | None:
+    """The width that narrower FFNs are filled up to; None where all are equal."""
+    by_kind = _by_kind(by_ffn)
+    uneven = {kind: widths for kind, widths in by_kind.items() if len(set(widths)) > 1}
+    if uneven and {"mlp", "experts"} <= by_kind.keys():
+        raise _unequal_kinds(tuple(next(iter(uneven.values()))))
+    if uneven and unequal == "refuse":
+        raise _unequal_error(tuple(next(iter(uneven.values()))))
+    return max(by_kind["experts" if "experts" in by_kind else "mlp"]) if uneven else None
+
+
+def _check_leaves(leaves: dict[str, Any], model: DecoderLM) -> dict[str, int]:
+    """The width of every FFN, from the arrays; all other shapes must be those of the model."""
     expected = shapes(model)
     if differing := sorted(expected.keys() ^ leaves.keys()):
         absent = [path for path in differing if path in expected]
         kind, names = ("missing", absent) if absent else ("unexpected", differing)
         raise UserError(f"the parameters don't fit the model: {kind} {some(names)}")
-    widths = tuple(leaves[f"layer_{i}/mlp/down/kernel"].shape[0] for i in range(model.num_layers))
+    by_layer = sorted(expected, key=lambda path: [int(part) for part in re.findall(r"layer_(\d+)", path)])
+    ffns = dict.fromkeys(ffn for path in by_layer if (ffn := _ffn(path)) is not None)
+    widths = {ffn: leaves[f"{ffn}/down/kernel"].shape[-2] for ffn in ffns}
     for path, shape in expected.items():
-        if "/mlp/" in path:
-            width = widths[int(path.split("/")[0].removeprefix("layer_"))]
-            shape = tuple(width if axis == _hidden_axis(path) else size for axis, size in enumerate(shape))
+        shape = _with_width(path, shape, widths.get(_ffn(path), 0))
         if tuple(leaves[path].shape) != shape:
             raise UserError(
                 f"the parameters don't fit the model: {path} is {list(leaves[path].shape)}, not {list(shape)}"
@@ -256,18 +320,17 @@ def _check_leaves(leaves: dict[str, Any], model: DecoderLM) -> tuple[int, ...]:
     return widths
 
 
-def _hidden_axis(path: str) -> int | None:
-    """Which axis of an FFN parameter counts its hidden units; None for the output bias."""
-    module, leaf = path.split("/")[-2:]
-    if module == "down":
-        return 0 if leaf == "kernel" else None
-    return 1 if leaf == "kernel" else 0
-
-
-def _padded_shape(path: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
-    if "/mlp/" not in path:
+def _with_width(path: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """The shape of a parameter in an FFN of `width` hidden units; that of any other as it is."""
+    if _ffn(path) is None or path.endswith("down/bias"):
         return tuple(shape)
-    return tuple(width if axis == _hidden_axis(path) else size for axis, size in enumerate(shape))
+    axis = len(shape) - (2 if path.endswith("down/kernel") else 1)
+    return tuple(width if i == axis else size for i, size in enumerate(shape))
+
+
+def _padded_shape(path: str, shape: tuple[int, ...], largest: dict[str, int]) -> tuple[int, ...]:
+    ffn = _ffn(path)
+    return tuple(shape) if ffn is None else _with_width(path, shape, largest[_kind(ffn)])
 
 
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

@@ -1,22 +1,23 @@
-"""The text families of transformers as configurations of DecoderLM, both ways.
+"""The text families of transformers as configurations of DecoderLM.
 
-A `Family` says what its `config.json` can express: `read_config` builds the DecoderLM, `obstacles` lists why
-a DecoderLM is not a member, `write_config` is the way back. Entries that transformers does not read for a
+A `Family` says what its `config.json` can express and `read_config` builds the DecoderLM; `research.interop.members` is
+the way back. Entries that transformers does not read for a
 family are ignored, as there; entries that change what is computed are honoured or refused.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from research.errors import UserError, nearest
+from research.interop import experts as sparse
 from research.interop.experts import Experts
 from research.interop.fields import Fields
-from research.interop.rope import read_rotary, write_scaling
+from research.interop.rope import read_rotary
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
-from research.nn.masks import Causal, MaskRule, Window
+from research.nn.masks import Causal, Window
 from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
@@ -49,8 +50,8 @@ _DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": False,
     "use_bidirectional_attention": False,
-    "use_sliding_window": False,
 }
+_WINDOW_SWITCH = {"use_sliding_window": False, "max_window_layers": 28}
 _GEMMA_DEFAULTS = {
     "head_dim": 256,
     "hidden_activation": "gelu_pytorch_tanh",
@@ -59,20 +60,26 @@ _GEMMA_DEFAULTS = {
 }
 
 
+_QWEN_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What one `model_type` can express.
 
     Args:
         model_type, architecture: the names in `config.json`.
-        windows: no window, one window for all layers, or for the layers named in `layer_types`.
-        bias: biases of the attention: none, of query, key and value, or of all four projections or none.
+        windows: no window, one window for all layers (if `use_sliding_window` where that is an entry), or for the
+            layers named in `layer_types`.
+        bias: biases of the attention: none; of query, key and value ("qkv_bias": if that entry says so); or of all
+            four projections or none.
         mlp_bias: whether the FFN may have biases.
-        query_key_norm: whether queries and keys are normalised.
+        query_key_norm: whether queries and keys are normalised, each head or all heads together.
         gemma: norms around both branches with scales stored minus one, embeddings times sqrt(width), a free
             scale of the scores.
         attention_softcap, logit_softcap: which soft caps may be set.
         local_rope: windowed layers have a rotary base of their own.
+        base: of the rotary embedding where no entry gives one.
         experts: how its experts are described, None where FFNs are dense.
         defaults: of entries that may be absent.
     """
@@ -80,20 +87,28 @@ class Family:
     model_type: str
     architecture: str
     windows: Literal["none", "all", "some"]
-    bias: Literal["none", "qkv", "all"]
+    bias: Literal["none", "qkv", "qkv_bias", "all"]
     mlp_bias: bool = False
-    query_key_norm: bool = False
+    query_key_norm: Literal[None, "head", "heads"] = None
     gemma: bool = False
     attention_softcap: bool = False
     logit_softcap: bool = False
     local_rope: bool = False
+    base: float = 10_000.0
     experts: Experts | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def activation(self) -> str:
         """The entry that names the activation."""
+        if self.experts is not None and self.experts.attention:
+            return "activation_function"
         return "hidden_activation" if self.gemma else "hidden_act"
+
+    @property
+    def window_switch(self) -> bool:
+        """Whether `use_sliding_window` must be true for windows."""
+        return "use_sliding_window" in self.defaults
 
 
 FAMILIES = {
@@ -101,14 +116,14 @@ FAMILIES = {
     for family in (
         Family("llama", "LlamaForCausalLM", windows="none", bias="all", mlp_bias=True),
         Family("mistral", "MistralForCausalLM", windows="all", bias="none"),
-        Family("qwen2", "Qwen2ForCausalLM", windows="some", bias="qkv", defaults={"max_window_layers": 28}),
+        Family("qwen2", "Qwen2ForCausalLM", windows="some", bias="qkv", defaults=_WINDOW_SWITCH),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             windows="some",
             bias="all",
-            query_key_norm=True,
-            defaults={"head_dim": 128, "max_window_layers": 28},
+            query_key_norm="head",
+            defaults={"head_dim": 128, **_WINDOW_SWITCH},
         ),
         Family(
             "gemma2",
@@ -125,11 +140,87 @@ FAMILIES = {
             "Gemma3ForCausalLM",
             windows="some",
             bias="all",
-            query_key_norm=True,
+            query_key_norm="head",
             gemma=True,
             logit_softcap=True,
             local_rope=True,
             defaults={**_GEMMA_DEFAULTS, "sliding_window_pattern": 6},
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            windows="all",
+            bias="none",
+            experts=sparse.MIXTRAL,
+            base=1_000_000.0,
+            defaults={
+                "num_experts_per_tok": 2,
+                "num_key_value_heads": 8,
+                "num_local_experts": 8,
+                "rms_norm_eps": 1e-5,
+                "sliding_window": None,
+            },
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            windows="some",
+            bias="qkv_bias",
+            experts=sparse.QWEN2,
+            defaults={
+                **_WINDOW_SWITCH,
+                **_QWEN_EXPERTS,
+                "moe_intermediate_size": 1408,
+                "num_experts": 60,
+                "num_experts_per_tok": 4,
+                "qkv_bias": True,
+                "shared_expert_intermediate_size": 5632,
+            },
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            windows="all",
+            bias="all",
+            query_key_norm="head",
+            experts=sparse.QWEN3,
+            defaults={
+                **_WINDOW_SWITCH,
+                **_QWEN_EXPERTS,
+                "moe_intermediate_size": 768,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+            },
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            windows="none",
+            bias="all",
+            query_key_norm="heads",
+            experts=sparse.OLMOE,
+            defaults={
+                "clip_qkv": None,
+                "norm_topk_prob": False,
+                "num_experts": 64,
+                "num_experts_per_tok": 8,
+                "rms_norm_eps": 1e-5,
+            },
+        ),
+        Family(
+            "jetmoe",
+            "JetMoeForCausalLM",
+            windows="none",
+            bias="none",
+            experts=sparse.JETMOE,
+            defaults={
+                "activation_function": "silu",
+                "kv_channels": 128,
+                "num_experts_per_tok": 2,
+                "num_key_value_heads": 16,
+                "num_local_experts": 8,
+                "tie_word_embeddings": True,
+            },
         ),
     )
 }
@@ -166,57 +257,99 @@ def read_config(entries: Mapping[str, Any], where: str) -> tuple[Family, Decoder
     family = family_of(entries, where)
     config = Fields(entries, where, {**_DEFAULTS, **family.defaults})
     _refuse_unsupported(config, family)
-    width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    width, epsilon = config.integer("hidden_size"), config.number("rms_norm_eps")
+    types = _layer_types(config, family)
+    experts = family.experts
+    sparse_layers = [False] * len(types)
+    if experts is not None:
+        sparse_layers = sparse.sparse_layers(config, experts, len(types))
+    if experts is not None and experts.attention:
+        rotary = read_rotary(config, None, family.base)
+        make = functools.partial(_jetmoe_block, config, family, rotary)
+    else:
+        make = functools.partial(_block, config, family, width, epsilon, _window(config, types))
+    layers = list(zip(types, sparse_layers, strict=True))
+    period = next(
+        p for p in range(1, len(layers) + 1) if all(t == layers[i % p] for i, t in enumerate(layers))
+    )
+    return family, DecoderLM(
+        blocks=tuple(make(layer_type, sparse_layer) for layer_type, sparse_layer in layers[:period]),
+        num_layers=len(layers),
+        vocab_size=config.integer("vocab_size"),
+        width=width,
+        max_length=config.integer("max_position_embeddings"),
+        final_norm=RMSNorm(epsilon, unit_offset=family.gemma),
+        tied_head=config.boolean("tie_word_embeddings"),
+        embedding_multiplier=width**0.5 if family.gemma else 1.0,
+        logit_softcap=config.optional_number("final_logit_softcapping") if family.logit_softcap else None,
+    )
+
+
+def _window(config: Fields, types: list[str]) -> int | None:
+    if SLIDING not in types:
+        return None
+    window = config.optional_integer("sliding_window")
+    if window is None:
+        raise config.refuse("sliding_window", None, "a whole number, as some layers are windowed")
+    return window
+
+
+def _block(
+    config: Fields,
+    family: Family,
+    width: int,
+    epsilon: float,
+    window: int | None,
+    layer_type: str,
+    experts: bool,
+) -> Block:
+    heads = config.integer("num_attention_heads")
     kv_heads = config.optional_integer("num_key_value_heads") or heads
     if heads % kv_heads:
         raise config.refuse("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, {heads}")
     head_dim = config.optional_integer("head_dim") or width // heads
     if head_dim < 2 or head_dim % 2:
         raise config.refuse("head_dim", head_dim, "an even number")
-    epsilon = config.number("rms_norm_eps")
-    types = _layer_types(config, family)
-    window = config.optional_integer("sliding_window") if SLIDING in types else None
-    if SLIDING in types and window is None:
-        raise config.refuse("sliding_window", None, "a whole number, as some layers are windowed")
+    if family.query_key_norm == "heads" and head_dim * heads != width:
+        raise config.refuse("head_dim", head_dim, f"hidden_size / num_attention_heads, {width / heads:g}")
 
-    def norm() -> RMSNorm:
-        return RMSNorm(epsilon, unit_offset=family.gemma)
+    def norm(axes: int = 1) -> RMSNorm:
+        return RMSNorm(epsilon, unit_offset=family.gemma, axes=axes)
 
-    def block(layer_type: str) -> Block:
-        rope_key = layer_type if family.local_rope else None
-        base = 10_000.0 if not family.local_rope or layer_type == SLIDING else 1_000_000.0
-        attention = Attention(
-            num_heads=heads,
-            head_dim=head_dim,
-            num_kv_heads=kv_heads,
-            rule=Window(window) if layer_type == SLIDING else Causal(),
-            rotary=read_rotary(config, rope_key, base),
-            query_norm=norm() if family.query_key_norm else None,
-            key_norm=norm() if family.query_key_norm else None,
-            scale=config.number("query_pre_attn_scalar") ** -0.5 if family.gemma else None,
-            softcap=config.optional_number("attn_logit_softcapping") if family.attention_softcap else None,
-            use_bias=family.bias == "qkv" or (family.bias == "all" and config.boolean("attention_bias")),
-            output_bias=family.bias == "all" and config.boolean("attention_bias"),
-        )
+    axes = {None: 0, "head": 1, "heads": 2}[family.query_key_norm]
+    own_base = not family.local_rope or layer_type == SLIDING
+    everywhere = family.bias == "all" and config.boolean("attention_bias")
+    inner = family.bias == "qkv" or (family.bias == "qkv_bias" and config.boolean("qkv_bias"))
+    attention = Attention(
+        num_heads=heads,
+        head_dim=head_dim,
+        num_kv_heads=kv_heads,
+        rule=Window(window) if layer_type == SLIDING else Causal(),
+        rotary=read_rotary(
+            config, layer_type if family.local_rope else None, family.base if own_base else 1_000_000.0
+        ),
+        query_norm=norm(axes) if axes else None,
+        key_norm=norm(axes) if axes else None,
+        scale=config.number("query_pre_attn_scalar") ** -0.5 if family.gemma else None,
+        softcap=config.optional_number("attn_logit_softcapping") if family.attention_softcap else None,
+        use_bias=inner or everywhere,
+        output_bias=everywhere,
+    )
+    activation = config.choice(family.activation, ACTIVATIONS)
+    if experts:
+        mlp = sparse.read_moe(config, family.experts, activation)
+    else:
         mlp = GatedMLP(
             hidden_dim=config.integer("intermediate_size"),
-            activation=config.choice(family.activation, ACTIVATIONS),
+            activation=activation,
             use_bias=family.mlp_bias and config.boolean("mlp_bias"),
         )
-        return Block(attention, mlp, norm(), post_norms=family.gemma)
+    return Block(attention, mlp, norm(), post_norms=family.gemma)
 
-    period = next(p for p in range(1, len(types) + 1) if all(t == types[i % p] for i, t in enumerate(types)))
-    return family, DecoderLM(
-        blocks=tuple(block(layer_type) for layer_type in types[:period]),
-        num_layers=len(types),
-        vocab_size=config.integer("vocab_size"),
-        width=width,
-        max_length=config.integer("max_position_embeddings"),
-        final_norm=norm(),
-        tied_head=config.boolean("tie_word_embeddings"),
-        embedding_multiplier=width**0.5 if family.gemma else 1.0,
-        logit_softcap=config.optional_number("final_logit_softcapping") if family.logit_softcap else None,
-    )
+
+def _jetmoe_block(config: Fields, family: Family, rotary: Rotary, layer_type: str, experts: bool) -> Block:
+    activation = config.choice(family.activation, ACTIVATIONS)
+    return sparse.read_jetmoe_block(config, family.experts, activation, rotary)
 
 
 def _refuse_unsupported(config: Fields, family: Family) -> None:
@@ -229,6 +362,10 @@ def _refuse_unsupported(config: Fields, family: Family) -> None:
             raise UserError(f"{config.where}: {name} is set: {reason}")
     if family.gemma and config.raw("use_bidirectional_attention"):
         raise config.refuse("use_bidirectional_attention", True, "false: the decoder is causal")
+    if "clip_qkv" in family.defaults and config.raw("clip_qkv") is not None:
+        raise config.refuse(
+            "clip_qkv", config.raw("clip_qkv"), "null: queries, keys and values are not clipped"
+        )
     if family.gemma and not family.attention_softcap and config.raw("attn_logit_softcapping") is not None:
         raise UserError(
             f"{config.where}: attn_logit_softcapping is set, which {family.model_type} doesn't compute"
@@ -244,13 +381,14 @@ def _layer_types(config: Fields, family: Family) -> list[str]:
     if unknown:
         raise config.refuse("layer_types", unknown[0], f"{FULL}, {SLIDING}")
     if family.windows == "some":
-        windowed = config.boolean("use_sliding_window") if not family.gemma else True
+        windowed = config.boolean("use_sliding_window") if family.window_switch else True
         if given is not None and (windowed or SLIDING not in given):
             return given
         if given is not None:
             raise config.refuse("use_sliding_window", False, "true, as layer_types has windowed layers")
         return [SLIDING if windowed and _slides(config, family, i) else FULL for i in range(count)]
     windowed = family.windows == "all" and config.raw("sliding_window") is not None
+    windowed = windowed and (not family.window_switch or config.boolean("use_sliding_window"))
     types = [SLIDING if windowed else FULL] * count
     if given is not None and given != types:
         raise UserError(
@@ -268,131 +406,6 @@ def _slides(config: Fields, family: Family, layer: int) -> bool:
     first = config.raw("max_window_layers")
     if not isinstance(first, int) or isinstance(first, bool):
         raise config.refuse("max_window_layers", first, "a whole number")
+    if family.model_type == "qwen2_moe":  # as transformers computes it: other layers than in qwen2
+        return layer % 2 == 0 and layer < first
     return layer >= first
-
-
-# Writing
-
-
-def layers_of(model: DecoderLM) -> list[Block]:
-    """The block of every layer."""
-    return [model.blocks[i % len(model.blocks)] for i in range(model.num_layers)]
-
-
-def _scalar(attention: Attention) -> int | None:
-    """Gemma's `query_pre_attn_scalar`: the whole number whose inverse root is the scale, or None."""
-    scale = attention.head_dim**-0.5 if attention.scale is None else attention.scale
-    scalar = round(scale**-2) if 0 < scale < math.inf else 0
-    return scalar if scalar and scalar**-0.5 == scale else None
-
-
-def _layer_type(rule: MaskRule) -> str:
-    return SLIDING if isinstance(rule, Window) else FULL
-
-
-def obstacles(family: Family, model: DecoderLM) -> list[str]:
-    """Why `model`, made of the standard parts, is not a member of the family; empty if it is."""
-    name, blocks = family.model_type, layers_of(model)
-    first = blocks[0].attention
-    found = []
-
-    def need(holds: bool, reason: str) -> None:
-        if not holds:
-            found.append(f"{name} {reason}")
-
-    types = {_layer_type(block.attention.rule) for block in blocks}
-    windowed = SLIDING in types
-    need(family.windows != "none" or not windowed, "has no windowed layers")
-    need(family.windows != "all" or len(types) == 1, "has windowed layers everywhere or nowhere")
-    if family.bias == "none":
-        need(not first.use_bias and not first.output_bias, "has no attention biases")
-    elif family.bias == "qkv":
-        need(
-            first.use_bias and not first.output_bias,
-            "has biases on query, key and value and none on the output",
-        )
-    else:
-        need(first.use_bias == first.output_bias, "has biases on all four attention projections or on none")
-    need(family.mlp_bias or not blocks[0].mlp.use_bias, "has no FFN biases")
-    need(
-        family.query_key_norm == (first.query_norm is not None),
-        _has(family.query_key_norm, "query and key norms"),
-    )
-    need(
-        family.gemma == blocks[0].norm.unit_offset,
-        _has(family.gemma, "norm scales stored minus one (unit_offset)"),
-    )
-    need(family.gemma == blocks[0].post_norms, _has(family.gemma, "norms after both branches (post_norms)"))
-    multiplier = model.width**0.5 if family.gemma else 1.0
-    need(model.embedding_multiplier == multiplier, f"multiplies embeddings by {multiplier:.6g}")
-    if family.gemma:
-        need(_scalar(first) is not None, "scales scores by the inverse root of a whole number")
-    else:
-        need(first.scale in (None, first.head_dim**-0.5), "scales scores by the inverse root of head_dim")
-    need(family.attention_softcap or first.softcap is None, "has no soft cap of the scores")
-    need(family.logit_softcap or model.logit_softcap is None, "has no soft cap of the logits")
-    if name == "llama" or family.gemma:
-        need(model.width % first.num_heads == 0, "needs a width that is a multiple of num_heads")
-    ropes = _ropes(blocks)
-    if family.local_rope:
-        need(
-            SLIDING not in ropes or ropes[SLIDING].scaling is None,
-            "doesn't scale the positions of windowed layers",
-        )
-        truncated = getattr(ropes[FULL].scaling, "truncate", True) if FULL in ropes else True
-        need(truncated, "has no truncate=False in YaRN")
-    else:
-        need(len(set(ropes.values())) == 1, "has one rotary embedding for all layers")
-    return found
-
-
-def _has(wanted: bool, what: str) -> str:
-    return f"has {what}" if wanted else f"has no {what}"
-
-
-def _ropes(blocks: list[Block]) -> dict[str, Rotary]:
-    return {_layer_type(block.attention.rule): block.attention.rotary for block in blocks}
-
-
-def write_config(family: Family, model: DecoderLM, hidden_dim: int) -> dict[str, Any]:
-    """The entries of `config.json` that say what is computed; the model must be a member of the family."""
-    blocks = layers_of(model)
-    attention, mlp = blocks[0].attention, blocks[0].mlp
-    ropes = _ropes(blocks)
-    whole = ropes.get(FULL) or ropes[SLIDING]
-    config: dict[str, Any] = {
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.width,
-        "intermediate_size": hidden_dim,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.kv_heads,
-        "head_dim": attention.head_dim,
-        "max_position_embeddings": model.max_length,
-        "rms_norm_eps": blocks[0].norm.epsilon,
-        "tie_word_embeddings": model.tied_head,
-        "rope_theta": whole.base,
-        "rope_scaling": write_scaling(whole),
-        family.activation: next(theirs for theirs, ours in ACTIVATIONS.items() if ours == mlp.activation),
-    }
-    types = [_layer_type(block.attention.rule) for block in blocks]
-    sizes = [block.attention.rule.size for block in blocks if isinstance(block.attention.rule, Window)]
-    if family.windows != "none":
-        config["sliding_window"] = sizes[0] if sizes else None
-    if family.windows == "some":
-        config["layer_types"] = types
-        if not family.gemma:
-            config["use_sliding_window"] = bool(sizes)
-    if family.bias == "all":
-        config["attention_bias"] = attention.use_bias
-    if family.mlp_bias:
-        config["mlp_bias"] = mlp.use_bias
-    if family.gemma:
-        config["query_pre_attn_scalar"] = _scalar(attention)
-        config["final_logit_softcapping"] = model.logit_softcap
-        config["attn_logit_softcapping"] = attention.softcap
-    if family.local_rope:
-        config["rope_local_base_freq"] = ropes[SLIDING].base if SLIDING in ropes else 10_000.0
-    return config

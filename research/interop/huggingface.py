@@ -3,10 +3,12 @@
     model, variables, tokenizer = load("Qwen3-0.6B")
     report = save(model, variables, "exported", tokenizer=tokenizer, dtype="bfloat16")
 
-Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), from the `config.json` of transformers 4 or 5.
+Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), Mixtral, Qwen 2 and 3 MoE, OLMoE and JetMoE, from the
+`config.json` of transformers 4 or 5.
 `expressible(model)` tells before training whether a model can be saved, and as what.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
+from research.interop.experts import as_stored, check_number
 from research.interop.export import Export, expressible, save
 from research.interop.families import FAMILIES, Family, read_config
 from research.interop.fields import Fields, read_json
 from research.interop.files import TensorFiles, cast, check_dtype, some
-from research.interop.names import Stored, layer_count, shapes, stored
+from research.interop.names import Stored, expert_count, layer_count, shapes, stored
 from research.language.decoder import DecoderLM
 from research.training.paths import nested
 
@@ -61,12 +64,18 @@ def load(
         depth = layer_count(files.names)
         # Before the model is made: a depth that no file backs would take for ever.
         if isinstance(entries.get("model_type"), str) and entries["model_type"] in FAMILIES:
-            wanted = Fields(entries, str(config_path)).integer("num_hidden_layers")
+            family = FAMILIES[entries["model_type"]]
+            config = Fields(entries, str(config_path), family.defaults)
+            wanted = config.integer("num_hidden_layers")
             if wanted != depth:
                 raise UserError(
                     f"{config_path}: num_hidden_layers is {wanted}, but the tensors are of {depth} layers"
                 )
+            if family.experts is not None:
+                check_number(config, family.experts, expert_count(files.names))
         family, model = read_config(entries, str(config_path))
+        if family.experts is not None:
+            family = dataclasses.replace(family, experts=as_stored(family.experts, files.names))
         params = _read_params(files, family, model, dtype)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     return model, {"params": params}, tokenizer

@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 from research.data.tokenizer import Tokenizer
 from research.elastic.slicing import ElasticSpec, slice_model, slice_params
 from research.errors import UserError
-from research.interop.export import expressible, layers_of, save
-from research.interop.families import FAMILIES, read_config, write_config
+from research.interop.export import expressible, save
+from research.interop.families import FAMILIES, read_config
 from research.interop.huggingface import load
+from research.interop.members import layers_of, write_config
 from research.language.decoder import DecoderLM
 from research.nn.masks import Full, Prefix, Window
 from research.nn.mlp import MLP, GatedMLP
@@ -43,7 +44,7 @@ UP = "model.layers.{}.mlp.up_proj.weight"
 def test_written_config_is_read_back(model_of, model_type, options):
     model = model_of(model_type, **options)
     assert expressible(model) == model_type
-    entries = json.loads(json.dumps(write_config(FAMILIES[model_type], model, 12)))
+    entries = json.loads(json.dumps(write_config(FAMILIES[model_type], model, {"mlp": 12})))
     assert read_config(entries, "config.json") == (FAMILIES[model_type], model)
     if model.num_layers % len(model.blocks) == 0:
         assert expressible(model.clone(scan_layers=True)) == model_type
