@@ -103,7 +103,9 @@ def selection_dispatch(routing: Routing, taken: jax.Array, slots: int) -> Capaci
     """
     batch, length, count = taken.shape
     tokens, k = routing.index.shape
-    order = jnp.sort(jnp.where(taken, jnp.arange(length)[None, :, None], length), axis=1)[:, :slots]  # [B, S, n]
+    order = jnp.sort(jnp.where(taken, jnp.arange(length)[None, :, None], length), axis=1)[
+        :, :slots
+    ]  # [B, S, n]
     token = jnp.where(order < length, order + _rows(batch) * length, tokens)
     token = token.transpose(2, 0, 1).reshape(count, -1)  # [n, B S]
     choices = jnp.take(routing.index, token, axis=0, mode="fill", fill_value=count)  # [n, B S, k]
@@ -134,7 +136,9 @@ def token_of_slot(dispatch: CapacityDispatch) -> jax.Array:
 def drop_gates(routing: Routing, taken: jax.Array) -> Routing:
     """The same routing with gates of 0 where an expert did not take the token."""
     flat = taken.reshape(-1, taken.shape[-1])
-    return routing.replace(gate=jnp.where(jnp.take_along_axis(flat, routing.index, axis=1), routing.gate, 0.0))
+    return routing.replace(
+        gate=jnp.where(jnp.take_along_axis(flat, routing.index, axis=1), routing.gate, 0.0)
+    )
 
 
 def gate_of_expert(routing: Routing) -> jax.Array:
