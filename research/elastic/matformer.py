@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from research.elastic.slicing import (
     ElasticSpec,
+    down_kernel,
     mlp_widths,
     nested_widths,
     slice_mlp,
@@ -151,7 +152,7 @@ def nest(params: PyTree, divisor: int) -> PyTree:
         return params
 
     def cut(layer: dict) -> dict:
-        return {**layer, "mlp": slice_mlp(layer["mlp"], layer["mlp"]["down"]["kernel"].shape[-2] // divisor)}
+        return {**layer, "mlp": slice_mlp(layer["mlp"], down_kernel(layer["mlp"]).shape[-2] // divisor)}
 
     if "layers" in params:
         return {**params, "layers": {name: cut(layer) for name, layer in params["layers"].items()}}

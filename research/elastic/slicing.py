@@ -41,8 +41,11 @@ def nested_widths(hidden_dim: int, divisors: Sequence[int] = (8, 4, 2, 1)) -> tu
 def slice_mlp(params: dict, width: int) -> dict:
     """The first `width` hidden units of one FFN: columns of up and gate with their biases, rows of down.
 
-    Also takes stacked kernels [layers, in, out]. The output bias is shared by all widths and never sliced.
+    Also takes stacked kernels [layers, in, out]. The output bias is shared by all widths and never sliced. Of a mixture
+    of experts every expert is cut; an expert that all tokens share keeps its units, and the router is untouched.
     """
+    if "experts" in params:
+        return {**params, "experts": slice_mlp(params["experts"], width)}
     if "gate_up" in params:
         raise UserError("this FFN is fused for decoding (gate_up): slice it before `fuse_projections`")
     hidden_dim = params["down"]["kernel"].shape[-2]
@@ -56,6 +59,11 @@ def slice_mlp(params: dict, width: int) -> dict:
                 sliced[name]["bias"] = params[name]["bias"][..., :width]
     sliced["down"] = {**params["down"], "kernel": weights.narrow(params["down"]["kernel"], inputs=width)}
     return sliced
+
+
+def down_kernel(params: dict) -> weights.Kernel:
+    """The kernel [..., hidden, out] of an FFN or of its experts."""
+    return params.get("experts", params)["down"]["kernel"]
 
 
 def mlp_widths(model: LayerStack) -> tuple[int, ...]:
@@ -74,7 +82,7 @@ def slice_params(params: dict, spec: ElasticSpec) -> dict:
     `unscan_params` for more.
     """
     if "layers" in params:
-        count = sum(layer["mlp"]["down"]["kernel"].shape[0] for layer in params["layers"].values())
+        count = sum(down_kernel(layer["mlp"]).shape[0] for layer in params["layers"].values())
         if len(set(spec.widths)) > 1 or list(spec.keep_layers) != list(range(count)):
             raise UserError(
                 "scanned layers are sliced to one width and all kept; unscan_params the tree first"

@@ -14,12 +14,15 @@ from research.elastic.slicing import (
     slice_params,
 )
 from research.errors import UserError
-from research.nn.attention import Attention
+from research.moe.layer import MoE
+from research.nn.attention import Attention, Context
 from research.nn.fuse import fuse_projections
 from research.nn.masks import Causal, Window
 from research.nn.mlp import ACTIVATIONS, MLP, GatedMLP
 from research.nn.transformer import scan_params
 from research.nn.weights import LowRank, materialize
+
+KEY = jax.random.key(0)
 
 
 def shapes(tree):
@@ -79,6 +82,29 @@ def test_empty_skip_list_and_full_widths_are_the_identity(nested):
         same = slice_params(params, spec)
         assert jax.tree.structure(same) == jax.tree.structure(params)
         jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_every_expert_is_cut():
+    """Experts of 5 units give what experts of 8 do whose down kernels have zeros from row 5 on: sums of the same
+    numbers and of zeros. Router, bias and the shared FFN stay."""
+    layer = MoE(3, 2, 8, use_bias=True, shared=GatedMLP(4), output_bias=True)
+    x, places = jax.random.normal(KEY, (1, 4, 6)), Context(jnp.arange(4)[None])
+    params = jax.jit(layer.init)(KEY, x, places)["params"]
+    cut = slice_mlp(params, 5)
+    assert shapes(cut["experts"])["up"] == {"kernel": (3, 6, 5), "bias": (3, 5)}
+    assert shapes(cut["experts"])["down"] == {"kernel": (3, 5, 6), "bias": (3, 6)}
+    kept = {name: leaf for name, leaf in params.items() if name != "experts"}
+    jax.tree.map(np.testing.assert_array_equal, {name: cut[name] for name in kept}, kept)
+    masked = params["experts"]["down"]["kernel"].at[:, 5:].set(0.0)
+    masked = {
+        **params,
+        "experts": {**params["experts"], "down": {**cut["experts"]["down"], "kernel": masked}},
+    }
+    outputs = [
+        jax.jit(module.apply)({"params": tree}, x, places)
+        for module, tree in ((layer, masked), (layer.clone(hidden_dim=5), cut))
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

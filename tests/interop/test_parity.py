@@ -101,8 +101,82 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+CASES |= {
+    "mixtral_window": ("mixtral", {"num_local_experts": 4, "sliding_window": 7, "tie_word_embeddings": True}),
+    "mixtral_one_of_three": (
+        "mixtral",
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "hidden_act": "gelu"},
+    ),
+    "qwen2_moe_mixed": (  # layer 1 is dense, layers 0 and 2 have windows
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 4,
+            "mlp_only_layers": [1],
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
+    ),
+    "qwen2_moe_renormalised": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "qwen3_moe_yarn": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "qwen3_moe_window": (
+        "qwen3_moe",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "olmoe": (
+        "olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": None, "eos_token_id": None},
+    ),
+    "jetmoe": ("jetmoe", {"num_local_experts": 5, "kv_channels": 12, "rms_norm_eps": 1e-4}),
+}
 # One of each family for the slower tests: the others add no mechanism that a cache or a cut could touch.
-FAMILIES = ["llama3_rope_biases", "mistral_window", "qwen2_windows", "qwen3_yarn", "gemma2", "gemma3"]
+SPARSE = ["mixtral_window", "qwen2_moe_renormalised", "qwen3_moe_yarn", "olmoe", "jetmoe"]
+FAMILIES = [
+    "llama3_rope_biases",
+    "mistral_window",
+    "qwen2_windows",
+    "qwen3_yarn",
+    "gemma2",
+    "gemma3",
+    *SPARSE,
+]
 
 
 @dataclasses.dataclass
