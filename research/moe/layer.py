@@ -89,12 +89,20 @@ class MoE(nn.Module):
             keys = fold(context.positions.reshape(-1))
         routing = route(logits, self.k, norm=self.norm, ranks=self.ranks, mask=mask, key=keys)
         self.sow("intermediates", "routing", routing)
-        factor = self.capacity_factor if context.length is None else None
-        dispatch = make_dispatch(routing, self.dispatch, factor)
         experts = FeedForwardExperts(
             self.num_experts, self.hidden_dim, self.activation, self.gated, self.use_bias, name="experts"
         )
-        y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
+        placed = self.get_variable("params", "experts") if self.has_variable("params", "experts") else None
+        if hasattr(placed, "run"):  # the tree says where its experts are: see research.moe.placement
+            experts = experts.clone(parent=None, name=None)
+            y, dropped, measured = placed.run(routing, flat, context.store["experts"], experts)
+            for name, (total, weight) in measured.items():
+                report_measurement(self, name, total, weight)
+        else:
+            factor = self.capacity_factor if context.length is None else None
+            dispatch = make_dispatch(routing, self.dispatch, factor)
+            y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
+            dropped = dispatch.dropped
         if self.output_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(y.dtype)
         if self.shared is not None:
@@ -102,7 +110,7 @@ class MoE(nn.Module):
         report_routing(
             self,
             routing,
-            dispatch.dropped,
+            dropped,
             context.positions.shape[0],
             self.balance,
             self.balance_weight,

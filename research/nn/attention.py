@@ -1,5 +1,7 @@
 """One attention: projections, rotary embedding, mask rule, cache and kernel are separate arguments."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ class Context(struct.PyTreeNode):
     """Where the tokens of a call are.
 
     positions int32[B, T]; segments int32[B, T], 0 on padding, or None; prefix int32[B] or None (prefix LM);
-    length int32[B] committed tokens and tree bool[b, N, N] where a cache is read.
+    length int32[B] committed tokens and tree bool[b, N, N] where a cache is read. store: what all layers read, the
+    subtree `store` of the model's parameters, or None.
     """
 
     positions: jax.Array
@@ -30,6 +33,7 @@ class Context(struct.PyTreeNode):
     prefix: jax.Array | None = None
     length: jax.Array | None = None
     tree: jax.Array | None = None
+    store: Any = None
 
 
 class Attention(nn.Module):

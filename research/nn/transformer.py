@@ -171,6 +171,9 @@ class LayerStack(nn.Module):
         With `virtual` rows, which need a cache, the hidden states are those of the T tokens and then of the
         virtual rows, for all of which `context` has places; the fresh rows are those of the tokens.
         """
+        if self.has_variable("params", "store"):
+            # Broadcast to the layers, scanned ones too: what they share is there once.
+            context = context.replace(store=self.get_variable("params", "store"))
         if self.scan_layers:
             if cache is not None:
                 raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")

@@ -1,0 +1,1 @@
+"""Where experts live while a mixture trains: FSSDP (Hecate), expert parallelism, FSDP, replication."""
