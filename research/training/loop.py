@@ -182,6 +182,8 @@ class _Run:
         self.trainer, self.directory, self._given = trainer, directory, params
         self.main = jax.process_index() == 0
         self.mesh = partitioning.make_mesh(trainer.mesh, devices)
+        if hasattr(trainer.task, "check_mesh"):
+            trainer.task.check_mesh(self.mesh)
         self.shown = progress and self.main
         self.progress = Progress(trainer.steps, 0, shown=self.shown)
         task = trainer.task
@@ -280,7 +282,7 @@ class _Run:
             state = initial_state(params, opt_state, trainer.seed, ema=trainer.ema is not None)
             return state.replace(ema=_copy(state.ema))
 
-        return jax.jit(init, out_shardings=shardings)(given)
+        return self.rearrange(jax.jit(init, out_shardings=shardings)(given), None)
 
     def enter(self, plan: _Plan, state: State) -> State:
         """The state with a fresh optimizer state for `plan`."""
@@ -309,7 +311,12 @@ class _Run:
                 f"{self.directory}: the checkpoint of step {step} stands at {position}, but the config's "
                 f"stages put that step at {expected}; give the config it was trained with, or another workdir"
             )
-        return state
+        return self.rearrange(state, None)
+
+    def rearrange(self, state: State, step: int | None) -> State:
+        """The state after `step`, or at the start of a run, as a task that moves its parameters wants it."""
+        task = self.trainer.task
+        return task.rearrange(state, self.mesh, step) if hasattr(task, "rearrange") else state
 
     # Training
 
@@ -349,6 +356,7 @@ class _Run:
         batch = self._next(batches, plan, record)
         for step in range(start + 1, plan.last + 1):
             state, metrics = step_function(state, batch)
+            state = self.rearrange(state, step)
             end = record + stage.batch_size
             source = f"records {record}..{end - 1} of stage {stage.name!r}"
             last = step == plan.last

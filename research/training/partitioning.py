@@ -2,7 +2,7 @@
 
 Axes: `data` (replicas of the parameters), `fsdp` (parameters and optimizer divided, gathered for use),
 `tensor` (matrices cut across their products), `expert` (experts), `seq` (positions). A batch is divided over
-`data` and `fsdp` together. See docs/sharding.md.
+`data`, `fsdp` and `expert` together. See docs/sharding.md.
 """
 
 import math
@@ -22,12 +22,19 @@ Axis = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, tuple[Axis, ...]]]
 
 AXES = ("data", "fsdp", "tensor", "expert", "seq")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 REPLICATE_BELOW = 2**16
 
 # (pattern, spec). A spec names the axes of a leaf's *last* dimensions, so that it also fits scanned models
 # and stacks of experts; leading dimensions are not divided. The first rule found in a path counts.
 DEFAULT_RULES: Rules = (
+    # The experts of all layers in one store (research.moe.placement), divided among the nodes and in them.
+    (r"(^|/)store/experts/(gate|up)/kernel$", (("fsdp", "expert"), None, "tensor")),
+    (r"(^|/)store/experts/down/kernel$", (("fsdp", "expert"), "tensor", None)),
+    (r"(^|/)store/experts/\w+/bias$", (("fsdp", "expert"), None)),
+    (r"^placement/", ()),
+    (r"(^|/)experts/(gate|up)/kernel$", ("expert", "fsdp", "tensor")),
+    (r"(^|/)experts/down/kernel$", ("expert", "tensor", "fsdp")),
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
     (r"^drafter/head_\d+/\w+/layer_\d+/kernel$", ("fsdp", "tensor")),  # blocks of drafted heads

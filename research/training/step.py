@@ -53,6 +53,9 @@ def make_step(
             average = jax.tree.map(
                 lambda keep, a, p: a + gain * (p - a) if keep else a, mask, average, params
             )
+        if hasattr(task, "remember"):
+            params = task.remember(params, metrics)
+            average = None if average is None else task.remember(average, metrics)
         one = jnp.ones((), jnp.float32)
         extra = {"gradient_norm": norm, "learning_rate": jnp.float32(rate(state.step - first_step))}
         if stage.loss_weights:

@@ -28,6 +28,15 @@ class Task(Protocol):
 
     A task that starts from saved parameters also has `start(key) -> params`, run once and not traced, with
     the shapes of `init`.
+
+    A task may keep other things than weights in its parameters: leaves that are not floating point, which no stage
+    trains. It then has any of
+
+        remember(params, metrics) -> params     traced, after every update: what the step leaves behind
+        check_mesh(mesh)                        raises `UserError` for devices that it can't run on
+        rearrange(state, mesh, step) -> state   on the host, after step `step` and with None when a run starts: may
+                                                move values between devices; the state it is given is used up
+        unpack(params) -> params                the tree of the wrapped task, where its own is another
     """
 
     def init(self, key: jax.Array) -> PyTree:

@@ -13,12 +13,13 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 from ml_collections import ConfigDict
 
 from research import config as configs
+from research import config_names
 from research.errors import UserError
 from research.training import checkpoint_files as files
 from research.training.model_directory import (
@@ -221,12 +222,26 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
 
 
 def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
-    where, task_config = find_task(read_config(directory / CONFIG))
+    config = read_config(directory / CONFIG)
+    where, task_config = find_task(config)
     task = configs.build(task_config, where)
-    params, step = read_checkpoint(directory, jax.eval_shape(task.init, jax.random.key(0)), step, part)
+    outer = _packing_task(config)
+    saved = task if outer is None else outer
+    params, step = read_checkpoint(directory, jax.eval_shape(saved.init, jax.random.key(0)), step, part)
+    params = params if outer is None else jax.jit(outer.unpack)(params)
     shape = getattr(task, "image_shape", None)
     inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
     return Loaded(task.model, params, load_tokenizer(directory), task_config["model"], step, inputs)
+
+
+def _packing_task(config: ConfigDict) -> Any:
+    """The outermost task that trains another tree of parameters than the task it wraps, or `None`."""
+    path, node = "config", config
+    while isinstance(node.get("task"), ConfigDict):
+        path, node = f"{path}.task", node["task"]
+        if hasattr(config_names.resolve(node["cls"], path), "unpack"):
+            return configs.build(node, path)
+    return None
 
 
 def read_checkpoint(

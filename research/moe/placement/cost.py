@@ -65,9 +65,9 @@ class CostModel:
     ) -> jax.Array:
         """Seconds f32[] of a layer: traffic int32[D, D] of tokens, copies int32[D, m] of experts.
 
-        late int32[D, n]: copies made after the gate, which nothing hides in forward. Backward computes twice what forward
-        does; tokens travel there and back in both passes; copies are gathered in forward, again in backward where
-        they are rematerialised, and their gradients are summed at the homes.
+        late int32[D, n]: copies made after the gate, which nothing hides in forward. Backward computes twice what
+        forward does; tokens travel there and back in both passes; copies are gathered in forward, again in backward
+        where they are rematerialised, and their gradients are summed at the homes.
         """
         compute = 3 * work.token_flops * jnp.max(jnp.sum(flow, axis=0)) / self.flops
         passes = 4 * self._transfer(flow, work.token_bytes, topology)

@@ -149,7 +149,7 @@ class PlacedExperts(struct.PyTreeNode):
         numbers = jnp.arange(pairs, dtype=jnp.int32)
         inputs = rows_or_zero(x, jnp.where(here, numbers, pairs) // k)
         slot = jnp.where(here, slot_of[me, known], number_of_slots)
-        capacity = self._capacity(pairs)
+        capacity = 0 if slots.complete else self._capacity(pairs)
         if capacity:
             place = _place_among_equals(away, devices)
             sent = (away < devices) & (place < capacity)

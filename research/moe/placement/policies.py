@@ -5,7 +5,7 @@ can be hidden behind attention, and `late`, after the gate, from the counts of t
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,17 @@ from research.moe.placement.plan import Topology
 @dataclass(frozen=True)
 class Slots:
     """Static sizes on one device: at most `own` experts of a layer at home, `ahead` and `late` copies, of which one
-    home sends `ahead_limit` and `late_limit` at most."""
+    home sends `ahead_limit` and `late_limit` at most. complete: every device holds every expert, no token travels."""
 
     own: int
     ahead: int
     late: int
     ahead_limit: int
     late_limit: int
+    complete: bool = False
 
 
+@runtime_checkable
 class Policy(Protocol):
     """The contract. `window`: steps whose mean load is the expected one. `reshard_every`: steps between new homes,
     None for never. Frozen and hashable: it is a static part of the program."""
@@ -87,7 +89,7 @@ class FullySharded(_Plain):
 
     def slots(self, num_experts: int, topology: Topology) -> Slots:
         each = num_experts // topology.devices
-        return Slots(each, num_experts - each, 0, each, 0)
+        return Slots(each, num_experts - each, 0, each, 0, complete=True)
 
     def ahead(self, load: jax.Array, owner: jax.Array, topology: Topology) -> jax.Array:
         return plan.everything(owner, topology.devices)

@@ -10,6 +10,7 @@ steps, between two steps on the host (`rearrange`).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -81,8 +82,6 @@ class ExpertPlacement:
             raise UserError(f"placement={self.placement!r}: no such placement; {hint}")
         check_capacity(self.capacity, "ExpertPlacement")
         self.layers  # noqa: B018  a model without experts is an error now
-        if hasattr(self.task, "start"):
-            object.__setattr__(self, "start", self._start)
 
     @property
     def model(self) -> LayerStack:
@@ -101,8 +100,11 @@ class ExpertPlacement:
     def init(self, key: jax.Array) -> PyTree:
         return self.pack(self.task.init(key))
 
-    def _start(self, key: jax.Array) -> PyTree:
-        return self.pack(self.task.start(key))
+    @property
+    def start(self) -> Callable[[jax.Array], PyTree]:
+        """As that of the wrapped task; there is none where that has none."""
+        inner = self.task.start
+        return lambda key: self.pack(inner(key))
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
         return self._with_totals(self.task.loss(self._placed(params), batch, key))
@@ -156,10 +158,8 @@ class ExpertPlacement:
         old = np.asarray(state.params[PLACEMENT]["rows"])
         history = np.asarray(state.params[PLACEMENT]["history"])
         homes = policy.homes(expected_load(history, np), topology)
-        if homes is None:
-            rows = sharding.even_rows(*old.shape)
-        else:
-            rows = sharding.assign_rows(old, homes, topology.devices)
+        even = sharding.even_rows(*old.shape)
+        rows = even if homes is None else sharding.assign_rows(old, homes, topology.devices)
         return move_experts(state, rows, sharding.sources(old, rows), mesh)
 
     def _fits(self, rows: np.ndarray, topology: Topology) -> bool:
@@ -200,37 +200,41 @@ def expected_load(history: Any, numpy: Any) -> Any:
 def move_experts(state: State, rows: np.ndarray, source: np.ndarray, mesh: Mesh) -> State:
     """The state with the experts, and what the optimizer and the average keep of them, moved to other rows.
 
-    source int32[R]: the row each row's new content comes from. Leaf by leaf, so that only one is there twice.
+    source int32[R]: the row each row's new content comes from. Leaf by leaf, and the old leaf is deleted, so that
+    only one is there twice.
     """
     if np.array_equal(source, np.arange(source.size)):
         return state
     order = jnp.asarray(source)
 
     def move(path: str, leaf: Any) -> Any:
-        inside = f"{STORE}/{EXPERTS}/" in f"{path}/"
+        inside = f"{STORE}/{EXPERTS}/" in path
         if not inside or not leaf.shape or leaf.shape[0] != source.size:
             return leaf
-        return _permute(leaf, order, mesh)
+        moved = _mover(mesh, leaf.sharding)(leaf, order)
+        leaf.delete()
+        return moved
 
     def told(params: PyTree | None) -> PyTree | None:
         if params is None:
             return None
-        old = params[PLACEMENT]["rows"]
-        new = jax.device_put(rows, old.sharding)
+        new = jax.device_put(rows, params[PLACEMENT]["rows"].sharding)
         return {**params, PLACEMENT: {**params[PLACEMENT], "rows": new}}
 
     moved = map_named(move, state)
     return moved.replace(params=told(moved.params), ema=told(moved.ema))
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _permute(leaf: jax.Array, source: jax.Array, mesh: Mesh) -> jax.Array:
+@functools.lru_cache
+def _mover(mesh: Mesh, sharding: jax.sharding.Sharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(leaf [R, ...], source int32[R]) -> leaf with row r from row source[r], divided as before."""
     if mesh.size == 1:
-        return collectives.permute_rows(leaf, source, ())
-    return jax.shard_map(
+        return jax.jit(functools.partial(collectives.permute_rows, axes=()), out_shardings=sharding)
+    move = jax.shard_map(
         functools.partial(collectives.permute_rows, axes=EXPERT_AXES),
         mesh=mesh,
         in_specs=(PartitionSpec(EXPERT_AXES), PartitionSpec()),
         out_specs=PartitionSpec(EXPERT_AXES),
         axis_names=set(EXPERT_AXES),
-    )(leaf, source)
+    )
+    return jax.jit(move, out_shardings=sharding)
