@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from research.errors import UserError, nearest
-from research.moe.grouped import grouped_dot
+from research.moe.grouped import grouped_dot, tile_experts
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
@@ -204,53 +204,50 @@ class SortedDispatch(_Slots):
     """Rows sorted by expert, buffer [S, width]; every expert's rows begin at a multiple of `tile`, and nothing is
     dropped.
 
-    expert_of_tile int32[S / tile]; E for tiles that no expert uses, which come last.
+    sizes int32[E]: rows of each expert, those that fill its last tile among them.
     """
 
-    expert_of_tile: jax.Array
+    sizes: jax.Array
     tile: int = struct.field(pytree_node=False)
 
     @classmethod
     def make(cls, routing: Routing, tile: int | None = None) -> "SortedDispatch":
         tokens, k = routing.index.shape
         pairs, experts = tokens * k, routing.num_experts
-        tile = default_tile(pairs, experts) if tile is None else tile
+        tile = default_tile(tokens, pairs, experts) if tile is None else tile
         order, counts, start = _sort_pairs(routing)
         # Each expert that is used wastes less than a tile.
-        tiles = -(-(pairs + min(experts, pairs) * (tile - 1)) // tile)
-        used = -(-counts // tile)
-        end = jnp.cumsum(used)
-        expert_of_tile = jnp.searchsorted(end, jnp.arange(tiles), side="right").astype(jnp.int32)
-        expert = jnp.repeat(expert_of_tile, tile, total_repeat_length=tiles * tile)
-        # The place of a slot among its expert's rows.
-        first = jnp.append((end - used) * tile, tiles * tile)
-        place = jnp.arange(tiles * tile) - first[expert]
-        filled = (expert < experts) & (place < jnp.append(counts, 0)[expert])
+        slots = -(-(pairs + min(experts, pairs) * (tile - 1)) // tile) * tile
+        sizes = -(-counts // tile) * tile
+        expert = jnp.repeat(tile_experts(sizes, tile, slots // tile), tile, total_repeat_length=slots)
+        place = jnp.arange(slots) - jnp.append(jnp.cumsum(sizes) - sizes, slots)[expert]
+        filled = place < jnp.append(counts, 0)[expert]
         at = jnp.append(start, 0)[expert] + place
-        pair_of_slot = jnp.where(filled, jnp.take(order, at, mode="clip"), pairs)
+        pair_of_slot = jnp.where(filled & (expert < experts), jnp.take(order, at, mode="clip"), pairs)
+        slot_of_pair = _invert(pair_of_slot, tokens, k)
         return cls(
-            pair_of_slot,
-            _invert(pair_of_slot, tokens, k),
-            counts.astype(jnp.float32),
-            jnp.zeros((), jnp.float32),
-            expert_of_tile,
-            tile,
+            pair_of_slot, slot_of_pair, counts.astype(jnp.float32), jnp.zeros((), jnp.float32), sizes, tile
         )
 
     def _shape(self, rows: jax.Array) -> jax.Array:
         return rows
 
     def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
-        return grouped_dot(buffer, kernel, self.expert_of_tile, self.tile)
+        return grouped_dot(buffer, kernel, self.sizes, self.tile)
 
     def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
-        rows = jnp.take(bias, self.expert_of_tile, axis=0, mode="fill", fill_value=0).astype(buffer.dtype)
+        expert = tile_experts(self.sizes, self.tile, buffer.shape[0] // self.tile)
+        rows = jnp.take(bias, expert, axis=0, mode="fill", fill_value=0).astype(buffer.dtype)
         return (buffer.reshape(-1, self.tile, buffer.shape[-1]) + rows[:, None]).reshape(buffer.shape)
 
 
-def default_tile(pairs: int, experts: int) -> int:
-    """Rows of a tile: about an eighth of an expert's mean load, a power of two between 1 and 128."""
-    return min(128, 2 ** max(0, (pairs // (8 * experts)).bit_length()))
+def default_tile(tokens: int, pairs: int, experts: int) -> int:
+    """Rows of a tile. A few more rows cost nothing where reading the kernel does, and empty rows are wasted where
+    computing does: about a sixteenth of an expert's mean load, between 8 and 64, but no more than there are tokens.
+    1 where `lax.ragged_dot` needs none."""
+    if jax.default_backend() != "cpu":
+        return 1
+    return min(max(8, min(64, 1 << (pairs // (16 * experts)).bit_length())), tokens)
 
 
 def batched_dot(buffer: jax.Array, kernel: Kernel) -> jax.Array:
