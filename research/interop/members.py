@@ -82,9 +82,12 @@ def _need_experts(experts: Experts, blocks: list[Block], need: Need) -> None:
             need(sparse.renormalised(mlp), "has gates that add up to 1 (norm)")
         need(
             experts.shared == (mlp.shared is not None),
-            _has(experts.shared, "an expert for all tokens (shared)"),
+            _has(experts.shared, "expert for all tokens (shared)", "an "),
         )
-        need(experts.attention == mlp.output_bias, _has(experts.attention, "a bias of the FFN (output_bias)"))
+        need(
+            experts.attention == mlp.output_bias,
+            _has(experts.attention, "bias of the FFN (output_bias)", "a "),
+        )
 
 
 def _need_attention_experts(blocks: list[Block], need: Need) -> None:
@@ -155,8 +158,8 @@ def _need_attention(family: Family, model: DecoderLM, blocks: list[Block], need:
         need(len(set(ropes.values())) == 1, "has one rotary embedding for all layers")
 
 
-def _has(wanted: bool, what: str) -> str:
-    return f"has {what}" if wanted else f"has no {what}"
+def _has(wanted: bool, what: str, article: str = "") -> str:
+    return f"has {article}{what}" if wanted else f"has no {what}"
 
 
 def _ropes(blocks: list[Block]) -> dict[str, Rotary]:
