@@ -45,6 +45,7 @@ UnitGate = Literal["unit", "unit_straight_through"]
 # Key and value [B, n, P, d] of new tokens, and which of them each head takes, bool[B, n, P, 1].
 Rows = tuple[jax.Array, jax.Array, jax.Array]
 
+NO_LOSSES = dict(balance="switch", balance_weight=0.0, z_weight=0.0)  # the task's loss is all there is
 _NO_TOKEN = np.iinfo(np.int32).max
 
 
@@ -167,7 +168,7 @@ class SMHA(nn.Module):
         taken = take(routing, shape[0], self.share, ranked=isinstance(self.rule, Full))
         routing = drop_gates(routing, taken)
         dropped = jnp.sum(chosen_experts(routing, shape[0])) - jnp.sum(taken)
-        report_routing(self, routing, dropped.astype(jnp.float32), shape[0])
+        report_routing(self, routing, dropped.astype(jnp.float32), shape[0], **NO_LOSSES)
         compacted = self.dispatch == "capacity" or (
             self.dispatch == "auto" and self.capacity_factor is not None
         )

@@ -31,7 +31,7 @@ from research.moe.selection import (
     slot_share,
     take,
 )
-from research.moe.selective_attention import SMHA, UnitGate, check_unit_gate
+from research.moe.selective_attention import NO_LOSSES, SMHA, UnitGate, check_unit_gate
 from research.nn import weights
 from research.nn.attention import Attention, Context
 from research.nn.mlp import MLP, Activation, GatedMLP
@@ -118,7 +118,7 @@ class UoME(nn.Module):
             self.num_experts, self.hidden_dim, self.activation, self.gated, self.use_bias, name="experts"
         )
         y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
-        report_routing(self, routing, dispatch.dropped, batch)
+        report_routing(self, routing, dispatch.dropped, batch, **NO_LOSSES)
         return y.reshape(x.shape)
 
     def _router(self, x: jax.Array) -> jax.Array:
