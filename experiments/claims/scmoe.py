@@ -4,6 +4,7 @@ One mixture a seed. How strongly to contrast is chosen on validation problems, a
 whole sweep is shown. How far the passes are apart is measured on text of the test split.
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -18,6 +19,7 @@ from configs.scmoe import get_config as scmoe_config
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build
 from research.data.arithmetic import Arithmetic
+from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generator
 from research.moe.scmoe import self_contrast, with_ranks
 from research.nn.accounting import count_bytes
@@ -47,7 +49,12 @@ def mixture(seed: int, workdir: Path, progress: Progress) -> Loaded:
     with open_workdir(workdir / "run", config) as run:
         build(config).train(run, progress=False)
     progress(0.6, "decoding")
-    return load_model(workdir / "run")
+    return read(workdir)
+
+
+def read(workdir: Path) -> Loaded:
+    """The finished mixture, with the tokenizer that its data were made with."""
+    return dataclasses.replace(load_model(workdir / "run"), tokenizer=Tokenizer.load())
 
 
 def answered(generator: Generator, split: str) -> float:
@@ -73,31 +80,34 @@ def plain(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
     }
 
 
-def more(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) -> dict[str, Any]:
-    """More experts than in training, greedy: in the order of `MORE`."""
-    loaded = load_model(needs["greedy"].workdir / "run")
-    models = [with_ranks(loaded.model, ranks) for ranks in MORE.values()]
-    generators = [Generator(model, loaded.params, loaded.tokenizer) for model in models]
-    found = {
-        f"{split} right": [answered(generator, split) for generator in generators]
-        for split in ("validation", "test")
-    }
+def more(top: str, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) -> dict[str, Any]:
+    """More experts than in training, greedy."""
+    loaded = read(needs["greedy"].workdir)
+    generator = Generator(with_ranks(loaded.model, MORE[top]), loaded.params, loaded.tokenizer)
+    found = {f"{split} right": answered(generator, split) for split in ("validation", "test")}
     return found | {"budget": 0, "bytes": count_bytes(loaded.params)}
 
 
 def contrast(
     weak: str, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
 ) -> dict[str, Any]:
-    """All betas on both splits, with one compiled program."""
-    loaded = load_model(needs["greedy"].workdir / "run")
-    found: dict[str, Any] = {"validation right": [], "test right": []}
+    """All betas on both splits, with one compiled program; what counts is the one that validation chooses."""
+    loaded = read(needs["greedy"].workdir)
     model, params = self_contrast(loaded.model, loaded.params, weak=WEAK[weak], alpha=ALPHA, seed=seed)
     generator = Generator(model, params, loaded.tokenizer)
+    by_beta: dict[str, list[float]] = {"validation": [], "test": []}
     for beta in BETAS:
         generator.params = generator.params | {"beta": jnp.float32(beta)}
-        for split in ("validation", "test"):
-            found[f"{split} right"].append(answered(generator, split))
-    return found | {"budget": 0, "bytes": count_bytes(loaded.params)}
+        for split, shares in by_beta.items():
+            shares.append(answered(generator, split))
+    best = int(np.argmax(by_beta["validation"]))
+    return {
+        **{f"{split} right": shares[best] for split, shares in by_beta.items()},
+        **{f"{split} by beta": shares for split, shares in by_beta.items()},
+        "beta": BETAS[best],
+        "budget": 0,
+        "bytes": count_bytes(loaded.params),
+    }
 
 
 def divergences(loaded: Loaded) -> tuple[list[float], list[float]]:
@@ -131,11 +141,9 @@ def divergences(loaded: Loaded) -> tuple[list[float], list[float]]:
     return on_answers, elsewhere
 
 
-def chosen(results: Results, arm: str) -> tuple[float, float]:
-    """The beta that is best on the validation problems of all seeds, and its share of right test answers."""
-    validation = np.mean(results[arm]["validation right"], axis=0)
-    best = int(np.argmax(validation))
-    return BETAS[best], float(np.mean(results[arm]["test right"], axis=0)[best])
+def right(results: Results, arm: str) -> float:
+    """Share of right test answers, all seeds."""
+    return float(np.mean(results[arm]["test right"]))
 
 
 def interval(share: float, seeds: int) -> float:
@@ -147,22 +155,24 @@ def judge(results: Results) -> tuple[str, str]:
     """Holds if rank-2 contrast at the beta chosen on validation answers more test problems than greedy decoding and
     more experts do, outside the 95% interval of greedy, and KL grows with the rank and is larger on answers; partly
     if only the one or the other."""
-    greedy = float(np.mean(results["greedy"]["test right"]))
+    greedy, wider = right(results, "greedy"), [right(results, top) for top in MORE]
     half = interval(greedy, len(results["greedy"]["test right"]))
     answers = np.mean(results["greedy"]["KL on answers"], axis=0)
     others = np.mean(results["greedy"]["KL elsewhere"], axis=0)
-    wider = np.mean(results["more experts"]["test right"], axis=0)
-    picks = {arm: chosen(results, arm) for arm in WEAK}
-    gains = picks["rank-2"][1] > max(greedy + half, *wider)
+    gains = right(results, "rank-2") > max(greedy + half, *wider)
     grows = bool(np.all(np.diff(answers) > 0) and np.all(np.diff(others) > 0))
     larger = bool(np.all(answers > others))
     verdict = "yes" if gains and grows and larger else "partly" if gains or (grows and larger) else "no"
-    shown = ", ".join(f"{share:.1%} with {arm} at beta {beta}" for arm, (beta, share) in picks.items())
-    more_shown = ", ".join(f"{share:.1%} with {name}" for name, share in zip(MORE, wider, strict=True))
+    shown = ", ".join(
+        f"{right(results, arm):.1%} with {arm} (beta {', '.join(f'{beta:g}' for beta in results[arm]['beta'])})"
+        for arm in WEAK
+    )
+    more_shown = ", ".join(f"{share:.1%} with {top}" for top, share in zip(MORE, wider, strict=True))
     kl = ", ".join(f"{name} {a:.2f} and {b:.2f}" for name, a, b in zip(APART, answers, others, strict=True))
     return verdict, (
-        f"Right answers to unseen problems: greedy {greedy:.1%} +- {half:.1%} (95% interval), {shown} (betas chosen on "
-        f"other problems), {more_shown}. KL from the strong to the weak pass on answers and elsewhere, in nats: {kl}."
+        f"Right answers to unseen problems: greedy {greedy:.1%} +- {half:.1%} (95% interval), {shown}, {more_shown}; each "
+        "seed's beta is chosen on other problems. KL from the strong to the weak pass on answers and elsewhere, in "
+        f"nats: {kl}."
     )
 
 
@@ -173,23 +183,23 @@ def figure(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    greedy = float(np.mean(results["greedy"]["test right"]))
+    drawing, (left, apart) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    greedy = right(results, "greedy")
     half = interval(greedy, len(results["greedy"]["test right"]))
     left.axhspan(greedy - half, greedy + half, color="C7", alpha=0.3, label="greedy, 95% interval")
     for arm in WEAK:
-        left.plot(BETAS, np.mean(results[arm]["test right"], axis=0), "o-", label=arm)
-    for name, share in zip(MORE, np.mean(results["more experts"]["test right"], axis=0), strict=True):
-        left.axhline(share, linestyle=":", color="k", linewidth=0.8)
-        left.annotate(name, (BETAS[-1], share), fontsize=8, va="bottom", ha="right")
+        left.plot(BETAS, np.mean(results[arm]["test by beta"], axis=0), "o-", label=arm)
+    for top in MORE:
+        left.axhline(right(results, top), linestyle=":", color="k", linewidth=0.8)
+        left.annotate(top, (BETAS[-1], right(results, top)), fontsize=8, va="bottom", ha="right")
     left.set(xlabel="beta", ylabel="share of test problems right")
     left.legend(fontsize=8)
     places = np.arange(len(APART))
     for shift, name in ((-0.2, "KL on answers"), (0.2, "KL elsewhere")):
-        right.bar(places + shift, np.mean(results["greedy"][name], axis=0), 0.4, label=name[3:])
-    right.set_xticks(places, list(APART))
-    right.set(ylabel="KL(strong || weak), nats")
-    right.legend(fontsize=8)
+        apart.bar(places + shift, np.mean(results["greedy"][name], axis=0), 0.4, label=name[3:])
+    apart.set_xticks(places, list(APART))
+    apart.set(ylabel="KL(strong || weak), nats")
+    apart.legend(fontsize=8)
     drawing.savefig(path, dpi=110)
     plt.close(drawing)
 
@@ -204,15 +214,18 @@ CLAIM = Claim(
     f"{' and '.join(f'{weight:g} parts {name}' for name, weight in SOURCES)} (the arithmetic is generated). "
     f"{PROBLEMS} unseen problems to choose beta and {PROBLEMS} to measure, a seed; alpha {ALPHA}, float32, greedy.",
     measures={
-        "validation right": "share, by beta or number of experts",
-        "test right": "share, by beta or number of experts",
+        "validation right": "share of the answers",
+        "test right": "share of the answers",
+        "beta": "best on validation",
+        "validation by beta": f"share right: beta {BETAS}",
+        "test by beta": f"share right: beta {BETAS}",
         "KL on answers": f"nats: {', '.join(APART)}",
         "KL elsewhere": f"nats: {', '.join(APART)}",
     },
     budget="training tokens",
     arms={
         "greedy": Arm(plain, "plain decoding, as trained"),
-        "more experts": Arm(more, f"{' and '.join(MORE)} routing, greedy", needs=("greedy",)),
+        **{top: Arm(functools.partial(more, top), "more experts, greedy", needs=("greedy",)) for top in MORE},
         **{
             arm: Arm(functools.partial(contrast, arm), f"self-contrast, betas {BETAS}", needs=("greedy",))
             for arm in WEAK
