@@ -171,8 +171,8 @@ def judge(results: Results) -> tuple[str, str]:
     kl = ", ".join(f"{name} {a:.2f} and {b:.2f}" for name, a, b in zip(APART, answers, others, strict=True))
     return verdict, (
         f"Right answers to unseen problems: greedy {greedy:.1%} +- {half:.1%} (95% interval), {shown}, {more_shown}; "
-        "each seed's beta is chosen on other problems. KL from the strong to the weak pass on answers and elsewhere, in "
-        f"nats: {kl}."
+        "each seed's beta is chosen on other problems. KL from the strong to the weak pass, on answers and elsewhere, "
+        f"in nats: {kl}."
     )
 
 
