@@ -11,7 +11,7 @@ and the backends differ in nothing but speed, memory, and what `capacity` drops:
 
     dense     every expert over every token: the oracle, E / k times the work
     capacity  [E, C, width]: a fixed number of slots an expert; what does not fit is dropped, first choices last
-    sorted    rows sorted by expert, nothing dropped, no work beyond the last tile of each expert
+    sorted    rows sorted by expert: nothing is dropped, and next to no work is wasted
 
 N tokens, k choices of each, E experts, P = k N pairs (token, choice). Padding (`routing.mask`) travels nowhere,
 and comes back as 0.
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from research.errors import UserError, nearest
-from research.moe.grouped import grouped_dot, tile_experts
+from research.moe.grouped import grouped_dot, row_experts
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
@@ -168,8 +168,8 @@ class _Slots(struct.PyTreeNode):
         return pairs.reshape(*self.slot_of_pair.shape, -1)
 
     def combine(self, buffer: jax.Array, gate: jax.Array) -> jax.Array:
-        slots = self.gather_slots(buffer).astype(jnp.float32)
-        return jnp.sum(slots * gate[..., None], axis=1).astype(buffer.dtype)
+        rows = buffer.reshape(-1, buffer.shape[-1])
+        return _combine(rows, gate, self.slot_of_pair, self.pair_of_slot)
 
 
 class CapacityDispatch(_Slots):
@@ -201,10 +201,9 @@ class CapacityDispatch(_Slots):
 
 
 class SortedDispatch(_Slots):
-    """Rows sorted by expert, buffer [S, width]; every expert's rows begin at a multiple of `tile`, and nothing is
-    dropped.
+    """Rows sorted by expert, buffer [S, width]: S is P and what `grouped_dot` wants behind it. Nothing is dropped.
 
-    sizes int32[E]: rows of each expert, those that fill its last tile among them.
+    sizes int32[E]: rows of each expert.
     """
 
     sizes: jax.Array
@@ -213,21 +212,14 @@ class SortedDispatch(_Slots):
     @classmethod
     def make(cls, routing: Routing, tile: int | None = None) -> "SortedDispatch":
         tokens, k = routing.index.shape
-        pairs, experts = tokens * k, routing.num_experts
-        tile = default_tile(tokens, pairs, experts) if tile is None else tile
-        order, counts, start = _sort_pairs(routing)
-        # Each expert that is used wastes less than a tile.
-        slots = -(-(pairs + min(experts, pairs) * (tile - 1)) // tile) * tile
-        sizes = -(-counts // tile) * tile
-        expert = jnp.repeat(tile_experts(sizes, tile, slots // tile), tile, total_repeat_length=slots)
-        place = jnp.arange(slots) - jnp.append(jnp.cumsum(sizes) - sizes, slots)[expert]
-        filled = place < jnp.append(counts, 0)[expert]
-        at = jnp.append(start, 0)[expert] + place
-        pair_of_slot = jnp.where(filled & (expert < experts), jnp.take(order, at, mode="clip"), pairs)
+        pairs = tokens * k
+        tile = default_tile(tokens, pairs, routing.num_experts) if tile is None else tile
+        order, sizes, _ = _sort_pairs(routing)
+        filled = jnp.arange(pairs) < jnp.sum(sizes)
+        pair_of_slot = jnp.append(jnp.where(filled, order, pairs), jnp.full(tile - 1, pairs, order.dtype))
         slot_of_pair = _invert(pair_of_slot, tokens, k)
-        return cls(
-            pair_of_slot, slot_of_pair, counts.astype(jnp.float32), jnp.zeros((), jnp.float32), sizes, tile
-        )
+        counts = sizes.astype(jnp.float32)
+        return cls(pair_of_slot, slot_of_pair, counts, jnp.zeros((), jnp.float32), sizes, tile)
 
     def _shape(self, rows: jax.Array) -> jax.Array:
         return rows
@@ -236,18 +228,38 @@ class SortedDispatch(_Slots):
         return grouped_dot(buffer, kernel, self.sizes, self.tile)
 
     def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:
-        expert = tile_experts(self.sizes, self.tile, buffer.shape[0] // self.tile)
-        rows = jnp.take(bias, expert, axis=0, mode="fill", fill_value=0).astype(buffer.dtype)
-        return (buffer.reshape(-1, self.tile, buffer.shape[-1]) + rows[:, None]).reshape(buffer.shape)
+        expert = row_experts(self.sizes, buffer.shape[0])
+        return buffer + _expert_rows(bias, expert).astype(buffer.dtype)
 
 
 def default_tile(tokens: int, pairs: int, experts: int) -> int:
-    """Rows of a tile. A few more rows cost nothing where reading the kernel does, and empty rows are wasted where
-    computing does: about a sixteenth of an expert's mean load, between 8 and 64, but no more than there are tokens.
-    1 where `lax.ragged_dot` needs none."""
+    """Rows of a tile: a sixteenth of an expert's mean load, between 8 (fewer cost the same, which is reading the
+    kernel) and 128, but no more than there are tokens. 1 where `lax.ragged_dot` needs none."""
     if jax.default_backend() != "cpu":
         return 1
-    return min(max(8, min(64, 1 << (pairs // (16 * experts)).bit_length())), tokens)
+    return min(max(8, min(128, 1 << (pairs // (16 * experts)).bit_length())), tokens)
+
+
+@jax.custom_vjp
+def _expert_rows(table: jax.Array, expert: jax.Array) -> jax.Array:
+    """Rows `expert` int32[S] of a table [E, width]; 0 for E. The gradient is a product, not S additions."""
+    return jnp.take(table, expert, axis=0, mode="fill", fill_value=0)
+
+
+def _expert_rows_forward(
+    table: jax.Array, expert: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _expert_rows(table, expert), (expert, table)
+
+
+def _expert_rows_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    expert, table = saved
+    mine = jax.nn.one_hot(expert, table.shape[0], axis=0, dtype=cotangent.dtype)
+    gradient = jnp.matmul(mine, cotangent, preferred_element_type=jnp.float32)
+    return gradient.astype(table.dtype), None
+
+
+_expert_rows.defvjp(_expert_rows_forward, _expert_rows_backward)
 
 
 def batched_dot(buffer: jax.Array, kernel: Kernel) -> jax.Array:
@@ -277,10 +289,13 @@ def _invert(pair_of_slot: jax.Array, tokens: int, k: int) -> jax.Array:
     return inverse.reshape(tokens, k)
 
 
-@functools.partial(jax.custom_vjp)
+# Gradients of gathers add up row after row, which CPUs do one at a time. Each slot has one pair and each pair one slot,
+# so the two below gather in both directions.
+
+
+@jax.custom_vjp
 def _take(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows `index` [S] of x [M, width], 0 beyond M. `inverse` [M, r] says where each row of x went (>= S:
-    nowhere), so that the gradient gathers as well, where a plain one would add up row after row."""
+    """Rows `index` [S] of x [M, width], 0 beyond M; `inverse` [M, r] says where each row of x went, S: nowhere."""
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -294,3 +309,34 @@ def _take_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array,
 
 
 _take.defvjp(_take_forward, _take_backward)
+
+
+@jax.custom_vjp
+def _combine(rows: jax.Array, gate: jax.Array, slot_of_pair: jax.Array, pair_of_slot: jax.Array) -> jax.Array:
+    """rows [S, width] of slots, gate f32[N, k] -> [N, width], added up in float32."""
+    parts = (
+        gate[:, j, None] * jnp.take(rows, slot_of_pair[:, j], axis=0, mode="fill", fill_value=0)
+        for j in range(gate.shape[1])
+    )
+    return functools.reduce(jnp.add, parts).astype(rows.dtype)
+
+
+def _combine_forward(rows, gate, slot_of_pair, pair_of_slot):
+    return _combine(rows, gate, slot_of_pair, pair_of_slot), (rows, gate, slot_of_pair, pair_of_slot)
+
+
+def _combine_backward(saved, cotangent):
+    rows, gate, slot_of_pair, pair_of_slot = saved
+    k = gate.shape[1]
+    of_slot = jnp.take(gate.reshape(-1), pair_of_slot, mode="fill", fill_value=0)
+    spread = jnp.take(cotangent, pair_of_slot // k, axis=0, mode="fill", fill_value=0)
+    d_rows = (of_slot[:, None] * spread).astype(rows.dtype)
+    cotangent = cotangent.astype(jnp.float32)
+    d_gate = [
+        jnp.sum(cotangent * jnp.take(rows, slot_of_pair[:, j], axis=0, mode="fill", fill_value=0), axis=1)
+        for j in range(k)
+    ]
+    return d_rows, jnp.stack(d_gate, axis=1), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)

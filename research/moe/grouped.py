@@ -3,11 +3,14 @@
 `lax.ragged_dot` is this product on TPU and GPU. On CPU it computes every group for every row, and the loops below
 take its place. What they are made for was measured, on two cores:
 
-- Many rows (training): experts one after the other, each over its rows in pieces of 512 and then in tiles. A loop
-  over tiles alone, which fetches the kernel every time, takes 1.4 times as long.
+- Many rows (training): experts one after the other, each over its rows in pieces of `PIECE` and then of `tile`. A
+  loop over tiles alone, which fetches the kernel every time, takes 1.4 times as long.
 - Few rows (decoding): only the experts that have rows, their kernels in blocks of 128 KiB. Such a block is copied
   within the processor's cache, so that a kernel is read from memory once, at the speed of a dense product; copied
   as a whole it takes twice as long. Time does not depend on the number of experts.
+
+The last tile of an expert runs into the rows of the next one. What it leaves there is overwritten when it is the
+next one's turn, so groups need not begin at a multiple of anything.
 """
 
 import functools
@@ -26,8 +29,8 @@ BLOCK = 128 * 1024  # bytes
 def grouped_dot(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int = 1) -> jax.Array:
     """rows [S, in] times kernel [E, in, out] -> [S, out] in the dtype of rows, accumulated in float32.
 
-    The first sizes[0] rows belong to expert 0, the next sizes[1] to expert 1, and so on; sizes int32[E] are
-    multiples of `tile`. Rows beyond them give 0.
+    The first sizes[0] rows belong to expert 0, the next sizes[1] to expert 1, and so on; sizes int32[E]. The rest,
+    at least the last tile - 1 rows, belongs to none; it must be 0, and so must its cotangent, and becomes 0.
     """
     if jax.default_backend() != "cpu" and isinstance(kernel, jax.Array):
         kernel = kernel.astype(rows.dtype)
@@ -35,9 +38,15 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int = 1
     return _product(rows, kernel, sizes, tile)
 
 
+def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
+    """The expert of every row, int32[rows]; E for those of none."""
+    # How many end before it; jnp.searchsorted fails inside shard_map (jax 0.10).
+    return jnp.sum(jnp.cumsum(sizes) <= jnp.arange(rows)[:, None], axis=1, dtype=jnp.int32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
-    if rows.shape[0] // tile <= 2 * sizes.shape[0]:
+    if rows.shape[0] <= 2 * tile * sizes.shape[0]:
         return _by_tiles(rows, kernel, sizes, tile)
     return _by_experts(rows, kernel, sizes, tile)
 
@@ -54,9 +63,11 @@ def _product_backward(tile: int, saved: Any, cotangent: jax.Array) -> tuple[jax.
     def expert(d_rows: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         mine, codes, size, start = xs
 
-        def piece(at: jax.Array, count: int, carry: Any) -> Any:
+        def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
             d_rows, total = carry
             x = jax.lax.dynamic_slice_in_dim(rows, at, count)
+            if own is not None:  # rows of the next expert have no part in this one's gradient
+                x = jnp.where(jnp.arange(count)[:, None] < own, x, 0)
             dy = jax.lax.dynamic_slice_in_dim(cotangent, at, count)
             dx, parts = _dot_gradient(x, mine, codes, rebuild, dy)
             total = [a + b.astype(jnp.float32) for a, b in zip(total, parts, strict=True)]
@@ -65,9 +76,8 @@ def _product_backward(tile: int, saved: Any, cotangent: jax.Array) -> tuple[jax.
         zeros = [jnp.zeros_like(leaf, dtype=jnp.float32) for leaf in mine]
         return _pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
 
-    d_rows, totals = jax.lax.scan(
-        expert, jnp.zeros_like(rows), (floating, codes, sizes, jnp.cumsum(sizes) - sizes)
-    )
+    start = jnp.cumsum(sizes) - sizes
+    d_rows, totals = jax.lax.scan(expert, jnp.zeros_like(rows), (floating, codes, sizes, start))
     cast = [total.astype(leaf.dtype) for total, leaf in zip(totals, floating, strict=True)]
     nothing = [jnp.zeros(leaf.shape, jax.dtypes.float0) for leaf in codes]
     return d_rows, rebuild(cast, nothing), None
@@ -80,53 +90,59 @@ def _by_experts(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) ->
     def expert(out: jax.Array, xs: Any) -> tuple[jax.Array, None]:
         mine, size, start = xs
 
-        def piece(at: jax.Array, count: int, out: jax.Array) -> jax.Array:
+        def piece(at: jax.Array, count: int, own: jax.Array | None, out: jax.Array) -> jax.Array:
             y = weights.dot(jax.lax.dynamic_slice_in_dim(rows, at, count), mine)
             return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
         return _pieces(start, size, rows.shape[0], tile, piece, out), None
 
-    # Like the rows: in shard_map, of the mesh axes that they differ over.
+    # Like the rows: inside shard_map, of the mesh axes that they differ over.
     out = jnp.zeros_like(rows, shape=(rows.shape[0], kernel.shape[-1]))
     return jax.lax.scan(expert, out, (kernel, sizes, jnp.cumsum(sizes) - sizes))[0]
 
 
 def _pieces(start: jax.Array, size: jax.Array, most: int, tile: int, body: Any, carry: Any) -> Any:
-    """`body(first row, count, carry)` over `size` rows, at most `most`, from `start`: in pieces of about `PIECE`
-    rows, the rest in tiles."""
-    for count in dict.fromkeys((max(PIECE // tile, 1) * tile, tile)):
-        if count > most:
-            continue
-        number = size // count
-        carry = jax.lax.fori_loop(
-            0,
-            number,
-            lambda i, carry, count=count, start=start: body(start + i * count, count, carry),
-            carry,
-        )
-        start, size = start + number * count, size - number * count
-    return carry
+    """`body(first row, count, own, carry)` over `size` rows, at most `most`, from `start`: as many whole pieces as
+    there are, then tiles. Of a tile's rows only `own` are the expert's; None: all."""
+    whole = size // PIECE
+    if most >= PIECE:
+        carry = jax.lax.fori_loop(0, whole, lambda i, c: body(start + i * PIECE, PIECE, None, c), carry)
+    done = whole * PIECE
+    tiles = -((done - size) // tile)
+
+    def rest(i: jax.Array, carry: Any) -> Any:
+        at = done + i * tile
+        return body(start + at, tile, size - at, carry)
+
+    return jax.lax.fori_loop(0, tiles, rest, carry)
 
 
 def _by_tiles(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
-    expert_of_tile = tile_experts(sizes, tile, rows.shape[0] // tile)
-    used = jnp.sum(sizes) // tile
-    width, features = kernel.shape[-2:]
+    features = kernel.shape[-1]
+    used = -(-sizes // tile)  # tiles of each expert
+    end = jnp.cumsum(used)
+    start = jnp.cumsum(sizes) - sizes
     blocks = _block_count(kernel) if isinstance(kernel, jax.Array) else 1
+    width = kernel.shape[-2] // blocks
     if blocks > 1:
-        kernel = kernel.reshape(-1, width // blocks, features)
+        kernel = kernel.reshape(-1, width, features)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        t, block = i // blocks, i % blocks
-        x = jax.lax.dynamic_slice(rows, (t * tile, block * (width // blocks)), (tile, width // blocks))
-        at = expert_of_tile[t] * blocks + block
-        mine = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), kernel)
-        y = weights.dot(x, mine) if blocks == 1 else _float32_dot(x, mine)
-        y = y + jax.lax.dynamic_slice(out, (t * tile, 0), (tile, features))
-        return jax.lax.dynamic_update_slice(out, y.astype(jnp.float32), (t * tile, 0))
+    def expert_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        expert = jnp.sum(end <= i)
+        at = start[expert] + (i - (end - used)[expert]) * tile
 
-    out = jnp.zeros_like(rows, shape=(rows.shape[0], features), dtype=jnp.float32)
-    return jax.lax.fori_loop(0, used * blocks, step, out).astype(rows.dtype)
+        def block(b: jax.Array, y: jax.Array) -> jax.Array:
+            x = jax.lax.dynamic_slice(rows, (at, b * width), (tile, width))
+            mine = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert * blocks + b, keepdims=False), kernel
+            )
+            return y + (_float32_dot(x, mine) if isinstance(mine, jax.Array) else weights.dot(x, mine))
+
+        y = jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(rows, shape=(tile, features), dtype=jnp.float32))
+        return jax.lax.dynamic_update_slice_in_dim(out, y.astype(rows.dtype), at, 0)
+
+    out = jnp.zeros_like(rows, shape=(rows.shape[0], features))
+    return jax.lax.fori_loop(0, end[-1], expert_tile, out)
 
 
 def _block_count(kernel: jax.Array) -> int:
@@ -138,13 +154,6 @@ def _block_count(kernel: jax.Array) -> int:
 
 def _float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def tile_experts(sizes: jax.Array, tile: int, tiles: int) -> jax.Array:
-    """The expert of every tile, int32[tiles]; E for those beyond the last expert's rows."""
-    end = jnp.cumsum(sizes) // tile
-    # How many end before it; jnp.searchsorted fails in shard_map (jax 0.10).
-    return jnp.sum(end <= jnp.arange(tiles)[:, None], axis=1, dtype=jnp.int32)
 
 
 def _dot_gradient(

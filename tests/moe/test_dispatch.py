@@ -26,7 +26,7 @@ MAKERS = {
     "capacity": CapacityDispatch.make,
     "sorted": SortedDispatch.make,
     "tiles of 1": lambda r: SortedDispatch.make(r, 1),
-    "tiles of 16": lambda r: SortedDispatch.make(r, 16),
+    "tiles of 5": lambda r: SortedDispatch.make(r, 5),
 }
 
 
