@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from research.errors import UserError
+
 Fresh = tuple[jax.Array, jax.Array]  # key and value rows of new tokens, each [B, Hkv, N, d]
 
 # Up to this many rows a batch is written by one in-place update per row; above, by a scatter (a loop on CPU).
@@ -18,6 +20,8 @@ _UNROLLED_ROWS = 16
 
 
 class LayerCache(Protocol):
+    """A layer cache that keeps a state instead of tokens has `keeps_tokens = False`, and no `read`."""
+
     def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """-> key, value [B, Hkv, S, d], index int32[B, S] of the token in each slot, valid bool[B, S]."""
 
@@ -125,7 +129,13 @@ class Cache(struct.PyTreeNode):
         return Cache(layers, self.length + count)
 
     def rollback(self, length: jax.Array) -> "Cache":
-        """Forget the tokens from `length` int32[B] on."""
+        """Forget the tokens from `length` int32[B] on.
+
+        Raises `UserError` where a layer keeps a state instead of tokens: what was committed to it stays.
+        """
+        for layer in self.layers:
+            if not getattr(layer, "keeps_tokens", True):
+                raise UserError(f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back")
         return self.replace(length=jnp.minimum(self.length, length))
 
     def select(self, rows: jax.Array) -> "Cache":

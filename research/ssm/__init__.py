@@ -1,0 +1,1 @@
+"""Nested and dynamic models: one set of weights, several sizes."""

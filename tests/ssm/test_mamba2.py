@@ -1,0 +1,130 @@
+"""Mamba-2 in a decoder: steps and trees are the whole sequence; segments and rejected drafts leave no trace."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.decoding.generator import Generator
+from research.decoding.speculative.prompt_lookup import PromptLookup
+from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.mlp import GatedMLP
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block, scan_params
+from research.ssm.mamba2 import Mamba2
+
+VOCAB, WIDTH = 12, 16
+TOKENS = jnp.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
+
+
+@functools.cache
+def hybrid():
+    """A Mamba-2 layer, an attention layer, a Mamba-2 layer."""
+    mamba = Mamba2(num_heads=4, head_dim=8, state_dim=6, num_groups=2, chunk=4)
+    attention = Attention(num_heads=2, head_dim=8, rotary=Rotary())
+    blocks = tuple(Block(mixer, GatedMLP(hidden_dim=24)) for mixer in (mamba, attention, mamba))
+    model = DecoderLM(blocks=blocks, num_layers=3, vocab_size=VOCAB, width=WIDTH, max_length=40)
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    return model, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
+
+
+def whole(tokens, **places):
+    model, params = hybrid()
+    return jax.jit(functools.partial(model.apply, {"params": params}))(tokens, **places)
+
+
+def close(got, expected):
+    np.testing.assert_allclose(
+        got, expected, rtol=1e-4, atol=1e-4
+    )  # logits of size 10, three layers in float32
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 7, (3, 1, 3)])
+def test_steps_are_the_whole_sequence(sizes):
+    model, params = hybrid()
+    cache = model.init_cache(2, 16)
+    step = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache, method="extend"))
+    at, logits = 0, []
+    for size in sizes:
+        part, _, fresh = step(TOKENS[:, at : at + size], cache)
+        cache = cache.commit(fresh, None, jnp.full(2, size))
+        logits.append(part)
+        at += size
+    close(jnp.concatenate(logits, axis=1), whole(TOKENS))
+    states = [layer.state.size for layer in cache.layers if not getattr(layer, "keeps_tokens", True)]
+    assert states == [2 * 4 * 8 * 6] * 2  # whatever was read
+
+
+def test_prefill_of_unequal_lengths():
+    model, params = hybrid()
+    lengths = jnp.array([7, 4])
+    last, _, fresh = model.apply({"params": params}, TOKENS, lengths, method="prefill")
+    cache = model.init_cache(2, 16).commit(fresh, None, lengths)
+    close(last, jnp.stack([whole(TOKENS)[0, 6], whole(TOKENS)[1, 3]]))
+    following = model.apply({"params": params}, TOKENS[:, 4:5], cache, method="extend")[0]
+    close(following[1, 0], whole(TOKENS)[1, 4])
+
+
+def test_a_tree_scores_every_path_and_commits_one():
+    """Behind two tokens: 0 -> 1 -> 3 and 0 -> 2 -> 4; the second path is kept."""
+    model, params = hybrid()
+    _, _, fresh = model.apply({"params": params}, TOKENS[:1, :2], jnp.array([2]), method="prefill")
+    cache = model.init_cache(1, 16).commit(fresh, None, jnp.array([2]))
+    paths = {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 1, 3], 4: [0, 2, 4]}
+    tree, nodes = np.zeros((5, 5), bool), jnp.array([[3, 6, 1, 0, 9]])
+    for node, path in paths.items():
+        tree[node, path] = True
+    depth = jnp.array([0, 1, 1, 2, 2])
+    logits, _, fresh = model.apply(
+        {"params": params}, nodes, cache, jnp.asarray(tree), depth, method="extend"
+    )
+    for node, path in paths.items():
+        row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array(path)]], axis=1)
+        close(logits[:, node], whole(row)[:, -1])
+    kept = cache.commit(fresh, jnp.array([[0, 2, 4]]), jnp.array([3]))
+    row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array([0, 2, 4])], jnp.array([[5]])], axis=1)
+    close(model.apply({"params": params}, row[:, -1:], kept, method="extend")[0], whole(row)[:, -1:])
+
+
+def test_drafts_change_no_token():
+    """Rejected drafts of a hybrid model leave its states alone; prompts of unequal lengths, rows of one batch."""
+    prompts = [[1, 2, 3, 1, 2, 3], [4]]
+    outputs = []
+    for options in ({}, {"proposer": PromptLookup(num_tokens=4)}):
+        result = Generator(*hybrid(), **options).generate(prompts, max_new_tokens=20)
+        outputs.append([sample.tokens for sample in result.samples])
+    assert outputs[0] == outputs[1]
+    alone = Generator(*hybrid()).generate(prompts[1:], max_new_tokens=20).samples[0].tokens
+    assert alone == outputs[0][1]
+    row = jnp.asarray([prompts[1] + alone[:-1]])
+    assert alone == np.argmax(whole(row)[0], -1).tolist()
+
+
+def test_segments_do_not_meet():
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2]] * 2)
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3]] * 2)
+    logits = whole(TOKENS, positions=positions, segments=segments)
+    close(logits[:, :3], whole(TOKENS[:, :3]))
+    close(logits[:, 3:], whole(TOKENS[:, 3:]))
+
+
+def test_scanned_layers_are_the_same():
+    model, params = hybrid()
+    scanned = model.clone(scan_layers=True)
+    close(scanned.apply({"params": scan_params(params, 3)}, TOKENS), whole(TOKENS))
+
+
+def test_a_state_can_not_be_rolled_back():
+    with pytest.raises(UserError, match="keeps a state, not tokens"):
+        hybrid()[0].init_cache(1, 8).rollback(jnp.zeros(1, jnp.int32))
+
+
+def test_mistakes_are_told():
+    with pytest.raises(UserError, match="num_heads=4 is not a multiple of num_groups=3"):
+        Mamba2(num_heads=4, num_groups=3)
+    with pytest.raises(UserError, match="conv_width=1"):
+        Mamba2(num_heads=4, conv_width=1)

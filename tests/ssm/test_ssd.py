@@ -1,0 +1,116 @@
+"""The forms of state-space duality against the recurrence, and the recurrence against numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.errors import UserError
+from research.ssm.ssd import advance, ssd, ssd_sequential, ssd_tree
+
+BATCH, LENGTH, HEADS, CHANNELS, GROUPS, SIZE = 2, 11, 4, 3, 2, 5
+
+
+def inputs(length: int = LENGTH, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = jax.random.normal(keys[0], (BATCH, length, HEADS, CHANNELS), dtype)
+    log_decay = -jax.random.exponential(keys[1], (BATCH, length, HEADS), dtype)
+    b, c = (jax.random.normal(key, (BATCH, length, GROUPS, SIZE), dtype) for key in keys[2:4])
+    state = jax.random.normal(keys[4], (BATCH, HEADS, CHANNELS, SIZE), dtype)
+    return x, log_decay, b, c, state
+
+
+def close(got, expected, scale=1.0):
+    """Sums of at most 11 x 5 float32 products of size one: 55 roundings of 6e-8, with room."""
+    np.testing.assert_allclose(got, expected, rtol=2e-5 * scale, atol=2e-5 * scale)
+
+
+def test_the_recurrence_by_hand():
+    """Decay 1/2: S = 2 * 3 = 6, y = 6 * 1; S = 6/2 + 4 * 1 = 7, y = 7 * 2 = 14; S = 7/2 - 1 * 2 = 1.5, y = 1.5 * 10."""
+    x = jnp.array([2.0, 4.0, -1.0]).reshape(1, 3, 1, 1)
+    b = jnp.array([3.0, 1.0, 2.0]).reshape(1, 3, 1, 1)
+    c = jnp.array([1.0, 2.0, 10.0]).reshape(1, 3, 1, 1)
+    log_decay = jnp.full((1, 3, 1), jnp.log(0.5))
+    for y, state in (ssd_sequential(x, log_decay, b, c), ssd(x, log_decay, b, c, chunk=2)):
+        np.testing.assert_allclose(y.reshape(-1), [6.0, 14.0, 15.0], rtol=1e-6)
+        np.testing.assert_allclose(state.reshape(-1), [1.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 11, 64])
+def test_any_chunk_is_the_recurrence(chunk):
+    x, log_decay, b, c, state = inputs()
+    for start in (None, state):
+        y, final = ssd(x, log_decay, b, c, chunk=chunk, state=start)
+        expected, expected_final = ssd_sequential(x, log_decay, b, c, start)
+        close(y, expected)
+        close(final, expected_final)
+
+
+def test_gradients_are_those_of_the_recurrence():
+    x, log_decay, b, c, state = inputs()
+
+    def loss(form):
+        return lambda *args: sum(jnp.sum(jnp.sin(part)) for part in form(*args))
+
+    chunked = jax.grad(loss(lambda *a: ssd(*a[:4], chunk=4, state=a[4])), argnums=range(5))
+    sequential = jax.grad(loss(lambda *a: ssd_sequential(*a)), argnums=range(5))
+    for got, expected in zip(
+        chunked(x, log_decay, b, c, state), sequential(x, log_decay, b, c, state), strict=True
+    ):
+        assert np.all(np.isfinite(got))
+        close(got, expected, scale=10.0)  # the derivative of a decay is a sum over all later tokens
+
+
+def test_without_decay_it_is_causal_linear_attention():
+    x, log_decay, b, c, _ = inputs()
+    y, _ = ssd(x, jnp.zeros_like(log_decay), b, c, chunk=4)
+    b, c = (jnp.repeat(part, HEADS // GROUPS, axis=2) for part in (b, c))
+    scores = jnp.einsum("bihn,bjhn->bhij", c, b) * jnp.tril(jnp.ones((LENGTH, LENGTH)))
+    close(y, jnp.einsum("bhij,bjhp->bihp", scores, x))
+
+
+def test_segments_do_not_meet():
+    x, log_decay, b, c, _ = inputs()
+    cuts = (0, 2, 7, LENGTH)
+    segments = jnp.repeat(jnp.arange(3), jnp.diff(jnp.array(cuts)), total_repeat_length=LENGTH)
+    y, final = ssd(x, log_decay, b, c, chunk=4, segments=jnp.broadcast_to(segments, (BATCH, LENGTH)))
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        part = (value[:, start:stop] for value in (x, log_decay, b, c))
+        expected, last = ssd_sequential(*part)
+        close(y[:, start:stop], expected)
+    close(final, last)
+
+
+def test_a_tree_is_the_recurrence_along_every_path():
+    """Nodes 0 -> 1 -> 3 and 0 -> 2 -> 4; a state in front."""
+    x, log_decay, b, c, state = inputs(5)
+    paths = {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 1, 3], 4: [0, 2, 4]}
+    tree = np.zeros((5, 5), bool)
+    for node, path in paths.items():
+        tree[node, path] = True
+    y = ssd_tree(x, log_decay, b, c, tree=jnp.asarray(tree), state=state)
+    for node, path in paths.items():
+        expected, _ = ssd_sequential(*(value[:, jnp.array(path)] for value in (x, log_decay, b, c)), state)
+        close(y[:, node], expected[:, -1])
+
+
+def test_a_state_advances_by_some_of_the_tokens():
+    x, log_decay, b, c, state = inputs()
+    count = jnp.array([4, 0])
+    got = advance(state, x, log_decay, b, count)
+    close(got[0], ssd_sequential(*(value[:1, :4] for value in (x, log_decay, b, c)), state[:1])[1][0])
+    np.testing.assert_array_equal(got[1], state[1])
+
+
+def test_strong_decay_does_not_overflow():
+    x, log_decay, b, c, _ = inputs()
+    gradient = jax.grad(lambda a: jnp.sum(ssd(x, a, b, c, chunk=11)[0]))(log_decay * 1e4)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_mistakes_are_told():
+    x, log_decay, b, c, _ = inputs()
+    with pytest.raises(UserError, match="chunk=0"):
+        ssd(x, log_decay, b, c, chunk=0)
+    with pytest.raises(UserError, match="4 heads are not a multiple of 3 groups"):
+        ssd(x, log_decay, jnp.zeros((BATCH, LENGTH, 3, SIZE)), jnp.zeros((BATCH, LENGTH, 3, SIZE)), chunk=4)
