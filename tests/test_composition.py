@@ -34,6 +34,8 @@ from research.elastic.slicing import ElasticSpec
 from research.errors import UserError
 from research.interop import huggingface
 from research.language.decoder import DecoderLM
+from research.moe.selective_attention import SMHA
+from research.moe.union import UoME
 from research.nn.attention import Attention
 from research.nn.fuse import fuse_projections
 from research.nn.masks import Causal, Full, Window
@@ -133,8 +135,8 @@ def test_cell(cell: Cell, tmp_path: Path):
 def decoder(rules=(Causal(),), *, num_layers=2, norm=RMSNorm(), post_norms=False, attention=None, **fields):  # noqa: B008
     layer = dict(num_heads=2, head_dim=4, rotary=Rotary(), **(attention or {}))
     blocks = tuple(Block(Attention(**layer, rule=r), GatedMLP(HIDDEN), norm, post_norms) for r in rules)
-    sizes = dict(vocab_size=VOCAB, width=WIDTH, max_length=32)
-    return DecoderLM(blocks=blocks, num_layers=num_layers, **sizes | fields)
+    sizes = dict(vocab_size=VOCAB, width=WIDTH, max_length=32, blocks=blocks)
+    return DecoderLM(num_layers=num_layers, **sizes | fields)
 
 
 def make_batch() -> dict[str, jax.Array]:
@@ -548,3 +550,62 @@ def _(directory):
     params = jax.jit(model.init)(KEY, jnp.zeros((1, 4, 4, 1)))["params"]
     small, cut = extract(model, params, ElasticSpec((0, 1), (2, 2)))
     huggingface.save(small, {"params": cut}, directory / "export")
+
+
+# Union of Experts: heads that keep only their own tokens, with positions among these, and slices of an FFN.
+
+
+def union(slices=UoME(2, 1, HIDDEN // 2, "silu", gated=True, use_bias=False), **fields):  # noqa: B008
+    heads = SMHA(2, 4, 1, rotary=Rotary(), rope_positions="compact", capacity_factor=1.0)
+    return decoder(blocks=(Block(heads, slices),), **fields)
+
+
+@runs(
+    "Union of Experts", "tree decoding", "drafted by Medusa, heads with slots: the tokens of plain decoding"
+)
+def _(_):
+    drafted_as_plain("Medusa", union(), louder(init(union())))
+
+
+@refused("Union of Experts", "decoding of ranked slices", "selection='ranked' looks at the whole sequence")
+def _(_):
+    model = union(UoME(2, 1, HIDDEN // 2, selection="ranked", capacity_factor=1.0))
+    token = jnp.zeros((1, 1), jnp.int32)
+    jax.eval_shape(lambda: model.init(KEY, token, model.init_cache(1, 4), method="extend"))
+
+
+@runs(
+    "Union of Experts",
+    "MatFormer",
+    "every slice is cut to its first units; extracted, it has the same logits",
+)
+def _(_):
+    mat = MatFormer(LanguageModelling(union()), divisors=(4, 1))
+    params = init(mat.model)
+    cut_model, cut = extract(mat.model, params, parse_widths("1/4", mat))
+    down = cut["layer_1"]["mlp"]["experts"]["down"]["kernel"]
+    np.testing.assert_array_equal(down, params["layer_1"]["mlp"]["experts"]["down"]["kernel"][:, :2])
+    np.testing.assert_array_equal(logits(cut_model, cut), logits(mat.model, mat.granularity(params, 0)))
+
+
+@runs(
+    "Union of Experts",
+    "data, FSDP and tensor parallelism on 8 devices; scanned layers, rematerialised",
+    "loss and parameters after a step equal those of one device; losses equal those of unrolled layers",
+)
+def _(_):
+    task, params = LanguageModelling(union()), init(union())
+    one, rows = train(task, params)
+    spread, spread_rows = train(
+        task, params, mesh=make_mesh(dict(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    )
+    close(spread.params, one.params)
+    close(mean(spread_rows[0]), mean(rows[0]))
+    scanned = LanguageModelling(union(scan_layers=True, remat="dots"))
+    metrics = jax.jit(scanned.loss)(scan_params(params, 1), make_batch(), KEY)
+    close(mean(metrics), mean(rows[0]))
+
+
+@refused("Union of Experts", "export", "the FFN is UoME, not GatedMLP or MoE")
+def _(directory):
+    huggingface.save(union(), {"params": init(union())}, directory / "export")
