@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from research.errors import UserError, nearest
-from research.moe.grouped import grouped_dot, row_experts
+from research.moe.grouped import every_expert, grouped_dot, row_experts
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
@@ -223,6 +223,13 @@ class SortedDispatch(_Slots):
 
     def _shape(self, rows: jax.Array) -> jax.Array:
         return rows
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether an expert's rows are computed piece by piece, so that a whole FFN can be at once."""
+        return jax.default_backend() == "cpu" and every_expert(
+            self.pair_of_slot.shape[0], self.sizes.shape[0], self.tile
+        )
 
     def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
         return grouped_dot(buffer, kernel, self.sizes, self.tile)

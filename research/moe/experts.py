@@ -12,17 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.moe.dispatch import Dispatch
+from research.moe.dispatch import Dispatch, SortedDispatch
+from research.moe.grouped_ffn import grouped_feed_forward
 from research.moe.routing import wrong_number
 from research.nn.linear import parameter
 from research.nn.mlp import ACTIVATIONS, Activation
+from research.nn.weights import Kernel
 
 
-class ExpertLinear(nn.Module):
-    """y = x W_e + b_e with the kernel of each row's expert: buffer [..., in] -> buffer [..., features].
+class ExpertWeights(nn.Module):
+    """The parameters of E linear maps: {"kernel": [E, in, features]} and, with a bias, "bias" [E, features].
 
-    Parameters: kernel [E, in, features], drawn as that of `Linear`, bias [E, features]. A kernel in the
-    parameter tree may be structured (leaves stacked along the experts) or narrower than `features`.
+    Kernels are drawn as that of `Linear`. A kernel in the parameter tree may be structured (leaves stacked along
+    the experts) or narrower than `features`. Raises `UserError` where the tree has another number of experts.
     """
 
     num_experts: int
@@ -31,26 +33,32 @@ class ExpertLinear(nn.Module):
     init_scale: float = 1.0
 
     @nn.compact
-    def __call__(self, dispatch: Dispatch, buffer: jax.Array) -> jax.Array:
+    def __call__(self, width: int) -> dict[str, Kernel]:
         init = nn.initializers.variance_scaling(
             self.init_scale, "fan_in", "truncated_normal", batch_axis=(0,)
         )
-        shape = (self.num_experts, buffer.shape[-1], self.features)
-        kernel = parameter(self, "kernel", init, shape)
-        found = jax.tree.leaves(kernel)[0].shape[0]
-        if found != self.num_experts:
-            raise wrong_number("/".join(self.path), found, self.num_experts)
-        buffer = dispatch.dot(buffer, kernel)
+        found = {"kernel": parameter(self, "kernel", init, (self.num_experts, width, self.features))}
+        count = jax.tree.leaves(found)[0].shape[0]
+        if count != self.num_experts:
+            raise wrong_number("/".join(self.path), count, self.num_experts)
         if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, (self.num_experts, self.features))
-            buffer = dispatch.bias(buffer, bias)
-        return buffer
+            shape = (self.num_experts, self.features)
+            found["bias"] = parameter(self, "bias", nn.initializers.zeros, shape)
+        return found
+
+
+class ExpertLinear(ExpertWeights):
+    """y = x W_e + b_e with the kernel of each row's expert: buffer [..., in] -> buffer [..., features]."""
+
+    @nn.compact
+    def __call__(self, dispatch: Dispatch, buffer: jax.Array) -> jax.Array:
+        return affine(dispatch, buffer, ExpertWeights.__call__(self, buffer.shape[-1]))
 
 
 class FeedForwardExperts(nn.Module):
     """E feed-forward networks of `hidden_dim` units: gated, down(act(gate x) * up x), or plain, down(act(up x)).
 
-    Parameters: {gate, up, down}/kernel as `ExpertLinear` has them, without `gate` where not gated.
+    Parameters: {gate, up, down}/{kernel, bias} as `ExpertWeights` has them, without `gate` where not gated.
     """
 
     num_experts: int
@@ -61,14 +69,36 @@ class FeedForwardExperts(nn.Module):
 
     @nn.compact
     def __call__(self, dispatch: Dispatch, buffer: jax.Array) -> jax.Array:
-        width, act = buffer.shape[-1], ACTIVATIONS[self.activation]
+        width = buffer.shape[-1]
+        shapes = {
+            "gate": (width, self.hidden_dim),
+            "up": (width, self.hidden_dim),
+            "down": (self.hidden_dim, width),
+        }
+        params = {
+            name: ExpertWeights(self.num_experts, outputs, self.use_bias, name=name)(inputs)
+            for name, (inputs, outputs) in shapes.items()
+            if self.gated or name != "gate"
+        }
+        return feed_forward(dispatch, buffer, params, self.activation)
 
-        def linear(features: int, name: str) -> ExpertLinear:
-            return ExpertLinear(self.num_experts, features, self.use_bias, name=name)
 
-        up = linear(self.hidden_dim, "up")(dispatch, buffer)
-        hidden = act(linear(self.hidden_dim, "gate")(dispatch, buffer)) * up if self.gated else act(up)
-        return linear(width, "down")(dispatch, hidden)
+def affine(dispatch: Dispatch, buffer: jax.Array, params: Mapping[str, Kernel]) -> jax.Array:
+    """Buffer [..., in] through its experts' linear maps {"kernel", "bias"} -> buffer [..., out]."""
+    buffer = dispatch.dot(buffer, params["kernel"])
+    return dispatch.bias(buffer, params["bias"]) if "bias" in params else buffer
+
+
+def feed_forward(
+    dispatch: Dispatch, buffer: jax.Array, params: Mapping[str, Mapping[str, Kernel]], activation: Activation
+) -> jax.Array:
+    """Buffer [..., width] through its experts' FFNs {gate, up, down}/{kernel, bias} -> buffer [..., width]."""
+    plain = all(isinstance(leaf, jax.Array) for part in params.values() for leaf in part.values())
+    if plain and isinstance(dispatch, SortedDispatch) and dispatch.in_pieces:
+        return grouped_feed_forward(buffer, params, dispatch.sizes, dispatch.tile, activation)
+    up, act = affine(dispatch, buffer, params["up"]), ACTIVATIONS[activation]
+    hidden = act(affine(dispatch, buffer, params["gate"])) * up if "gate" in params else act(up)
+    return affine(dispatch, hidden, params["down"])
 
 
 def slice_dense(mlp: Mapping[str, Any], parts: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from research.nn import weights
 from research.nn.weights import Kernel
 
-PIECE = 512  # rows
+PIECE = 256  # rows
 BLOCK = 128 * 1024  # bytes
 
 
@@ -44,11 +44,15 @@ def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.sum(jnp.cumsum(sizes) <= jnp.arange(rows)[:, None], axis=1, dtype=jnp.int32)
 
 
+def every_expert(rows: int, experts: int, tile: int) -> bool:
+    """Whether there are rows enough that all experts will have some."""
+    return rows > 2 * tile * experts
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _product(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
-    if rows.shape[0] <= 2 * tile * sizes.shape[0]:
-        return _by_tiles(rows, kernel, sizes, tile)
-    return _by_experts(rows, kernel, sizes, tile)
+    by = _by_experts if every_expert(rows.shape[0], sizes.shape[0], tile) else _by_tiles
+    return by(rows, kernel, sizes, tile)
 
 
 def _product_forward(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> tuple[jax.Array, Any]:
@@ -74,7 +78,7 @@ def _product_backward(tile: int, saved: Any, cotangent: jax.Array) -> tuple[jax.
             return jax.lax.dynamic_update_slice_in_dim(d_rows, dx, at, 0), total
 
         zeros = [jnp.zeros_like(leaf, dtype=jnp.float32) for leaf in mine]
-        return _pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
+        return pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
 
     start = jnp.cumsum(sizes) - sizes
     d_rows, totals = jax.lax.scan(expert, jnp.zeros_like(rows), (floating, codes, sizes, start))
@@ -94,14 +98,14 @@ def _by_experts(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) ->
             y = weights.dot(jax.lax.dynamic_slice_in_dim(rows, at, count), mine)
             return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
 
-        return _pieces(start, size, rows.shape[0], tile, piece, out), None
+        return pieces(start, size, rows.shape[0], tile, piece, out), None
 
     # Like the rows: inside shard_map, of the mesh axes that they differ over.
     out = jnp.zeros_like(rows, shape=(rows.shape[0], kernel.shape[-1]))
     return jax.lax.scan(expert, out, (kernel, sizes, jnp.cumsum(sizes) - sizes))[0]
 
 
-def _pieces(start: jax.Array, size: jax.Array, most: int, tile: int, body: Any, carry: Any) -> Any:
+def pieces(start: jax.Array, size: jax.Array, most: int, tile: int, body: Any, carry: Any) -> Any:
     """`body(first row, count, own, carry)` over `size` rows, at most `most`, from `start`: as many whole pieces as
     there are, then tiles. Of a tile's rows only `own` are the expert's; None: all."""
     whole = size // PIECE
@@ -138,7 +142,9 @@ def _by_tiles(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> j
             )
             return y + (_float32_dot(x, mine) if isinstance(mine, jax.Array) else weights.dot(x, mine))
 
-        y = jax.lax.fori_loop(0, blocks, block, jnp.zeros_like(rows, shape=(tile, features), dtype=jnp.float32))
+        y = jax.lax.fori_loop(
+            0, blocks, block, jnp.zeros_like(rows, shape=(tile, features), dtype=jnp.float32)
+        )
         return jax.lax.dynamic_update_slice_in_dim(out, y.astype(rows.dtype), at, 0)
 
     out = jnp.zeros_like(rows, shape=(rows.shape[0], features))
