@@ -33,8 +33,8 @@ DEFAULT_RULES: Rules = (
     (r"(^|/)store/experts/down/kernel$", (("fsdp", "expert"), "tensor", None)),
     (r"(^|/)store/experts/\w+/bias$", (("fsdp", "expert"), None)),
     (r"^placement/", ()),
-    (r"(^|/)experts/(gate|up)/kernel$", ("expert", "fsdp", "tensor")),
-    (r"(^|/)experts/down/kernel$", ("expert", "tensor", "fsdp")),
+    (r"(^|/)experts/(query|gate|up)/kernel$", ("expert", "fsdp", "tensor")),
+    (r"(^|/)experts/(output|down)/kernel$", ("expert", "tensor", "fsdp")),
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
     (r"^drafter/head_\d+/\w+/layer_\d+/kernel$", ("fsdp", "tensor")),  # blocks of drafted heads
