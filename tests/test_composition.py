@@ -34,6 +34,8 @@ from research.elastic.slicing import ElasticSpec
 from research.errors import UserError
 from research.interop import huggingface
 from research.language.decoder import DecoderLM
+from research.moe.layer import MoE
+from research.moe.momentum import HeavyBall, MomentumBlock
 from research.moe.selective_attention import SMHA
 from research.moe.union import UoME
 from research.nn.attention import Attention
@@ -209,6 +211,7 @@ def nested(model, params=None, task=LanguageModelling):
     for name, layer in small.items():
         if name.startswith("layer"):
             for mlp in [layer["mlp"]] if "mlp" in layer else [part["mlp"] for part in layer.values()]:
+                mlp = mlp.get("experts", mlp)
                 up, down = materialize_up(mlp["up"]["kernel"]), mlp["down"]["kernel"]
                 assert (up[..., HIDDEN // 8 :] == 0).all() and (up[..., : HIDDEN // 8] != 0).any()
                 assert isinstance(down, LowRank) or (down[..., HIDDEN // 8 :, :] == 0).all()
@@ -609,3 +612,32 @@ def _(_):
 @refused("Union of Experts", "export", "the FFN is UoME, not GatedMLP or MoE")
 def _(directory):
     huggingface.save(union(), {"params": init(union())}, directory / "export")
+
+
+# Momentum from MoE layer to MoE layer, in layers that alternate with dense ones (GLaM).
+
+
+def momentum(**fields):
+    attention = Attention(num_heads=2, head_dim=4, rotary=Rotary())
+    experts = MoE(num_experts=4, k=2, hidden_dim=HIDDEN, dispatch="dense")
+    sparse = MomentumBlock(attention, experts, momentum=HeavyBall(0.7))
+    return decoder(blocks=(sparse, Block(attention, GatedMLP(HIDDEN))), num_layers=3, **fields)
+
+
+@runs("MomentumSMoE", "MatFormer", f"every expert is cut to the width of the dense layers: {NESTED}")
+def _(_):
+    nested(momentum())
+
+
+@runs(
+    "MomentumSMoE",
+    "tree decoding with virtual rows (Hidden Transfer)",
+    "every node and joining row has a momentum of its own: the tokens of plain decoding",
+)
+def _(_):
+    drafted_as_plain("Hidden Transfer", momentum(), louder(init(momentum())))
+
+
+@refused("MomentumSMoE", "export", "the block is MomentumBlock, not Block")
+def _(directory):
+    huggingface.save(momentum(), {"params": init(momentum())}, directory / "export")
