@@ -186,3 +186,10 @@ def _split(kernel: Kernel) -> tuple[list[jax.Array], list[jax.Array], Any]:
 
     floating = [leaf for f, leaf in zip(real, leaves, strict=True) if f]
     return floating, [leaf for f, leaf in zip(real, leaves, strict=True) if not f], rebuild
+
+
+def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x, typed as differing between devices over the mesh axes that `like` differs over: inside `shard_map`, what a
+    loop starts from must be of the type that it makes. `jnp.zeros_like` sees to that by itself."""
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
+    return jax.lax.pcast(x, axes, to="varying") if axes else x

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.moe.grouped import pieces
+from research.moe.grouped import pieces, varying_like
 from research.nn import weights
 from research.nn.mlp import ACTIVATIONS, Activation
 
@@ -61,8 +61,8 @@ def _run(rows, params, sizes, tile, activation, keep: bool) -> tuple[jax.Array, 
     count, dtype = rows.shape[0], rows.dtype
     hidden = params["up"]["kernel"].shape[-1]
     # Not filled: backward reads exactly the rows that are written here.
-    kept = [jax.lax.empty((count, hidden), dtype) for _ in _inner(params)] if keep else []
-    out = jnp.zeros((count, params["down"]["kernel"].shape[-1]), dtype)
+    kept = [varying_like(jax.lax.empty((count, hidden), dtype), rows) for _ in _inner(params)] if keep else []
+    out = jnp.zeros_like(rows, shape=(count, params["down"]["kernel"].shape[-1]))
     (out, kept), _ = jax.lax.scan(expert, (out, kept), (params, sizes, jnp.cumsum(sizes) - sizes))
     return out, tuple(kept)
 
@@ -87,7 +87,7 @@ def _backward(tile: int, activation: Activation, saved: Any, cotangent: jax.Arra
                 dx = dx + _transposed(d_input, mine[name]["kernel"])
             return _write(d_rows, dx.astype(x.dtype), at), jax.tree.map(jnp.add, total, parts)
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), dict(mine))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), dict(mine))
         return pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
 
     start = jnp.cumsum(sizes) - sizes

@@ -164,7 +164,7 @@ class PlacedExperts(struct.PyTreeNode):
 
         def compute(store: PyTree, inputs: jax.Array) -> jax.Array:
             home = own_experts(store, rows, own[me], axes)
-            place = slot_of[owner, jnp.arange(num_experts)]
+            place = plan.own_place(owner)
             gather = functools.partial(sparse_all_gather, home, owner=owner, own_place=place, axes=axes)
             parts = [home]
             if slots.ahead:

@@ -67,12 +67,15 @@ def slot_of(table: jax.Array, num_experts: int) -> jax.Array:
 
 def own_table(owner: jax.Array, devices: int, most: int) -> jax.Array:
     """owner int32[E] -> int32[D, most]: the experts at home on each device, ascending. None owns more than `most`."""
-    order = jnp.argsort(owner, stable=True).astype(jnp.int32)
-    count = jnp.sum(owner[None] == jnp.arange(devices)[:, None], axis=1)
-    start = jnp.cumsum(count) - count
-    place = jnp.arange(most)
-    found = jnp.take(order, start[:, None] + place, mode="clip")
-    return jnp.where(place < count[:, None], found, -1)
+    experts = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    empty = jnp.full((devices, most), -1, jnp.int32)
+    return empty.at[owner, own_place(owner)].set(experts, mode="drop")
+
+
+def own_place(owner: jax.Array) -> jax.Array:
+    """owner int32[E] -> int32[E]: the place of each expert among those of its home."""
+    earlier = jnp.tril(owner[:, None] == owner[None, :], -1)
+    return jnp.sum(earlier, axis=1, dtype=jnp.int32)
 
 
 def materialise(
@@ -142,26 +145,35 @@ def _preference(can: jax.Array, free: jax.Array, has: jax.Array, topology: Topol
     """
     shape = (topology.nodes, topology.per_node)
     can, free, has = can.reshape(shape), free.reshape(shape), has.reshape(shape)
-    within = _rank(jnp.where(can, -free, 1))  # in its node: most free slots first
+    within = rank(jnp.where(can, -free, 1))  # in its node: most free slots first
     left = jnp.sum(free, axis=1, keepdims=True) - within
     first = ~jnp.any(has, axis=1, keepdims=True) & (within == 0)
     key = jnp.where(first, 0, 1 + jnp.max(left)) + jnp.max(left) - left
     key = jnp.where(can, key, jnp.iinfo(jnp.int32).max)
-    return _rank(key.reshape(1, -1))[0]
+    return rank(key.reshape(1, -1))[0]
 
 
-def _rank(keys: jax.Array) -> jax.Array:
+def rank(keys: jax.Array) -> jax.Array:
     """keys [..., n] -> int32[..., n]: the place of each in ascending order, ties in order of position."""
-    order = jnp.argsort(keys, axis=-1, stable=True)
-    return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+    before = (keys[..., None, :] < keys[..., :, None]) | jnp.tril(keys[..., None, :] == keys[..., :, None], -1)
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
 def everything(owner: jax.Array, devices: int) -> jax.Array:
     """Copies int32[D, E - E/D] of all experts that are at home elsewhere: FSDP. Every device owns E/D."""
     count = owner.shape[0]
     elsewhere = owner[None] != jnp.arange(devices)[:, None]
-    order = jnp.argsort(~elsewhere, axis=1, stable=True).astype(jnp.int32)
-    return order[:, : count - count // devices]
+    return _gathered(elsewhere)[:, : count - count // devices]
+
+
+def _gathered(chosen: jax.Array) -> jax.Array:
+    """bool[..., n] -> int32[..., n]: the numbers of the chosen, ascending, then -1."""
+    place = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, chosen.shape[-1])
+    numbers = jnp.broadcast_to(jnp.arange(chosen.shape[-1], dtype=jnp.int32), chosen.shape)
+    put = lambda place, numbers: jnp.full_like(numbers, -1).at[place].set(numbers, mode="drop")  # noqa: E731
+    for _ in range(chosen.ndim - 1):
+        put = jax.vmap(put)
+    return put(place, numbers)
 
 
 def within_limit(copies: jax.Array, owner: jax.Array, limit: int) -> jax.Array:
@@ -195,8 +207,7 @@ def destinations(held: jax.Array, topology: Topology) -> tuple[jax.Array, jax.Ar
     the same one.
     """
     fits = eligible(held, topology)
-    places = jnp.argsort(~fits, axis=2, stable=True).astype(jnp.int32)
-    return places, jnp.sum(fits, axis=2, dtype=jnp.int32)
+    return _gathered(fits), jnp.sum(fits, axis=2, dtype=jnp.int32)
 
 
 def traffic(counts: jax.Array, held: jax.Array, topology: Topology) -> jax.Array:
@@ -208,8 +219,9 @@ def traffic(counts: jax.Array, held: jax.Array, topology: Topology) -> jax.Array
     # Of c tokens taking turns from s on, turn j is met once for each r < c with (r + s) % number = j.
     met = (counts[:, :, None] - (turn - source) % many + many - 1) // many
     met = jnp.where(turn < number[:, :, None], jnp.maximum(met, 0), 0)
+    to = jnp.where(places < 0, devices, places)
     flow = jnp.zeros((devices, devices), jnp.int32)
-    return flow.at[jnp.broadcast_to(source, places.shape), places].add(met)
+    return flow.at[jnp.broadcast_to(source, places.shape), to].add(met, mode="drop")
 
 
 def moved(copies: jax.Array) -> jax.Array:

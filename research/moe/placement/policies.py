@@ -124,10 +124,10 @@ class Replicated(_Plain):
         home = owner[None] == jnp.arange(devices)[:, None]
         load = jnp.sum(counts, axis=0).astype(jnp.float32)
         everywhere = plan.materialise(load, owner, home, topology, reach=most, memory=most)
-        rank = jnp.argsort(jnp.argsort(-load, stable=True), stable=True)
+        heat = plan.rank(-load)
 
         def shadowing(number: jax.Array) -> jax.Array:
-            hot = (everywhere >= 0) & (rank[everywhere] < number)
+            hot = (everywhere >= 0) & (heat[everywhere] < number)
             return jnp.where(hot, everywhere, -1)
 
         def seconds(number: jax.Array) -> jax.Array:
