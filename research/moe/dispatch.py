@@ -24,6 +24,7 @@ from typing import Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from research.errors import UserError, nearest
 from research.moe.grouped import every_expert, grouped_dot, row_experts
@@ -70,35 +71,39 @@ def make_dispatch(
     `sorted`. Raises `UserError` for an unknown backend, a factor that is not positive, or a factor for a backend
     that drops nothing.
     """
-    if backend not in BACKENDS:
-        close = nearest(backend, BACKENDS)
-        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(BACKENDS)}"
-        raise UserError(f"dispatch={backend!r}: no such backend; {hint}")
+    check_dispatch(backend, capacity_factor)
     if backend == "auto":
         backend = "sorted" if capacity_factor is None else "capacity"
     if backend == "capacity":
         return CapacityDispatch.make(routing, capacity_factor)
-    if capacity_factor is not None:
+    return DenseDispatch.make(routing) if backend == "dense" else SortedDispatch.make(routing)
+
+
+def check_dispatch(backend: str, capacity_factor: float | None) -> None:
+    """Raise `UserError` for what `make_dispatch` refuses."""
+    if backend not in BACKENDS:
+        close = nearest(backend, BACKENDS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(BACKENDS)}"
+        raise UserError(f"dispatch={backend!r}: no such backend; {hint}")
+    if capacity_factor is None:
+        return
+    if not capacity_factor > 0:
+        raise UserError(
+            f"capacity_factor={capacity_factor}: experts need a capacity above 0; 1.25 is usual, None drops nothing"
+        )
+    if backend not in ("auto", "capacity"):
         raise UserError(
             f"capacity_factor={capacity_factor}: dispatch={backend!r} drops nothing; use 'capacity'"
         )
-    return DenseDispatch.make(routing) if backend == "dense" else SortedDispatch.make(routing)
 
 
 def expert_capacity(tokens: int, num_experts: int, k: int, factor: float | None) -> int:
     """Slots of each expert: ceil(factor * k * tokens / E), rounded up to a multiple of 4 and at most `tokens`;
-    all `tokens`, so that nothing is dropped, for None.
-
-    Raises `UserError` unless the factor is positive.
-    """
+    all `tokens`, so that nothing is dropped, for None."""
     if factor is None:
         return tokens
-    if not factor > 0:
-        raise UserError(
-            f"capacity_factor={factor}: experts need a capacity above 0; 1.25 is usual, None drops nothing"
-        )
     # The small number keeps a product such as 1.1 * 10 from rounding up over its own rounding error.
-    slots = math.ceil(factor * k * tokens / num_experts - 1e-6)
+    slots = max(math.ceil(factor * k * tokens / num_experts - 1e-6), 1)
     return min(-(-slots // 4) * 4, tokens)
 
 
@@ -191,7 +196,12 @@ class CapacityDispatch(_Slots):
         return cls(pair_of_slot, _invert(pair_of_slot, tokens, k), counts, jnp.sum(counts) - kept)
 
     def _shape(self, rows: jax.Array) -> jax.Array:
-        return rows.reshape(self.counts.shape[0], -1, rows.shape[-1])
+        buffer = rows.reshape(self.counts.shape[0], -1, rows.shape[-1])
+        if jax.sharding.get_abstract_mesh().shape.get("expert", 1) == 1:
+            return buffer
+        # The one place where tokens change devices: XLA makes an all-to-all of it, and of the way back.
+        free = PartitionSpec.UNCONSTRAINED
+        return jax.lax.with_sharding_constraint(buffer, PartitionSpec("expert", free, free))
 
     def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
         return batched_dot(buffer, kernel)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.moe import losses
-from research.moe.dispatch import Backend, make_dispatch
+from research.moe.dispatch import Backend, check_dispatch, make_dispatch
 from research.moe.experts import FeedForwardExperts
 from research.moe.losses import Balance
 from research.moe.routing import Norm, Ranks, Router, Routing, check_choices, route
@@ -74,6 +74,7 @@ class MoE(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self.num_experts, self.k)
+        check_dispatch(self.dispatch, self.capacity_factor)
         if self.gate_shared and self.shared is None:
             raise UserError("MoE: gate_shared weighs the output of `shared`, and there is none")
 
@@ -99,8 +100,9 @@ class MoE(nn.Module):
             for name, (total, weight) in measured.items():
                 report_measurement(self, name, total, weight)
         else:
-            factor = self.capacity_factor if context.length is None else None
-            dispatch = make_dispatch(routing, self.dispatch, factor)
+            decoding = context.length is not None
+            backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
+            dispatch = make_dispatch(routing, backend, None if decoding else self.capacity_factor)
             y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
             dropped = dispatch.dropped
         if self.output_bias:

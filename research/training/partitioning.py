@@ -35,6 +35,8 @@ DEFAULT_RULES: Rules = (
     (r"^placement/", ()),
     (r"(^|/)experts/(query|gate|up)/kernel$", ("expert", "fsdp", "tensor")),
     (r"(^|/)experts/(output|down)/kernel$", ("expert", "tensor", "fsdp")),
+    (r"(^|/)experts/\w+/bias$", ("expert", None)),
+    (r"(^|/)router/kernel$", ("fsdp", None)),
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
     (r"^drafter/head_\d+/\w+/layer_\d+/kernel$", ("fsdp", "tensor")),  # blocks of drafted heads
