@@ -163,16 +163,18 @@ class PlacedExperts(struct.PyTreeNode):
             slot = jnp.concatenate([slot, slots_in.reshape(-1)])
 
         def compute(store: PyTree, inputs: jax.Array) -> jax.Array:
-            home = own_experts(store, rows, own[me], axes)
+            # From here on every replica has gradients of its own. They are summed here, at the homes, and not
+            # inside the branch below, which some replicas take and others do not.
+            home = _varying(own_experts(store, rows, own[me], axes), batch_axes)
             place = plan.own_place(owner)
             gather = functools.partial(sparse_all_gather, home, owner=owner, own_place=place, axes=axes)
             parts = [home]
             if slots.ahead:
                 parts.append(gather(copies=ahead, limit=slots.ahead_limit))
             if slots.late:
-                parts.append(_gather_if_any(gather, late, slots.late_limit, home, batch_axes))
+                parts.append(_gather_if_any(gather, late, slots.late_limit, home))
             weights = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-            return _experts_of_slots(experts, _varying(weights, batch_axes), inputs, slot)
+            return _experts_of_slots(experts, weights, inputs, slot)
 
         if self.rematerialise:
             compute = jax.checkpoint(compute, policy=lambda primitive, *_, **__: primitive.name in _SAVED)
@@ -228,20 +230,14 @@ def _work(store: PyTree, x: jax.Array) -> Work:
     return Work(each, x.shape[-1] * x.dtype.itemsize, 2 * sum(sizes))
 
 
-def _gather_if_any(
-    gather: Callable[..., PyTree], late: jax.Array, limit: int, home: PyTree, axes: Axes
-) -> PyTree:
+def _gather_if_any(gather: Callable[..., PyTree], late: jax.Array, limit: int, home: PyTree) -> PyTree:
     """The late copies, for which nothing is sent where there are none."""
-    count = late.shape[1]
+    shape = late.shape[1:]
 
     def none() -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape[1:]), leaf.dtype), home)
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(*shape, *leaf.shape[1:])), home)
 
-    return lax.cond(
-        jnp.any(late >= 0),
-        lambda: _varying(gather(copies=late, limit=limit), axes),
-        lambda: _varying(none(), axes),
-    )
+    return lax.cond(jnp.any(late >= 0), lambda: gather(copies=late, limit=limit), none)
 
 
 def _varying(tree: PyTree, axes: Axes) -> PyTree:

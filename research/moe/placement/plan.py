@@ -155,7 +155,9 @@ def _preference(can: jax.Array, free: jax.Array, has: jax.Array, topology: Topol
 
 def rank(keys: jax.Array) -> jax.Array:
     """keys [..., n] -> int32[..., n]: the place of each in ascending order, ties in order of position."""
-    before = (keys[..., None, :] < keys[..., :, None]) | jnp.tril(keys[..., None, :] == keys[..., :, None], -1)
+    before = (keys[..., None, :] < keys[..., :, None]) | jnp.tril(
+        keys[..., None, :] == keys[..., :, None], -1
+    )
     return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 

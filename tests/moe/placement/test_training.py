@@ -13,6 +13,7 @@ from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.moe.layer import MoE
 from research.moe.placement import sharding
+from research.moe.placement.cost import CostModel
 from research.moe.placement.hecate import FSSDP
 from research.moe.placement.task import ExpertPlacement, move_experts
 from research.nn.mlp import MLP
@@ -79,7 +80,9 @@ def language_model(**changes) -> dict:
     return of(LanguageModelling, model=of(DecoderLM, **{**model, **changes}))
 
 
-POLICY = of(FSSDP, overlap=4, memory=2, window=2, reshard_every=3, own_factor=1.5)
+# Moving experts costs next to nothing, so that copies are made after the gate too.
+CHEAP = of(CostModel, flops=1e6, bandwidth=1e15, node_bandwidth=1e15, latency=0.0)
+POLICY = of(FSSDP, overlap=4, memory=1, window=2, reshard_every=3, own_factor=1.5, calibration=1, cost=CHEAP)
 
 
 def config(task, mesh, **changes):
@@ -96,21 +99,21 @@ def bits(tree):
 
 RESULTS = ("train/cross_entropy", "train/crossed", "train/imbalance", "v/loss")
 PLACED = of(ExpertPlacement, task=language_model(), placement=POLICY)
-FOUR = {"fsdp": 2, "expert": 2}
+MESH = {"data": 2, "fsdp": 2, "expert": 2}  # two replicas of two nodes of two devices
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    """Six steps on two nodes of two devices."""
+def run(tmp_path_factory):
+    """Six steps on eight devices."""
     directory = tmp_path_factory.mktemp("placed") / "run"
-    trained = build(config(PLACED, FOUR))
-    with open_workdir(directory, config(PLACED, FOUR)) as workdir:
-        state, metrics = trained.train(workdir, progress=False, devices=jax.devices()[:4])
+    trained = build(config(PLACED, MESH))
+    with open_workdir(directory, config(PLACED, MESH)) as workdir:
+        state, metrics = trained.train(workdir, progress=False)
     return directory, trained.task, state, metrics
 
 
-def test_the_steps_are_those_of_the_ordinary_trainer_on_one_device(four):
-    directory, task, state, metrics = four
+def test_the_steps_are_those_of_the_ordinary_trainer_on_one_device(run):
+    directory, task, state, metrics = run
     trainer = build(config(language_model(), {}, evaluators=()))
     plain, expected = trainer.train(progress=False, devices=jax.devices()[:1])
     # Six steps at a rate of 0.3 from sums in another order.
@@ -123,12 +126,14 @@ def test_the_steps_are_those_of_the_ordinary_trainer_on_one_device(four):
     assert bits(load_model(directory).params) == bits(task.unpack(state.params))
 
 
-def test_steps_report_imbalance_bytes_and_crossing_tokens(four):
-    *_, state, metrics = four
+def test_steps_report_imbalance_bytes_and_crossing_tokens(run):
+    *_, state, metrics = run
     assert 1 <= metrics["train/imbalance"] <= 4
     assert 0 < metrics["train/crossed"] < 1
-    # Two experts at most to each of four devices in two layers; each is up and down, 8 x 4 of float32.
-    assert 0 < metrics["train/moved_bytes"] <= 4 * 2 * L * (2 * 8 * 4 * 4)
+    # One expert ahead of the gate and one after it, at most, to each of eight devices in two layers; an expert is up
+    # and down, 8 x 4 of float32. More than half of that: some were made after the gate.
+    most = 8 * 2 * L * (2 * 8 * 4 * 4)
+    assert most / 2 < metrics["train/moved_bytes"] <= most
     history = np.asarray(state.params["placement"]["history"])
     assert history.shape == (2, L, E)
     # Two choices for each of 8 x 4 - 4 real tokens of a batch.
@@ -136,8 +141,8 @@ def test_steps_report_imbalance_bytes_and_crossing_tokens(four):
     assert bits(state.ema["placement"]) == bits(state.params["placement"])
 
 
-def test_homes_move_with_their_optimizer_state_and_memory_is_divided(four):
-    _, task, state, _ = four
+def test_homes_move_with_their_optimizer_state_and_memory_is_divided(run):
+    _, task, state, _ = run
     rows = np.asarray(state.params["placement"]["rows"])
     assert (rows != sharding.even_rows(L, E)).any()
     owned = sharding.owned(rows, 4)
@@ -150,21 +155,21 @@ def test_homes_move_with_their_optimizer_state_and_memory_is_divided(four):
     assert up.addressable_shards[0].data.nbytes * 4 == up.nbytes
 
 
-def test_a_restarted_run_ends_in_the_same_bits(four, tmp_path):
-    _, _, state, metrics = four
-    settings = config(PLACED, FOUR)
+def test_a_restarted_run_ends_in_the_same_bits(run, tmp_path):
+    _, _, state, metrics = run
+    settings = config(PLACED, MESH)
     with open_workdir(tmp_path / "run", settings) as workdir:
         dying = build(settings)
         object.__setattr__(dying, "data", Tokens(ends=5))  # of the saved step 4, one after the homes moved
         with pytest.raises(KeyboardInterrupt):
-            dying.train(workdir, progress=False, devices=jax.devices()[:4])
-        resumed, again = build(settings).train(workdir, progress=False, devices=jax.devices()[:4])
+            dying.train(workdir, progress=False)
+        resumed, again = build(settings).train(workdir, progress=False)
     assert bits(resumed) == bits(state)
     assert {name: again[name] for name in RESULTS} == {name: metrics[name] for name in RESULTS}
     # From the same checkpoint on another number of devices, up to the rounding of sums.
     (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "6")
-    trainer = build(config(PLACED, {"expert": 8}, evaluators=()))
-    elsewhere, others = trainer.train(tmp_path / "run", progress=False)
+    trainer = build(config(PLACED, {"expert": 4}, evaluators=()))
+    elsewhere, others = trainer.train(tmp_path / "run", progress=False, devices=jax.devices()[:4])
     assert others["train/cross_entropy"] == pytest.approx(metrics["train/cross_entropy"], rel=1e-5)
     task = build(PLACED)
     one, other = (named_leaves(task.unpack(s.params)) for s in (state, elsewhere))
@@ -174,9 +179,9 @@ def test_a_restarted_run_ends_in_the_same_bits(four, tmp_path):
 
 def test_homes_that_another_mesh_can_not_have_are_changed_at_the_start():
     task = build(PLACED)
-    trainer = build(config(PLACED, FOUR))
-    mesh = make_mesh(FOUR, jax.devices()[:4])
-    state = trainer.compile_first_stage(jax.devices()[:4])[1]
+    trainer = build(config(PLACED, MESH))
+    mesh = make_mesh(MESH)
+    state = trainer.compile_first_stage()[1]
     before = named_leaves(task.unpack(state.params))
     # Layer after layer: all of layer 0 on the first two devices, twice what each may own.
     rows = np.arange(L * E, dtype=np.int32).reshape(L, E)
