@@ -35,15 +35,21 @@ def moe(**fields) -> MoE:
     return MoE(**dict(num_experts=E, k=K, hidden_dim=F) | fields)
 
 
-@functools.lru_cache
-def x() -> jax.Array:
-    return jax.random.normal(jax.random.key(0), (B, T, D))
+def x() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 
 
-def params(layer: MoE) -> dict:
+@functools.partial(jax.jit, static_argnums=0)
+def init(layer: MoE) -> dict:
     return layer.init(jax.random.key(1), x(), context())["params"]
 
 
+def params(layer: MoE) -> dict:
+    """New ones, which a test may change."""
+    return jax.tree.map(lambda y: y, init(layer))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def apply(layer, params, x, segments=None):
     return apply_reporting(layer, {"params": params}, x, context(segments))
 
@@ -89,9 +95,8 @@ def test_padding_never_matters(dispatch):
     layer = moe(dispatch=dispatch.split()[0], capacity_factor=factor, balance="gshard", z_weight=0.1)
     tree = params(layer)
     real = (SEGMENTS > 0)[..., None]
-    run = jax.jit(lambda x: apply(layer, tree, x, SEGMENTS))
-    y, losses, measured = run(x())
-    other = run(jnp.where(real, x(), 100.0 * x()[::-1]))
+    y, losses, measured = apply(layer, tree, x(), SEGMENTS)
+    other = apply(layer, tree, jnp.where(real, x(), 100.0 * x()[::-1]), SEGMENTS)
     jax.tree.map(np.testing.assert_array_equal, (y, losses, measured), other)
     np.testing.assert_array_equal(jnp.where(real, 0.0, y), 0.0)
     assert measured["load"][1] == K * real.sum()
@@ -145,13 +150,13 @@ TOKENS = jnp.arange(2 * 6).reshape(2, 6) * 5 % 16
 
 @pytest.fixture(scope="module")
 def tree() -> dict:
-    return decoder(moe()).init(jax.random.key(0), TOKENS)["params"]
+    return jax.jit(decoder(moe()).init)(jax.random.key(0), TOKENS)["params"]
 
 
 @pytest.mark.parametrize("dispatch", ["sorted", "capacity"])
 def test_decoding_step_by_step_is_the_whole_sequence(dispatch, tree):
     model = decoder(moe(dispatch=dispatch))
-    whole = model.apply({"params": tree}, TOKENS)
+    whole = jax.jit(lambda tokens: model.apply({"params": tree}, tokens))(TOKENS)
     cache = model.init_cache(2, 8)
     step = jax.jit(lambda tokens, cache: model.apply({"params": tree}, tokens, cache, method="extend"))
     for t in range(TOKENS.shape[1]):
@@ -162,11 +167,15 @@ def test_decoding_step_by_step_is_the_whole_sequence(dispatch, tree):
 
 def test_decoding_drops_nothing(tree):
     small, none = decoder(moe(capacity_factor=0.1)), decoder(moe())
-    logits = [
-        m.apply({"params": tree}, TOKENS, m.init_cache(2, 8), method="extend")[0] for m in (small, none)
-    ]
-    np.testing.assert_array_equal(*logits)
-    assert not np.allclose(small.apply({"params": tree}, TOKENS), none.apply({"params": tree}, TOKENS))
+
+    def run(model):
+        cache = model.init_cache(2, 8)
+        extend = jax.jit(lambda tree: model.apply({"params": tree}, TOKENS, cache, method="extend")[0])
+        return extend(tree), jax.jit(lambda tree: model.apply({"params": tree}, TOKENS))(tree)
+
+    (decoded, whole), (other, reference) = run(small), run(none)
+    np.testing.assert_array_equal(decoded, other)
+    assert not np.allclose(whole, reference)
 
 
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "dots")])
