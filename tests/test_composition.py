@@ -34,6 +34,7 @@ from research.elastic.slicing import ElasticSpec
 from research.errors import UserError
 from research.interop import huggingface
 from research.language.decoder import DecoderLM
+from research.moe.attention import MixtureOfAttention
 from research.moe.layer import MoE
 from research.moe.momentum import HeavyBall, MomentumBlock
 from research.moe.selective_attention import SMHA
@@ -641,3 +642,59 @@ def _(_):
 @refused("MomentumSMoE", "export", "the block is MomentumBlock, not Block")
 def _(directory):
     huggingface.save(momentum(), {"params": init(momentum())}, directory / "export")
+
+
+# JetMoE: experts in attention and FFN.
+
+
+def jetmoe(num_layers=1):
+    attention = MixtureOfAttention(4, 2, 2, 4, rotary=Rotary())
+    blocks = (Block(attention, MoE(4, 2, HIDDEN, output_bias=True)),)
+    return decoder(blocks=blocks, num_layers=num_layers)
+
+
+@runs(
+    "JetMoE",
+    "tree decoding",
+    "drafted by Medusa, keys and values shared: the tokens of plain decoding",
+)
+def _(_):
+    drafted_as_plain("Medusa", jetmoe(), louder(init(jetmoe())))
+
+
+@runs("JetMoE", "MatFormer", f"every FFN expert is cut, attention experts are not: {NESTED}")
+def _(_):
+    nested(jetmoe())
+
+
+@runs(
+    "JetMoE",
+    "data, expert and tensor parallelism on 8 devices",
+    "loss and parameters after a step equal those of one device; experts of attention and FFN lie in quarters",
+)
+def _(_):
+    task = LanguageModelling(jetmoe())
+    params = init(task.model)
+    one, rows = train(task, params)
+    spread, spread_rows = train(
+        task, params, mesh=make_mesh(dict(data=2, expert=2, tensor=2), jax.devices()[:8])
+    )
+    for layer in (spread.params["layer_0"]["attention"], spread.params["layer_0"]["mlp"]):
+        for projection in layer["experts"].values():
+            kernel = projection["kernel"]
+            assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    close(spread.params, one.params)
+    close(mean(spread_rows[0]), mean(rows[0]))
+
+
+@runs(
+    "JetMoE",
+    "extraction, transformers",
+    "a submodel with narrower experts, exported and read back: the same logits",
+)
+def _(directory):
+    model = jetmoe(2)
+    small, cut = extract(model, init(model), ElasticSpec((0, 1), (2, 16)))
+    assert huggingface.save(small, {"params": cut}, directory / "export").family == "jetmoe"
+    again, variables, _ = huggingface.load(directory / "export")
+    close(logits(again, variables["params"]), logits(small, cut))
