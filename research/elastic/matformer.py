@@ -17,6 +17,7 @@ and the slicing notes of Gemma 3n.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -82,6 +83,11 @@ class MatFormer:
 
     def init(self, key: jax.Array) -> PyTree:
         return self.task.init(key)
+
+    @property
+    def start(self) -> Callable[[jax.Array], PyTree]:
+        """As that of the task; there is none where that has none."""
+        return self.task.start
 
     def granularity(self, params: PyTree, index: int) -> PyTree:
         """The parameters of granularity `index`: every FFN cut to its width / divisors[index]."""

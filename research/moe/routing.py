@@ -174,6 +174,6 @@ class Router(nn.Module):
 def wrong_number(path: str, found: int, wanted: int) -> UserError:
     """The error of parameters with another number of experts than the model's."""
     return UserError(
-        f"{path}: the parameters have {found} experts, the model {wanted}; load them with num_experts={found}, or "
-        f"change them with: python -m experiments.upcycle CHECKPOINT --experts={wanted} --output=DIRECTORY"
+        f"{path}: the parameters have {found} experts, the model {wanted}; give the model num_experts={found}, or "
+        f"merge or upcycle them: python -m experiments.upcycle CHECKPOINT --experts={wanted} --output=DIRECTORY"
     )

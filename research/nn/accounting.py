@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes, FLOPs. Every claim and plan counts with these."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,43 @@ PyTree = Any
 def count_parameters(params: PyTree) -> int:
     """Number of array elements in a parameter tree (arrays or shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def count_active_parameters(model: Any, params: PyTree) -> int:
+    """Elements that a token meets, see `active_share`; for a model that is no stack of blocks, all of them."""
+    share = active_share(model)
+    return round(sum(leaf.size * share(_name(path)) for path, leaf in jax.tree.leaves_with_path(params)))
+
+
+def active_share(model: Any) -> Callable[[str], float]:
+    """The part of a parameter, by its path, that a token meets: k / num_experts of what lies below the `experts` of a
+    layer that has both fields, and all of everything else."""
+    shares = _expert_shares(model)
+
+    def share(path: str) -> float:
+        return next((part for pattern, part in shares if pattern.search(path)), 1.0)
+
+    return share
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+
+
+def _expert_shares(model: Any, prefix: str = "^") -> list[tuple[re.Pattern[str], float]]:
+    """[(pattern of the paths of experts, k / E)] of every layer that has some, unrolled and scanned."""
+    blocks = getattr(model, "blocks", ())
+    shares = []
+    for layer in range(getattr(model, "num_layers", 0)):
+        place = layer % len(blocks)
+        for name in ("attention", "mlp"):
+            part = getattr(blocks[place], name, None)
+            if hasattr(part, "num_experts") and hasattr(part, "k"):
+                where = f"{prefix}(layer_{layer}|layers/layer_{place})/{name}/experts/"
+                shares.append((re.compile(where), part.k / part.num_experts))
+    if hasattr(model, "encoder"):
+        shares += _expert_shares(model.encoder, f"{prefix}encoder/")
+    return shares
 
 
 def count_bytes(params: PyTree) -> int:

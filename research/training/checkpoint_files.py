@@ -58,6 +58,8 @@ def mismatches(
         elif tuple(found[name].shape) != tuple(wanted[name].shape) or (dtypes and here != there):
             lines.append(f"{name} is {there} in {where} but {here} here")
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    if any("/experts/" in line for line in lines):
+        more += "; to change the number of experts: python -m experiments.upcycle CHECKPOINT --experts=... --output=..."
     return "; ".join(lines[:3]) + more
 
 

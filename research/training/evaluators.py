@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from research.errors import UserError
-from research.nn.accounting import count_parameters
+from research.nn.accounting import count_active_parameters, count_parameters
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
 from research.training.task import Metrics, Task
 
@@ -70,7 +70,8 @@ class Evaluation:
         return names
 
     def run(self, evaluator: Evaluate, params: PyTree) -> dict[str, dict[str, float]]:
-        """{variant: {metric: mean or list of means, "parameters": count, "seconds": wall time}}.
+        """{variant: {metric: mean or list of means, "parameters": count, "seconds": wall time}}, and
+        `active_parameters` where a token meets fewer than all.
 
         Sums and weights of the batches are added in float64. Raises `UserError` if a metric has weight 0.
         """
@@ -84,6 +85,9 @@ class Evaluation:
                 totals = self._totals(evaluator, variant)
                 results[name] = means(totals, f"evaluator {evaluator.name!r}")
                 results[name]["parameters"] = count_parameters(variant)
+                active = count_active_parameters(getattr(self._task, "model", None), variant)
+                if active < results[name]["parameters"]:
+                    results[name]["active_parameters"] = active
                 results[name]["seconds"] = round(time.perf_counter() - start, 3)
         return results
 

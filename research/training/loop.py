@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from research.errors import UserError
-from research.nn.accounting import count_parameters
+from research.nn.accounting import active_share, count_parameters
 from research.training import partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
@@ -352,7 +352,7 @@ class _Run:
         record = plan.record + (start - plan.first) * stage.batch_size
         batches = feed(plan.data, record, stage.batch_size, self.mesh, spec)
         monitor = Monitor("objective" if stage.loss_weights else "loss", trainer.explode)
-        clock = _Clock(plan, self.shapes, self.mesh, start)
+        clock = _Clock(plan, getattr(trainer.task, "model", None), self.shapes, self.mesh, start)
         batch = self._next(batches, plan, record)
         for step in range(start + 1, plan.last + 1):
             state, metrics = step_function(state, batch)
@@ -520,7 +520,7 @@ class _Run:
 class _Clock:
     """Throughput between logged steps."""
 
-    def __init__(self, plan: _Plan, shapes: PyTree, mesh: jax.sharding.Mesh, step: int):
+    def __init__(self, plan: _Plan, model: Any, shapes: PyTree, mesh: jax.sharding.Mesh, step: int):
         spec = batch_spec(plan.data, plan.stage.batch_size)
         self._unit = "tokens" if "tokens" in spec else "records"
         self._count = math.prod(spec["tokens"].shape) if "tokens" in spec else plan.stage.batch_size
@@ -528,7 +528,9 @@ class _Clock:
         peak = peak_flops(device.device_kind)
         # 6 FLOP for every token and matrix element (forward 2, backward 4), without attention's products.
         self._mfu = (
-            6 * matrix_elements(shapes) / (peak * mesh.size) if peak and self._unit == "tokens" else None
+            6 * matrix_elements(shapes, model) / (peak * mesh.size)
+            if peak and self._unit == "tokens"
+            else None
         )
         self._warm = False
         self.restart(step)
@@ -552,15 +554,18 @@ class _Clock:
         return rate, self._unit, None if self._mfu is None else rate * self._mfu
 
 
-def matrix_elements(params: PyTree) -> int:
-    """Elements of the matrices that a token is multiplied by: not an embedding that is only looked up."""
+def matrix_elements(params: PyTree, model: Any = None) -> int:
+    """Elements of the matrices that a token is multiplied by: not an embedding that is only looked up, and of the
+    experts of `model` those that it goes to."""
     leaves = named_leaves(params)
+    share = active_share(model)
     tied = not any("head" in path.split("/") for path in leaves)
-    return sum(
-        leaf.size
+    elements = sum(
+        leaf.size * share(path)
         for path, leaf in leaves.items()
         if leaf.ndim >= 2 and (path.split("/")[-1] != "table" or (tied and path.startswith("embedding/")))
     )
+    return round(elements)
 
 
 def _copy(tree: PyTree) -> PyTree:

@@ -4,6 +4,7 @@ Every metric is a pair (sum, weight). Sums and weights add over microbatches, de
 `sum / weight` of the whole is exact however it was cut. A sum may be a vector (one value an expert, say).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,8 +115,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     return partition - chosen, partition, correct
 
 
+class FromDirectory:
+    """Base of tasks with a field `start_from`, a run or model directory whose parameters a run begins with.
+
+    Where it is None the task has no `start`, and a run begins with `init`.
+    """
+
+    @property
+    def start(self) -> Callable[[jax.Array], PyTree]:
+        if self.start_from is None:
+            raise AttributeError("start")
+        return lambda key: saved_parameters(self.start_from, jax.eval_shape(self.init, key))
+
+
+def saved_parameters(path: str, wanted: PyTree) -> PyTree:
+    """The parameters of a run or model directory. Raises `UserError` unless they have the shapes `wanted`."""
+    from research.training.checkpoint_files import mismatches
+    from research.training.paths import named_leaves
+    from research.training.workdir import load_model
+
+    params = load_model(path).params
+    if difference := mismatches(named_leaves(params), named_leaves(wanted), str(path), dtypes=False):
+        raise UserError(f"start_from={path!r} does not fit the model: {difference}")
+    return params
+
+
 @dataclass(frozen=True)
-class LanguageModelling:
+class LanguageModelling(FromDirectory):
     """Next-token prediction over language batches (see docs/architecture.md).
 
     Metrics: `loss` (nats per token), `accuracy`, `bits_per_byte` (nats / ln 2 over the bytes of text that the
@@ -124,12 +150,13 @@ class LanguageModelling:
     goes for losses that layers report; what they measure (`layer_0/mlp/load`) becomes a metric of both.
 
     compute_dtype "bfloat16" casts the floating parameters to bfloat16 inside the loss; masters, gradients,
-    logits, losses and routers stay float32.
+    logits, losses and routers stay float32. start_from: a run or model directory whose parameters a run begins with.
     """
 
     model: nn.Module
     compute_dtype: str = "float32"
     z_loss: float = 0.0
+    start_from: str | None = None
 
     def __post_init__(self):
         check_compute_dtype(self.compute_dtype, "LanguageModelling")
@@ -185,18 +212,19 @@ def language_metrics(logits: jax.Array, batch: Batch) -> tuple[Metrics, jax.Arra
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(FromDirectory):
     """Image classification over image batches (see docs/architecture.md). Metrics: `loss` (nats), `accuracy`.
 
     image_shape: (height, width, channels) of the images. label_smoothing s mixes the one-hot target with the
     uniform distribution, (1 - s) onehot + s / classes, in training only, where the plain nats are then
-    reported as `cross_entropy`. compute_dtype, and what layers report, as in `LanguageModelling`.
+    reported as `cross_entropy`. compute_dtype, start_from, and what layers report, as in `LanguageModelling`.
     """
 
     model: nn.Module
     image_shape: tuple[int, int, int]
     compute_dtype: str = "float32"
     label_smoothing: float = 0.0
+    start_from: str | None = None
 
     def __post_init__(self):
         check_compute_dtype(self.compute_dtype, "Classification")
