@@ -30,22 +30,22 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
-from research.training.optimizers import adamw, cosine
+from research.training.optimizers import muon, wsd
 from research.training.paths import named_leaves
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
 from research.training.workdir import open_workdir
 
-STEPS, BATCH, LENGTH = 300, 16, 128
+STEPS, BATCH, LENGTH = 400, 16, 128
 EVERY = 50
-RATE = 4e-3
+RATE = 1e-2
 HELD_OUT = 192  # sequences
-WIDTH, LAYERS, HEAD_DIM, VOCAB = 128, 4, 32, 259
+WIDTH, LAYERS, HEAD_DIM, VOCAB = 64, 4, 16, 259
 EXPERTS, K = 8, 2
 
 
 def dense() -> ConfigDict:
-    return matlm.decoder(WIDTH, LAYERS, WIDTH // HEAD_DIM, 219, LENGTH, VOCAB)
+    return matlm.decoder(WIDTH, LAYERS, WIDTH // HEAD_DIM, 134, LENGTH, VOCAB, num_kv_heads=2)
 
 
 def ffn_experts(hidden_dim: int, num_kv_heads: int) -> ConfigDict:
@@ -57,14 +57,15 @@ def ffn_experts(hidden_dim: int, num_kv_heads: int) -> ConfigDict:
 
 
 def both() -> ConfigDict:
-    return jetmoe.decoder(WIDTH, LAYERS, 2, HEAD_DIM, 128, LENGTH, VOCAB, num_experts=EXPERTS, k=K)
+    return jetmoe.decoder(WIDTH, LAYERS, 2, HEAD_DIM, 64, LENGTH, VOCAB, num_experts=EXPERTS, k=K)
 
 
-# Parameters that work on a token: 0.63 million each, within 0.2 %. Two key heads halve the cache.
+# A layer has 38 000 parameters that work on a token in all of them. All have four query heads a token; two key heads
+# halve the cache.
 MODELS = {
     "dense": dense,
-    "FFN experts": functools.partial(ffn_experts, hidden_dim=108, num_kv_heads=4),
-    "FFN experts, 2 key heads": functools.partial(ffn_experts, hidden_dim=129, num_kv_heads=2),
+    "FFN experts": functools.partial(ffn_experts, hidden_dim=66, num_kv_heads=2),
+    "FFN experts, 4 key heads": functools.partial(ffn_experts, hidden_dim=55, num_kv_heads=4),
     "JetMoE": both,
 }
 
@@ -73,7 +74,7 @@ def run(name: str, seed: int, workdir: Path, progress: Progress, needs: dict[str
     """Trains one model, measuring it on held-out text as it goes."""
     tokenizer = byte_tokenizer(workdir)
     data = functools.partial(of, TokenDataset, length=LENGTH, tokenizer=tokenizer)
-    optimizer = of(adamw, schedule=of(cosine, peak=RATE, warmup=30, floor=0.05))
+    optimizer = of(muon, schedule=of(wsd, peak=RATE, warmup=30, decay=0.5, floor=0.02))
     held_out = data(split="test", shuffle=False)
     config = of(
         Trainer,
@@ -145,27 +146,26 @@ def mean(results: Results, arm: str, measure: str) -> float:
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Holds if, at equal active parameters, JetMoE's loss is below the dense model's with every seed, at most 0.01 nats
-    above that of FFN experts alone, and its cache half of theirs; partly, if it beats the dense model alone."""
+    """Holds if, at equal active parameters, JetMoE's loss is below the dense model's with every seed, no more than the
+    spread of seeds above those of models with experts in the FFN alone, and its cache half of what four key heads need;
+    partly, if it beats the dense model alone."""
     gaps = {name: mean(results, "JetMoE", "loss") - mean(results, name, "loss") for name in MODELS}
-    every_seed = all(
-        mine < theirs
-        for mine, theirs in zip(results["JetMoE"]["loss"], results["dense"]["loss"], strict=True)
-    )
-    cache = mean(results, "JetMoE", "cache") / mean(results, "FFN experts", "cache")
+    mine, others = results["JetMoE"]["loss"], results["dense"]["loss"]
+    every_seed = all(a < b for a, b in zip(mine, others, strict=True))
+    spread = max(max(results[name]["loss"]) - min(results[name]["loss"]) for name in MODELS)
+    cache = mean(results, "JetMoE", "cache") / mean(results, "FFN experts, 4 key heads", "cache")
+    level = max(gaps["FFN experts"], gaps["FFN experts, 4 key heads"]) <= spread
+    verdict = "yes" if every_seed and level and cache <= 0.5 else "partly" if every_seed else "no"
     sizes, works, work = (
         [mean(results, name, measure) for name in MODELS]
         for measure in ("parameters", "active parameters", "forward")
     )
-    holds = every_seed and gaps["FFN experts"] <= 0.01 and cache <= 0.5
-    verdict = "yes" if holds else "partly" if every_seed else "no"
-    spread = max(max(results[name]["loss"]) - min(results[name]["loss"]) for name in MODELS)
     return verdict, (
-        f"JetMoE minus dense {gaps['dense']:+.3f} nats a byte, minus FFN experts {gaps['FFN experts']:+.3f}, minus FFN "
-        f"experts with as small a cache {gaps['FFN experts, 2 key heads']:+.3f} (seeds are up to {spread:.3f} apart); "
-        f"{sizes[3]:.2f}M parameters against {sizes[0]:.2f}M and {sizes[1]:.2f}M, of which {min(works):.3f} to "
-        f"{max(works):.3f}M work on a token, in {work[3]:.2f} MFLOP against {work[0]:.2f} and {work[1]:.2f}; its cache "
-        f"is {cache:.0%} of theirs."
+        f"JetMoE minus dense {gaps['dense']:+.3f} nats a byte, minus FFN experts {gaps['FFN experts']:+.3f}, with 4 "
+        f"key heads {gaps['FFN experts, 4 key heads']:+.3f} (seeds are up to {spread:.3f} apart); {sizes[3]:.2f}M "
+        f"parameters against {sizes[0]:.2f}M, {sizes[1]:.2f}M and {sizes[2]:.2f}M, of which {min(works):.3f} to "
+        f"{max(works):.3f}M work on a token, in {min(work):.2f} to {max(work):.2f} MFLOP; its cache is as large as "
+        f"that of two key heads, {cache:.0%} of that of four."
     )
 
 
@@ -204,10 +204,10 @@ CLAIM = Claim(
     paper="arXiv 2404.07413, abstract and sections 3 and 6",
     statement="A model whose attention and FFNs are both sparse mixtures is better than dense models of similar "
     "training and inference computation.",
-    setting="4 layers of width 128, byte-level, on Python's standard library: 300 updates of 16 x 128 bytes, AdamW "
-    "with one learning rate for all. JetMoE: top-2 of 8 experts in attention (2 key heads of 32) and FFN (128 units). "
-    "FFN experts alone: 4 key heads, 108 units; and 2 key heads, 129 units. Dense: 4 heads, 219 units. Two seeds; the "
-    "scores of benchmarks are out of reach of models this small.",
+    setting="4 layers of width 64, byte-level, on Python's standard library: 400 updates of 16 x 128 bytes, Muon "
+    "with one learning rate for all. JetMoE: top-2 of 8 experts in attention (2 key heads of 16) and FFN (64 units). "
+    "FFN experts alone: 4 query heads over 2 key heads, 66 units; and 4 key heads, 55 units. Dense: 4 query heads over "
+    "2, 134 units. Two seeds; the benchmarks of the paper are out of reach of models this small.",
     measures={
         "loss": "nats/byte, held out",
         "curve": "nats/byte at each evaluation",
@@ -219,11 +219,11 @@ CLAIM = Claim(
     },
     budget="training bytes",
     arms={
-        "dense": Arm(functools.partial(run, "dense"), "an ordinary decoder"),
-        "FFN experts": Arm(functools.partial(run, "FFN experts"), "experts in the FFNs, ordinary attention"),
-        "FFN experts, 2 key heads": Arm(
-            functools.partial(run, "FFN experts, 2 key heads"),
-            "the same with grouped queries and JetMoE's cache",
+        "dense": Arm(functools.partial(run, "dense"), "an ordinary decoder, grouped queries"),
+        "FFN experts": Arm(functools.partial(run, "FFN experts"), "experts in the FFNs, grouped queries"),
+        "FFN experts, 4 key heads": Arm(
+            functools.partial(run, "FFN experts, 4 key heads"),
+            "the same with a key head for every query head",
         ),
         "JetMoE": Arm(functools.partial(run, "JetMoE"), "experts in attention and FFNs"),
     },
