@@ -45,7 +45,6 @@ UnitGate = Literal["unit", "unit_straight_through"]
 # Key and value [B, n, P, d] of new tokens, and which of them each head takes, bool[B, n, P, 1].
 Rows = tuple[jax.Array, jax.Array, jax.Array]
 
-NO_LOSSES = dict(balance="switch", balance_weight=0.0, z_weight=0.0)  # the task's loss is all there is
 _NO_TOKEN = np.iinfo(np.int32).max
 
 
@@ -111,6 +110,8 @@ class SMHA(nn.Module):
             head's own tokens (the released code).
         norm: "unit", the faithful weight 1 that never trains the router, or "unit_straight_through", whose value
             is 1 and whose gradient does.
+        balance_weight: of the balance loss over all choices ("jetmoe" of `balance_loss`). The released code has none,
+            and none trains its router.
         capacity_factor: slots a head has, over the k / n of a sequence's tokens that even routing needs; None
             leaves no token out. Beyond it a causal head takes tokens by the running rule of `research.moe.selection`,
             which looks at nothing ahead and which a cache goes on with; an encoder's takes those of the largest gates.
@@ -120,9 +121,9 @@ class SMHA(nn.Module):
         kernel, cached_kernel: how attention is computed without a cache, and with one.
 
     x is [B, T, width] or [B * T, width]. Returns the output, which is the bias alone for padding, and `Rows`. With a
-    cache all heads' projections of the new tokens are computed and the rows masked. Reports what
-    `report_routing` says, and leaves its `Routing` in mutable "intermediates". Raises `UserError` for other rules,
-    and for a cache under Full().
+    cache all heads' projections of the new tokens are computed and the rows masked. Reports what `report_routing` says,
+    and leaves its `Routing` in mutable "intermediates". Raises `UserError` for other rules, and for a cache under
+    Full().
 
     Parameters: {query,key,value,output}/{kernel,bias} as in `Attention`; router/{kernel [width, n],bias}.
     """
@@ -134,6 +135,7 @@ class SMHA(nn.Module):
     rotary: Rotary | None = None
     rope_positions: Literal["original", "compact"] = "original"
     norm: UnitGate = "unit_straight_through"
+    balance_weight: float = 0.0
     capacity_factor: float | None = None
     dispatch: Literal["auto", "dense", "capacity"] = "auto"
     use_bias: bool = False
@@ -168,7 +170,9 @@ class SMHA(nn.Module):
         taken = take(routing, shape[0], self.share, ranked=isinstance(self.rule, Full))
         routing = drop_gates(routing, taken)
         dropped = jnp.sum(chosen_experts(routing, shape[0])) - jnp.sum(taken)
-        report_routing(self, routing, dropped.astype(jnp.float32), shape[0], **NO_LOSSES)
+        report_routing(
+            self, routing, dropped.astype(jnp.float32), shape[0], "jetmoe", self.balance_weight, z_weight=0.0
+        )
         compacted = self.dispatch == "capacity" or (
             self.dispatch == "auto" and self.capacity_factor is not None
         )

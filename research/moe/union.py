@@ -31,7 +31,7 @@ from research.moe.selection import (
     slot_share,
     take,
 )
-from research.moe.selective_attention import NO_LOSSES, SMHA, UnitGate, check_unit_gate
+from research.moe.selective_attention import SMHA, UnitGate, check_unit_gate
 from research.nn import weights
 from research.nn.attention import Attention, Context
 from research.nn.mlp import MLP, Activation, GatedMLP
@@ -53,7 +53,7 @@ class UoME(nn.Module):
             takes of those that chose it the ones with the largest gates, capacity_factor k / n of a sequence (data
             selection of the released code; looks ahead). "sample": one gate for every sequence, of all its tokens side
             by side, so that all sequences are as long as the one the parameters were made for (expert selection).
-        norm: "unit" or "unit_straight_through", as in `SMHA`.
+        norm, balance_weight: as in `SMHA`.
         capacity_factor: with "token", slots of a slice over the k / n of a sequence's tokens that even routing needs,
             taken by the running rule of `research.moe.selection`; None leaves no token out. Where a cache is read
             nothing is left out: an MLP doesn't know how many tokens came before.
@@ -74,6 +74,7 @@ class UoME(nn.Module):
     use_bias: bool = True
     selection: Selection = "token"
     norm: UnitGate = "unit_straight_through"
+    balance_weight: float = 0.0
     capacity_factor: float | None = None
     dispatch: Backend = "auto"
 
@@ -118,7 +119,7 @@ class UoME(nn.Module):
             self.num_experts, self.hidden_dim, self.activation, self.gated, self.use_bias, name="experts"
         )
         y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
-        report_routing(self, routing, dispatch.dropped, batch, **NO_LOSSES)
+        report_routing(self, routing, dispatch.dropped, batch, "jetmoe", self.balance_weight, z_weight=0.0)
         return y.reshape(x.shape)
 
     def _router(self, x: jax.Array) -> jax.Array:
@@ -207,8 +208,8 @@ def _each_layer(params: PyTree, convert: Callable[[PyTree, jax.Array], PyTree], 
 def union_model(model: LayerStack, num_experts: int, k: int, k_heads: int, **options: Any) -> LayerStack:
     """The module that `to_union` fits: k of num_experts MLP slices and k_heads of the heads for every token.
 
-    options: fields that `SMHA` and `UoME` share (`norm`, `capacity_factor`). Raises `UserError` for blocks that can't
-    be cut: key heads that several query heads share, norms of queries or keys, other FFNs.
+    options: fields that `SMHA` and `UoME` share (`norm`, `balance_weight`, `capacity_factor`). Raises `UserError` for
+    blocks that can't be cut: key heads that several query heads share, norms of queries or keys, other FFNs.
     """
 
     def convert(block: Block) -> Block:
