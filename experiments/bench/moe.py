@@ -78,7 +78,7 @@ def run(
     rounds: int = 5,
     report: Callable[[str], None] = print,
 ) -> list[Row]:
-    """Measure everything and report a line for each number. Without `transformers` its part is left out, with a word."""
+    """Measure everything and report a line for each number. Without `transformers`, its part is left out aloud."""
     load = f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     report(f"top-{K} of {EXPERTS} experts, float32; {load}")
     rows = []
@@ -226,7 +226,7 @@ def _turns(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, tuple[
         for name, call in calls.items():
             time.sleep(PAUSE)
             start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < REPEATS:
+            while not count or time.perf_counter() - start < REPEATS:
                 call()
                 count += 1
             if number:
