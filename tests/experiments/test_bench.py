@@ -88,7 +88,7 @@ def test_writes_the_numbers(monkeypatch, tmp_path, capsys):
 
 
 def test_everything_is_what_is_measured_by_default():
-    every = {"peak", "train", "decode", "startup", "assisted", "costs", "drafters"}
+    every = {"peak", "train", "decode", "startup", "assisted", "moe", "costs", "drafters"}
     assert program.select([]) == program.select(["all", "peak"]) == every
 
 
