@@ -10,15 +10,18 @@ import pytest
 from research.config import build, load_config, of
 from research.errors import UserError
 from research.language.decoder import DecoderLM
+from research.moe.inspection import router_agreement, routings
 from research.moe.layer import MoE
 from research.nn.attention import Attention, Context
 from research.nn.mlp import MLP, GatedMLP
 from research.nn.reports import apply_reporting
 from research.nn.transformer import Block, scan_params
+from research.training.figures import draw_figures
 from research.training.optimizers import adamw, constant
 from research.training.partitioning import batch_sharding, make_mesh, parameter_shardings
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
+from research.training.workdir import open_workdir
 
 B, T, D, F, E, K = 2, 7, 8, 12, 4, 2
 # Sums of at most 24 products of order 1 in float32, in another order, through two products.
@@ -270,9 +273,28 @@ def test_the_tiny_config_trains_and_measures_its_load(tmp_path):
     config.stages = (of(Stage, name="pretrain", steps=2, batch_size=4, optimizer=optimizer, accumulate=2),)
     config.data.length = config.evaluators[0].data.length = 16
     config.evaluators[0].batches = 1
+    config.checkpoint_every = 1
     trainer = build(config)
-    final = trainer.run(tmp_path, progress=False, devices=jax.devices()[:1])
+    with open_workdir(tmp_path / "run", config) as workdir:
+        final = trainer.run(workdir, progress=False, devices=jax.devices()[:1])
     assert final["train/loss"] == pytest.approx(
         final["train/cross_entropy"] + final["train/balance"] + final["train/router_z"], rel=1e-5
     )
     assert final["validation/layer_1/mlp/dropped"] == 0
+    experts = 2 * 8 * 3 * 8 * 8
+    assert final["validation/parameters"] - final["validation/active_parameters"] == experts * 3 // 4
+    assert {path.name for path in draw_figures(workdir.path)} == {"loss.png", "load.png"}
+    shares = router_agreement(workdir.path, TOKENS)
+    assert list(shares) == ["layer_0/mlp", "layer_1/mlp"]
+    assert all(step == 2 and 0.5 < share <= 1 for ((step, share),) in shares.values())  # one step of 1e-3
+
+
+def test_routings_are_those_of_every_layer_scanned_or_not(tree):
+    found = routings(decoder(moe()), tree, TOKENS)
+    assert list(found) == ["layer_0/mlp", "layer_1/mlp"]
+    assert found["layer_1/mlp"].index.shape == (TOKENS.size, K)
+    scanned = routings(decoder(moe(), scan_layers=True), scan_params(tree, 1), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, scanned, found)
+    dense = decoder(GatedMLP(F))
+    with pytest.raises(UserError, match="no layer of DecoderLM routes its tokens"):
+        routings(dense, dense.init(jax.random.key(0), TOKENS)["params"], TOKENS)
