@@ -199,7 +199,7 @@ class CapacityDispatch(_Slots):
         buffer = rows.reshape(self.counts.shape[0], -1, rows.shape[-1])
         if jax.sharding.get_abstract_mesh().shape.get("expert", 1) == 1:
             return buffer
-        # The one place where tokens change devices: XLA makes an all-to-all of it, and of the way back.
+        # Each device then gathers tokens for the slots of its own experts, and no device gathers kernels.
         free = PartitionSpec.UNCONSTRAINED
         return jax.lax.with_sharding_constraint(buffer, PartitionSpec("expert", free, free))
 
