@@ -225,7 +225,8 @@ class _Run:
             reported = jax.eval_shape(
                 self.trainer.task.loss, self.shapes, batch_spec(data, stage.batch_size), jax.random.key(0)
             )
-            stage.check_metrics(list(reported))
+            # What layers measure may be a vector, which can't be an objective.
+            stage.check_metrics([name for name, (total, _) in reported.items() if not total.ndim])
             record = shared if stage.data is None else 0
             shared += stage.steps * stage.batch_size if stage.data is None else 0
             abstract = self._abstract(mask, rule)

@@ -57,7 +57,7 @@ class Stage:
         return dict(self.loss_weights) or {"loss": 1.0}
 
     def check_metrics(self, reported: Sequence[str]) -> None:
-        """Raise `UserError` if a loss weight names a metric that the task does not report."""
+        """Raise `UserError` if a loss weight names none of the metrics (the scalar ones) that the task reports."""
         for name in self.weights():
             if name not in reported:
                 close = nearest(name, reported) or ", ".join(sorted(reported))

@@ -303,3 +303,12 @@ def test_small_losses_may_scatter():
     see(0.45)
     with pytest.raises(Diverged, match="exploded at step 1 .*: 0.51, over 10 times .* 0.05"):
         see(*[0.01] * 8, 0.51)
+
+
+def test_nan_of_a_router_names_the_layer():
+    monitor = Monitor("loss", None)
+    one = jnp.float32(1.0)
+    metrics = {"loss": (jnp.float32(jnp.nan), one), "layer_1/mlp/router_non_finite": (one, 8 * one)}
+    monitor.add(Pending(3, "records 0..7", metrics, False))
+    with pytest.raises(Diverged, match="nan at step 3 .*: 1 of the 8 router logits of layer_1/mlp are NaN"):
+        monitor.settle(0)
