@@ -28,16 +28,16 @@ from research.nn.accounting import count_bytes
 from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
 from research.training.metrics import read_rows
-from research.training.optimizers import adamw, cosine, muon, wsd
+from research.training.optimizers import muon, wsd
 from research.training.stages import Stage
 from research.training.task import Classification, LanguageModelling
 from research.training.workdir import open_workdir
 
-LAYERS = 4  # with experts
-LENGTH, TEXT_BATCH, TEXT_STEPS = 96, 8, 160
-IMAGE_BATCH, IMAGE_STEPS = 64, 120
+LAYERS = 4
+LENGTH, TEXT_BATCH, TEXT_STEPS = 96, 8, 150
+IMAGE_LAYERS, IMAGE_BATCH, IMAGE_STEPS = 6, 64, 100
 ATTACK = 0.05  # share of the words
-SEVERITY, STRENGTHS = 3, "imagenet_c"
+SEVERITY, STRENGTHS = 5, "cifar_c"  # of ImageNet-C's blurs nothing of 8 x 8 pixels is left
 MUS = (-0.5, 0.0, 0.7)
 
 Cells = tuple[ConfigDict, ...]
@@ -93,13 +93,13 @@ def text(
             optimizer=of(muon, schedule=of(wsd, peak=2e-2, warmup=20, decay=0.3, floor=0.02)),
         ),
         (
-            of(Evaluate, name="clean", data=held_out(), batch_size=64, batches=8),
+            of(Evaluate, name="clean", data=held_out(), batch_size=64, batches=6),
             of(
                 Evaluate,
                 name="attacked",
                 data=of(TokenSwap, data=held_out(), rate=ATTACK),
                 batch_size=64,
-                batches=8,
+                batches=6,
             ),
         ),
         seed,
@@ -128,7 +128,7 @@ def images(
     for kind in CORRUPTIONS:
         bad = of(CorruptedImages, data=test(), kind=kind, severity=SEVERITY, strengths=STRENGTHS)
         evaluators.append(of(Evaluate, name=kind, data=bad, batch_size=183))
-    model = vmoe(cell, 32, 2 * LAYERS, 4, experts, 64, num_classes=10, patch=2)
+    model = vmoe(cell, 32, IMAGE_LAYERS, 4, experts, 64, num_classes=10, patch=2)
     final, _ = fit(
         of(Classification, model=model, image_shape=(8, 8, 1)),
         of(ImageDataset, seed=seed),
@@ -137,7 +137,7 @@ def images(
             name="train",
             steps=IMAGE_STEPS,
             batch_size=IMAGE_BATCH,
-            optimizer=of(adamw, schedule=of(cosine, peak=4e-3, warmup=20)),
+            optimizer=of(muon, schedule=of(wsd, peak=2e-2, warmup=20, decay=0.5, floor=0.02)),
         ),
         tuple(evaluators),
         seed,
@@ -312,11 +312,11 @@ CLAIM = Claim(
     statement="Momentum between the layers makes sparse mixtures of experts more stable and robust than SMoE, with "
     "lower perplexity on clean and attacked WikiText-103 and better accuracy on clean and corrupted ImageNet (V-MoE), "
     "at almost no cost.",
-    setting="Text: 4 layers of width 48, top-2 of 8 experts of 48 units, bytes of Python's standard library, 160 "
+    setting="Text: 4 layers of width 48, top-2 of 8 experts of 48 units, bytes of Python's standard library, 150 "
     "updates of 768 bytes with Muon; attacked: 5 % of the words that the model reads become question marks, targets "
-    "stay clean. Images: a V-MoE of 8 layers of width 32, experts in every other one, on scikit-learn's 8x8 digits, "
-    "120 updates of 64 images with AdamW; corrupted: the mean over 11 kinds of ImageNet-C at severity 3. All arms of a "
-    "family have the same parameters, data and updates. Three seeds.",
+    "stay clean. Images: a V-MoE of 6 layers of width 32, experts in every other one, on scikit-learn's 8x8 digits, "
+    "100 updates of 64 images with Muon; corrupted: the mean over 11 kinds of corruption at severity 5 of CIFAR-10-C. "
+    "All arms of a family have the same parameters, data and updates. Three seeds.",
     measures={
         "clean": "bits per byte",
         "attacked": "bits per byte",
