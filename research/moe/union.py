@@ -147,7 +147,8 @@ class UoME(nn.Module):
         self, routing: Routing, batch: int, length: int, decoding: bool
     ) -> tuple[Routing, Dispatch]:
         if self.capacity_factor is None or decoding:
-            return routing, make_dispatch(routing, self.dispatch)
+            backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
+            return routing, make_dispatch(routing, backend)
         share = slot_share(self.num_experts, self.k, self.capacity_factor)
         taken = take(routing, batch, share, ranked=self.selection == "ranked")
         slots = selection_dispatch(routing, taken, slot_count(length, share))
