@@ -29,6 +29,9 @@ from research.training.task import LanguageModelling
 PRESETS = ("tiny", "base", "paper")
 
 
+gated_mlp = partial(of, GatedMLP)
+
+
 def decoder(
     width: int,
     num_layers: int,
@@ -36,7 +39,7 @@ def decoder(
     hidden_dim: int,
     length: int,
     vocab_size: int = 4096,
-    mlp: Callable[..., ConfigDict] = partial(of, GatedMLP),
+    mlp: Callable[..., ConfigDict] = gated_mlp,
     **attention,
 ) -> ConfigDict:
     """A decoder; `mlp(hidden_dim=...)` makes the config of its FFNs, `attention` are more fields of its attention."""

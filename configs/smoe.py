@@ -2,11 +2,12 @@
 
     python -m experiments.train --config=configs/smoe.py:tiny --workdir=runs/smoe
 
-`tiny` (the default): 3.4M parameters, 1.0M of them active for a token, on Python's standard library; TIME.
+`tiny` (the default): 3.4M parameters, 1.0M of them active for a token, on Python's standard library.
 `paper`: the architecture of Mixtral 8x7B, for accelerators; its training recipe is not published, so the optimizer is
 that of `matlm.py`. Experts lie on the `expert` axis of the mesh.
 
-Any other model becomes a mixture the same way: its FFN is `of(MoE, num_experts=8, k=2, hidden_dim=...)`. See docs/moe.md.
+Any other model becomes a mixture the same way: its FFN is `of(MoE, num_experts=8, k=2, hidden_dim=...)`, see
+docs/moe.md.
 """
 
 from functools import partial

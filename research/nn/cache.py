@@ -135,7 +135,9 @@ class Cache(struct.PyTreeNode):
         """
         for layer in self.layers:
             if not getattr(layer, "keeps_tokens", True):
-                raise UserError(f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back")
+                raise UserError(
+                    f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back"
+                )
         return self.replace(length=jnp.minimum(self.length, length))
 
     def select(self, rows: jax.Array) -> "Cache":
