@@ -2,7 +2,9 @@
 
     python -m experiments.train --config=configs/smoe.py:tiny --workdir=runs/smoe
 
-`tiny` (the default): 3.4M parameters, 1.0M of them active for a token, on Python's standard library.
+`tiny` (the default): 3.9M parameters, 1.6M of them active for a token, on Python's standard library. On two cores that
+were busy with other work, 200 of its 600 steps took about four minutes and reached 4.93 nats on held-out text; how far
+all of them get was not measured.
 `paper`: the architecture of Mixtral 8x7B, for accelerators; its training recipe is not published, so the optimizer is
 that of `matlm.py`. Experts lie on the `expert` axis of the mesh.
 

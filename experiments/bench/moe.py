@@ -7,8 +7,8 @@ the dense FFN has twice an expert's units. Contenders take turns in one process.
   What dispatch costs is the same call with the experts left out.
 - inference: the same weights in `transformers`, at several numbers of tokens; of its implementations of experts the
   fastest counts. Outputs must be equal to 1e-4 of their largest.
-- decoding: one token through a layer of 4 to 64 experts. Weights of experts that are not chosen are not read, so time
-  must not grow; where it does, the processor's cache holds a small layer and not a large one.
+- decoding: one token through a layer of 4 to 64 experts, the same one in every call, so that the two experts it goes
+  to are as likely to be in the processor's cache at 64 as at 4. The others are not read, so time must not grow.
 """
 
 import dataclasses
