@@ -76,7 +76,7 @@ class Arithmetic:
         """
         rng = np.random.default_rng((SPLITS.index(self.split), self.limit, 1 << 31, seed))
         found: dict[Problem, None] = {}
-        for _ in range(100 * count):
+        for _ in range(20 * count):
             if len(found) == count:
                 return list(found)
             found |= dict.fromkeys(self._draw(rng, 1))

@@ -7,7 +7,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.ssm.mamba2 import Mamba2
 
-from .cells import DRAFTERS, HIDDEN, NESTED, decoder, drafted_as_plain, init, louder, nested, runs
+from .cells import HIDDEN, NESTED, decoder, drafted_as_plain, init, louder, nested, runs
 
 
 def hybrid(experts=False):
@@ -18,7 +18,7 @@ def hybrid(experts=False):
     return decoder(blocks=(Block(mamba, sparse), Block(attention, GatedMLP(HIDDEN))))
 
 
-for _name in DRAFTERS:
+for _name in ("Medusa", "Hidden Transfer"):  # nodes of a tree; rows that join between the layers
 
     @runs(
         "Mamba-2 hybrid",

@@ -36,9 +36,13 @@ def trained():
     return model, jax.tree.map(lambda x: 4 * x, params)  # far from uniform
 
 
+@functools.lru_cache
+def _program(model):
+    return jax.jit(lambda params, tokens, rngs: model.apply({"params": params}, tokens, rngs=rngs))
+
+
 def logits(model, tokens, **rngs):
-    run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens, rngs=rngs))
-    return np.asarray(run(trained()[1], jnp.asarray(tokens)))
+    return np.asarray(_program(model)(trained()[1], jnp.asarray(tokens), rngs))
 
 
 def decode(model, params, **options):
