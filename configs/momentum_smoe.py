@@ -31,7 +31,7 @@ from research.nn.norm import LayerNorm
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.evaluators import Evaluate
-from research.training.optimizers import adamw, constant, cosine, muon, wsd
+from research.training.optimizers import adamw, constant, muon, wsd
 from research.training.stages import Stage
 from research.training.task import Classification, LanguageModelling
 from research.vision.vit import ViT
@@ -120,10 +120,10 @@ def language(preset: str) -> ConfigDict:
 def vision() -> ConfigDict:
     experts = of(MoE, num_experts=8, k=2, hidden_dim=64, activation="gelu", gated=False, norm="softmax_topk")
     model = vmoe(HEAVY_BALL, 64, 6, 4, experts, 128, num_classes=10, patch=2)
-    optimizer = of(adamw, schedule=of(cosine, peak=2e-3, warmup=30))
+    optimizer = of(muon, schedule=of(wsd, peak=2e-2, warmup=30, decay=0.5, floor=0.02))
     config = image_experiment(
         of(Classification, model=model, image_shape=(8, 8, 1)),
-        of(Stage, name="train", steps=300, batch_size=128, optimizer=optimizer),
+        of(Stage, name="train", steps=200, batch_size=64, optimizer=optimizer),
         dict(batch_size=61),
         source="digits",
         held_out="test",
