@@ -164,6 +164,7 @@ def fit(
     progress: Progress,
 ) -> tuple[dict[str, float], list[float]]:
     """-> final metrics with the `bytes` of the parameters, and the training loss every ten steps."""
+    task.model.scan_layers = True  # short runs spend most of their time on tracing
     config = of(
         Trainer,
         task=task,
@@ -298,7 +299,7 @@ def figure(results: Results, path: Path) -> None:
                 label=measure,
             )
         axis.set_ylabel("share of images" if place else "bits per byte")
-        axis.legend(fontsize=8, loc="lower right" if place else "lower left")
+        axis.legend(fontsize=8, loc="center right" if place else "upper left")
     names = [*TEXT, "", *IMAGES]
     bars.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     bars.set_title("Held-out: mean and range over seeds")
