@@ -1,17 +1,10 @@
 """Tree attention: which implementation runs, and what it can compute."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import Implementation, Unsupported, choose
 from kernels_pallas.tree_attention import reference
-
-Implementation = Literal["reference", "tpu", "gpu"]
-
-
-class Unsupported(ValueError):
-    """The implementation asked for cannot compute these shapes or dtypes, or not on this backend."""
 
 
 def tree_attention(
@@ -48,16 +41,7 @@ def tree_attention(
         Unsupported: there is no such kernel for the backend, or it cannot compute these arguments. Another
             implementation is never taken instead.
     """
-    if implementation is None:
-        backend = jax.default_backend()
-        if backend not in ("tpu", "gpu"):
-            raise Unsupported(
-                f"no tree attention kernel for the backend {backend!r}: there are tpu and gpu; "
-                "implementation='reference' runs everywhere"
-            )
-        implementation = backend
-    if implementation not in ("reference", "tpu", "gpu"):
-        raise Unsupported(f"no implementation {implementation!r}: there are reference, tpu and gpu")
+    implementation = choose("tree attention", implementation)
     _check(query, cached, fresh, length, tree, cached_mask, implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, cached, fresh, length, tree, cached_mask)

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import precision_of
+
 NEGATIVE = (
     -1e30
 )  # finite: a fully masked block gets weight exp(NEGATIVE - real) = 0 once a real score is seen
@@ -22,18 +24,6 @@ def grouped_mask(mask: jax.Array, heads: int, kv_heads: int) -> jax.Array:
         mask = jnp.broadcast_to(mask, (batch, groups, count, keys))
         return mask.reshape(batch, 1, groups * count, keys)
     return mask.reshape(batch, kv_heads, groups * count, keys)
-
-
-def pad_axis(x: jax.Array, axis: int, size: int, value: float | bool = 0) -> jax.Array:
-    """x with `value` behind it along `axis`, up to `size`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return x if widths[axis] == (0, 0) else jnp.pad(x, widths, constant_values=value)
-
-
-def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """float32 operands are multiplied as float32, not in the hardware's reduced form."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def masked_scores(

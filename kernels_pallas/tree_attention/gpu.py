@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels_pallas.common import pad_axis
 from kernels_pallas.tree_attention.common import (
     NEGATIVE,
     absorb,
     grouped_mask,
     grouped_rows,
     masked_scores,
-    pad_axis,
 )
 
 BLOCK = 64  # keys of a prefix block

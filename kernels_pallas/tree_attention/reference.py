@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.tree_attention.common import NEGATIVE, grouped_mask, grouped_rows, precision_of
+from kernels_pallas.common import precision_of
+from kernels_pallas.tree_attention.common import NEGATIVE, grouped_mask, grouped_rows
 
 
 def tree_attention(

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.common import pad_axis
 from kernels_pallas.tree_attention.common import (
     absorb,
     grouped_mask,
     grouped_rows,
     masked_scores,
-    pad_axis,
 )
 
 _LANES = 128
