@@ -1,9 +1,10 @@
 """What every test runs under: 8 simulated CPU devices, no network, one compilation cache for all."""
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: one thread each, in XLA's pool (NPROC) and in BLAS (OMP).
     os.environ.setdefault("NPROC", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Every compiled program maps a few pieces of memory. A process may have 65,530 of them on Linux, which a worker reaches
+# before the suite ends; the next compilation then crashes.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Forgets compiled programs after a module that left many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax  # only here: the environment above must come first
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
