@@ -20,7 +20,8 @@ _UNROLLED_ROWS = 16
 
 
 class LayerCache(Protocol):
-    """A layer cache that keeps a state instead of tokens has `keeps_tokens = False`, and no `read`."""
+    """A layer cache that keeps a state instead of tokens reads as its mixer wants. It has `margin`, by how many
+    tokens it can be rolled back, and `reversible(margin)`, the same state with such a margin."""
 
     def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """-> key, value [B, Hkv, S, d], index int32[B, S] of the token in each slot, valid bool[B, S]."""
@@ -128,15 +129,26 @@ class Cache(struct.PyTreeNode):
         )
         return Cache(layers, self.length + count)
 
+    def reversible(self, margin: int) -> "Cache":
+        """The same cache, which can be rolled back by `margin` tokens where layers keep a state, too.
+
+        Such layers then keep `margin` states more. Windowed layers have the margin that they were made with.
+        """
+        layers = (
+            layer.reversible(margin) if hasattr(layer, "reversible") else layer for layer in self.layers
+        )
+        return self.replace(layers=tuple(layers))
+
     def rollback(self, length: jax.Array) -> "Cache":
         """Forget the tokens from `length` int32[B] on.
 
-        Raises `UserError` where a layer keeps a state instead of tokens: what was committed to it stays.
+        Raises `UserError` where a layer keeps a state instead of tokens, and no earlier ones.
         """
         for layer in self.layers:
-            if not getattr(layer, "keeps_tokens", True):
+            if getattr(layer, "margin", 1) < 1:
                 raise UserError(
-                    f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back"
+                    f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back unless the "
+                    "cache was made `reversible`"
                 )
         return self.replace(length=jnp.minimum(self.length, length))
 

@@ -15,11 +15,13 @@ class RMSNorm(nn.Module):
     Args:
         unit_offset: the scale is stored minus one (Gemma).
         axes: how many trailing axes are normalised together, with one flat scale (OLMoE: heads and their width).
+        groups: equal parts of the width that are normalised each by itself (Mamba-2).
     """
 
     epsilon: float = 1e-6
     unit_offset: bool = False
     axes: int = 1
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -30,8 +32,9 @@ class RMSNorm(nn.Module):
         if self.unit_offset:
             scale = 1.0 + scale
         wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * scale).astype(x.dtype).reshape(shape)
+        parts = wide.reshape(*x.shape[:-1], self.groups, -1)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.epsilon)
+        return ((parts * inverse).reshape(x.shape) * scale).astype(x.dtype).reshape(shape)
 
 
 class LayerNorm(nn.Module):

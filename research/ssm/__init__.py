@@ -1,1 +1,1 @@
-"""Nested and dynamic models: one set of weights, several sizes."""
+"""State-space layers, and transformers turned into them."""

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from research.decoding.generator import Generator
+from research.decoding.speculative.draft_model import DraftModel
+from research.decoding.speculative.pearl import Pearl
 from research.decoding.speculative.prompt_lookup import PromptLookup
 from research.errors import UserError
 from research.language.decoder import DecoderLM
@@ -16,6 +18,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
 from research.ssm.mamba2 import Mamba2
+from research.ssm.recurrent import RecurrentCache
 
 VOCAB, WIDTH = 12, 16
 TOKENS = jnp.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
@@ -51,20 +54,48 @@ def close(got, expected):
     )  # logits of size 10, three layers in float32
 
 
-@pytest.mark.parametrize("sizes", [(1,) * 7, (3, 1, 3)])
-def test_steps_are_the_whole_sequence(sizes):
+def states(cache):
+    return [layer for layer in cache.layers if isinstance(layer, RecurrentCache)]
+
+
+@functools.cache
+def step():
+    """Reads up to 3 tokens, of which count[b] are committed."""
     model, params = hybrid()
-    cache = model.init_cache(2, 16)
-    step = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache, method="extend"))
-    at, logits = 0, []
-    for size in sizes:
-        part, _, fresh = step(TOKENS[:, at : at + size], cache)
-        cache = cache.commit(fresh, None, jnp.full(2, size))
-        logits.append(part)
+
+    def call(tokens, cache, count):
+        logits, _, fresh = model.apply({"params": params}, tokens, cache, method="extend")
+        return logits, cache.commit(fresh, None, count)
+
+    return jax.jit(call)
+
+
+def test_steps_are_the_whole_sequence_and_can_be_taken_back():
+    """3 + 1 + 3 tokens, all but the first call with a margin of 4; then back by 4 and 1, and forth again."""
+    model, _ = hybrid()
+    cache, at, logits, behind = model.init_cache(2, 16), 0, [], {}
+    assert [layer.state.size for layer in states(cache)] == [2 * 4 * 8 * 6] * 2
+    for size in (3, 1, 3):
+        part, cache = step()(
+            jnp.pad(TOKENS[:, at : at + size], ((0, 0), (0, 3 - size))), cache, jnp.full(2, size)
+        )
+        logits.append(part[:, :size])
         at += size
+        cache = cache.reversible(4) if at == 3 else cache
+        behind[at] = [jax.tree.map(np.asarray, layer.read(cache.length)) for layer in states(cache)]
     close(jnp.concatenate(logits, axis=1), whole(TOKENS))
-    states = [layer.state.size for layer in cache.layers if not getattr(layer, "keeps_tokens", True)]
-    assert states == [2 * 4 * 8 * 6] * 2  # whatever was read
+    assert [layer.state.size for layer in states(cache)] == [5 * 2 * 4 * 8 * 6] * 2  # whatever was read
+    three = jnp.full(2, 3)
+    for layer, before in zip(states(cache.rollback(three)), behind[3], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, layer.read(three), before)  # to the bit
+    back = cache.rollback(jnp.array([3, 6]))
+    part, again = step()(
+        jnp.stack([TOKENS[0, 3:6], TOKENS[1, jnp.array([6, 0, 0])]]), back, jnp.array([3, 1])
+    )
+    close(part[0], whole(TOKENS)[0, 3:6])
+    close(part[1, :1], whole(TOKENS)[1, 6:])
+    for new, old in zip(states(again), behind[7], strict=True):  # row 1 read its last token beside two others
+        np.testing.assert_allclose(new.read(again.length)[1][1], old[1][1], rtol=1e-4, atol=1e-7)
 
 
 def test_prefill_of_unequal_lengths():
@@ -126,8 +157,37 @@ def test_scanned_layers_are_the_same():
     close(scanned.apply({"params": scan_params(params, 3)}, TOKENS), whole(TOKENS))
 
 
-def test_a_state_can_not_be_rolled_back():
-    with pytest.raises(UserError, match="keeps a state, not tokens"):
+def test_a_recurrent_draft_takes_back_what_was_rejected():
+    """Calls are as many as drafts from the draft's own greedy text explain: its states are those of the kept text."""
+    model, params = hybrid()
+    keys = iter(jax.random.split(jax.random.key(5), 100))
+    other = jax.tree.map(lambda x: x + 0.1 * jnp.std(x) * jax.random.normal(next(keys), x.shape), params)
+    prompt, gamma, new = [1, 2, 3, 1], 3, 16
+    plain = Generator(model, params).generate([prompt], max_new_tokens=new).samples[0].tokens
+    drafted = Generator(model, params, proposer=DraftModel(model, gamma), proposer_params=other).generate(
+        [prompt], max_new_tokens=new
+    )
+    assert drafted.samples[0].tokens == plain
+    draft = jax.jit(lambda text: jnp.argmax(model.apply({"params": other}, text[None])[0], -1))
+    text, gained, calls = prompt + plain, 1, []
+    while gained < new:
+        guess = text[: len(prompt) + gained]
+        for _ in range(gamma):
+            guess = guess + [int(draft(jnp.asarray(guess + [0] * (24 - len(guess))))[len(guess) - 1])]
+        known = text[len(prompt) + gained :]
+        right = next(
+            (i for i in range(gamma) if i >= len(known) or guess[len(prompt) + gained + i] != known[i]), gamma
+        )
+        calls.append(min(right + 1, new - gained))
+        gained += calls[-1]
+    assert drafted.stats.gained == tuple(calls.count(k + 1) for k in range(gamma + 1))
+    assert len(set(calls[:-1])) > 1  # some drafts were taken back, and some kept
+    pearl = Generator(model, params, proposer=Pearl(model, gamma), proposer_params=other)
+    assert pearl.generate([prompt], max_new_tokens=new).samples[0].tokens == plain
+
+
+def test_a_state_without_a_margin_can_not_be_rolled_back():
+    with pytest.raises(UserError, match="keeps a state, not tokens.*`reversible`"):
         hybrid()[0].init_cache(1, 8).rollback(jnp.zeros(1, jnp.int32))
 
 

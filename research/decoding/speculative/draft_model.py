@@ -238,7 +238,7 @@ def read_prompt(model: Any, params: PyTree, prompt: Prompt, *, margin: int, room
     variables = {"params": params}
     _, hidden, fresh = model.apply(variables, prompt.tokens, prompt.lengths, method="prefill")
     cache = model.init_cache(len(prompt.tokens), prompt.capacity + room, hidden.dtype, margin=margin)
-    return cache.commit(fresh, None, prompt.lengths)
+    return cache.reversible(margin).commit(fresh, None, prompt.lengths)
 
 
 def write(
