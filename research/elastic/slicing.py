@@ -71,7 +71,8 @@ def mlp_widths(model: LayerStack) -> tuple[int, ...]:
     blocks = [model.blocks[i % len(model.blocks)] for i in range(model.num_layers)]
     for block in blocks:
         if not hasattr(block.mlp, "hidden_dim"):
-            raise UserError(f"{type(block.mlp).__name__} has no hidden_dim to slice")
+            found = "a block without FFN" if block.mlp is None else type(block.mlp).__name__
+            raise UserError(f"{found} has no hidden_dim to slice")
     return tuple(block.mlp.hidden_dim for block in blocks)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
+from research.interop import mamba2
 from research.interop.experts import foreign_experts
-from research.interop.families import ACTIVATIONS, Family
+from research.interop.families import ACTIVATIONS, FAMILIES, Family
 from research.interop.files import DTYPES, cast, check_dtype, new_directory, some, write_json, write_tensors
 from research.interop.members import candidates, layers_of, obstacles, write_config
 from research.interop.names import flatten, shapes, stored, unfuse
@@ -108,8 +109,10 @@ def save(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the vocabulary of the model {model.vocab_size}"
         )
     model, params = unscan_layers(model, variables["params"])
-    attention = layers_of(model)[0].attention
-    leaves = dict(flatten(unfuse(params, attention.num_heads, attention.kv_heads)))
+    if not family.recurrent:
+        attention = layers_of(model)[0].attention
+        params = unfuse(params, attention.num_heads, attention.kv_heads)
+    leaves = dict(flatten(params))
     by_ffn = _check_leaves(leaves, model)
     largest = {kind: max(found) for kind, found in _by_kind(by_ffn).items()}
     widths = tuple(width for ffn, width in by_ffn.items() if _kind(ffn) != "shared")
@@ -152,6 +155,12 @@ def save(
 def _family_of(model: DecoderLM, unequal: Unequal) -> Family:
     if unequal not in ("pad", "refuse"):
         raise UserError(f"unequal {unequal!r} is not supported; one of pad, refuse")
+    if mamba2.is_mamba2(model):
+        if reasons := mamba2.obstacles(model):
+            raise UserError(
+                f"no family of transformers expresses this model; the nearest: {'; '.join(reasons)}"
+            )
+        return FAMILIES["mamba2"]
     if reasons := _foreign_parts(model):
         raise UserError(f"no family of transformers expresses this model: {'; '.join(reasons)}")
     blocks = layers_of(model)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from research.errors import UserError, nearest
 from research.interop import experts as sparse
+from research.interop import mamba2
 from research.interop.experts import Experts
 from research.interop.fields import Fields
 from research.interop.rope import read_rotary
@@ -81,6 +82,7 @@ class Family:
         local_rope: windowed layers have a rotary base of their own.
         base: of the rotary embedding where no entry gives one.
         experts: how its experts are described, None where FFNs are dense.
+        recurrent: it is Mamba-2 (`research.interop.mamba2`), which the fields about attention say nothing of.
         defaults: of entries that may be absent.
     """
 
@@ -96,6 +98,7 @@ class Family:
     local_rope: bool = False
     base: float = 10_000.0
     experts: Experts | None = None
+    recurrent: bool = False
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -222,6 +225,14 @@ FAMILIES = {
                 "tie_word_embeddings": True,
             },
         ),
+        Family(
+            "mamba2",
+            "Mamba2ForCausalLM",
+            windows="none",
+            bias="none",
+            recurrent=True,
+            defaults=mamba2.DEFAULTS,
+        ),
     )
 }
 
@@ -257,6 +268,8 @@ def read_config(entries: Mapping[str, Any], where: str) -> tuple[Family, Decoder
     family = family_of(entries, where)
     config = Fields(entries, where, {**_DEFAULTS, **family.defaults})
     _refuse_unsupported(config, family)
+    if family.recurrent:
+        return family, mamba2.read_decoder(config)
     width, epsilon = config.integer("hidden_size"), config.number("rms_norm_eps")
     types = _layer_types(config, family)
     experts = family.experts

@@ -3,8 +3,8 @@
     model, variables, tokenizer = load("Qwen3-0.6B")
     report = save(model, variables, "exported", tokenizer=tokenizer, dtype="bfloat16")
 
-Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), Mixtral, Qwen 2 and 3 MoE, OLMoE and JetMoE, from the
-`config.json` of transformers 4 or 5.
+Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), Mixtral, Qwen 2 and 3 MoE, OLMoE, JetMoE and Mamba-2,
+from the `config.json` of transformers 4 or 5.
 `expressible(model)` tells before training whether a model can be saved, and as what.
 """
 
@@ -28,7 +28,7 @@ from research.training.paths import nested
 
 __all__ = ["FAMILIES", "Export", "expressible", "is_huggingface", "load", "save"]
 
-_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 
 def is_huggingface(directory: str | Path) -> bool:
@@ -90,10 +90,11 @@ def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: st
     found = {
         name for name in files.names if not name.endswith("rotary_emb.inv_freq")
     }  # a buffer of old files
-    if model.tied_head and _HEAD in found and _TABLE in found:
-        if not np.array_equal(files.read(_HEAD), files.read(_TABLE)):
+    table = places["embedding/table"].names[0]
+    if model.tied_head and _HEAD in found and table in found:
+        if not np.array_equal(files.read(_HEAD), files.read(table)):
             raise UserError(
-                f"{files.directory}: {_HEAD} differs from {_TABLE}, but tie_word_embeddings is true"
+                f"{files.directory}: {_HEAD} differs from {table}, but tie_word_embeddings is true"
             )
         found.discard(_HEAD)
     if missing := sorted(sizes.keys() - found):

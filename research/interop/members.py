@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from research.interop import experts as sparse
+from research.interop import mamba2
 from research.interop.experts import Experts
 from research.interop.families import ACTIVATIONS, FAMILIES, FULL, SLIDING, Family
 from research.interop.rope import write_scaling
@@ -43,7 +44,8 @@ def candidates(model: DecoderLM) -> list[Family]:
     return [
         family
         for family in FAMILIES.values()
-        if (family.experts is not None) == (any_experts or attention)
+        if not family.recurrent
+        and (family.experts is not None) == (any_experts or attention)
         and (family.experts is not None and family.experts.attention) == attention
     ]
 
@@ -171,6 +173,9 @@ def write_config(family: Family, model: DecoderLM, widths: Mapping[str, int]) ->
 
     widths: hidden units of "mlp" (dense FFNs), and of "experts" and "shared" where there are any.
     """
+    if family.recurrent:
+        named = {"model_type": family.model_type, "architectures": [family.architecture]}
+        return named | mamba2.write_entries(model)
     blocks = layers_of(model)
     attention, mlp = blocks[0].attention, blocks[0].mlp
     ropes = _ropes(blocks)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.interop import mamba2
 from research.interop.families import Family
 from research.nn import weights
 
@@ -36,7 +37,7 @@ _GEMMA_NORMS = {
     "mlp_post_norm": "post_feedforward_layernorm",
 }
 _LAYER = re.compile(r"layer_(\d+)/(.+)/(kernel|bias|scale)")
-_THEIR_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_THEIR_LAYER = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 _THEIR_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -49,23 +50,29 @@ class Stored:
         per_expert: which of the two.
         part: (i, n): the parameter is the i-th of n equal parts of the outputs of the tensor.
         transposed: kernels are [in, out] here and [out, in] there.
+        depthwise: of a convolution, [width, channels] here and [channels, 1, width] there.
     """
 
     names: tuple[str, ...]
     per_expert: bool = False
     part: tuple[int, int] = (0, 1)
     transposed: bool = False
+    depthwise: bool = False
 
     def tensor_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor of a parameter of this shape."""
         shape = shape[1:] if self.per_expert else shape
+        if self.depthwise:
+            return (shape[1], 1, shape[0])
         if self.transposed:
             shape = (*shape[:-2], shape[-1] * self.part[1], shape[-2])
         return shape
 
     def assemble(self, tensors: list[np.ndarray]) -> np.ndarray:
         """The parameter made of its tensors."""
-        if self.transposed:
+        if self.depthwise:
+            tensors = [tensor[:, 0].T for tensor in tensors]
+        elif self.transposed:
             place, count = self.part
             tensors = [np.split(tensor, count, axis=-2)[place].swapaxes(-1, -2) for tensor in tensors]
         return np.stack(tensors) if self.per_expert else np.ascontiguousarray(tensors[0])
@@ -73,12 +80,17 @@ class Stored:
     def piece(self, array: np.ndarray, name: str) -> np.ndarray:
         """What a parameter gives to the tensor of a name, the inverse of `assemble`."""
         array = array[self.names.index(name)] if self.per_expert else array
+        if self.depthwise:
+            return array.T[:, None]
         return array.swapaxes(-1, -2) if self.transposed else array
 
 
 def stored(path: str, shape: tuple[int, ...], family: Family) -> Stored:
     """`layer_0/mlp/up/kernel` -> `model.layers.0.mlp.up_proj.weight`, transposed."""
     transposed = path.endswith("/kernel")
+    if family.recurrent:
+        depthwise = path.endswith("/conv/kernel")
+        return Stored((mamba2.tensor_name(path),), transposed=transposed, depthwise=depthwise)
     if path in _TOP:
         return Stored((_TOP[path],), transposed=transposed)
     layer, module, leaf = _LAYER.fullmatch(path).groups()

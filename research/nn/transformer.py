@@ -45,14 +45,14 @@ class Block(nn.Module):
 
     Args:
         attention: a mixer, (x, context, cache) -> (y, fresh rows).
-        mlp: any x -> y, or (x, context) -> y where it `takes_context`.
+        mlp: any x -> y, or (x, context) -> y where it `takes_context`; None: the block is its mixer alone (Mamba).
         norm: template of the block's norms.
         post_norms: also normalise what the mixer and the mlp add (Gemma 2 and 3).
         dropout: rate on both residual branches, active when `apply` is given a `dropout` key.
     """
 
     attention: nn.Module
-    mlp: nn.Module
+    mlp: nn.Module | None
     norm: nn.Module = RMSNorm()
     post_norms: bool = False
     dropout: float = 0.0
@@ -63,6 +63,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Fresh]:
         y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, cache)
         x = x + self._branch(y, "attention")
+        if self.mlp is None:
+            return x, fresh
         y = feed_forward(self.mlp, self.norm.copy(name="mlp_norm")(x), context)
         return x + self._branch(y, "mlp"), fresh
 
