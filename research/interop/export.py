@@ -15,13 +15,14 @@ from research.interop.experts import foreign_experts
 from research.interop.families import ACTIVATIONS, FAMILIES, Family
 from research.interop.files import DTYPES, cast, check_dtype, new_directory, some, write_json, write_tensors
 from research.interop.members import candidates, layers_of, obstacles, write_config
-from research.interop.names import flatten, shapes, stored, unfuse
+from research.interop.names import flatten, shapes, stored
 from research.language.decoder import DecoderLM
 from research.moe.attention import MixtureOfAttention
 from research.moe.layer import MoE
 from research.nn import weights
 from research.nn.attention import Attention
 from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention
+from research.nn.fuse import unfuse
 from research.nn.masks import Causal, Window
 from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm

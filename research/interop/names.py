@@ -11,7 +11,6 @@ import numpy as np
 
 from research.interop import mamba2
 from research.interop.families import Family
-from research.nn import weights
 
 _TOP = {
     "embedding/table": "model.embed_tokens.weight",
@@ -125,33 +124,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flatten(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
-
-
-def unfuse(params: dict[str, Any], heads: int, kv_heads: int) -> dict[str, Any]:
-    """Inverse of `research.nn.fuse.fuse_projections` for a model with these numbers of heads."""
-
-    def split(module: dict[str, Any], parts: dict[str, int]) -> dict[str, Any]:
-        """The outputs of a fused projection, divided among `parts` in proportion to their numbers."""
-        total = sum(parts.values())
-        divided: dict[str, Any] = {name: {} for name in parts}
-        for leaf, value in module.items():
-            array = weights.materialize(value)
-            unit = array.shape[-1] // total
-            stop = 0
-            for name, count in parts.items():
-                divided[name][leaf] = array[..., stop * unit : (stop + count) * unit]
-                stop += count
-        return divided
-
-    plain: dict[str, Any] = {}
-    for name, value in params.items():
-        if name == "qkv":
-            plain |= split(value, {"query": heads, "key": kv_heads, "value": kv_heads})
-        elif name == "gate_up":
-            plain |= split(value, {"gate": 1, "up": 1})
-        else:
-            plain[name] = unfuse(value, heads, kv_heads) if isinstance(value, dict) else value
-    return plain
 
 
 def shapes(model: Any) -> dict[str, tuple[int, ...]]:

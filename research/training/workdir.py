@@ -183,14 +183,15 @@ def _copy_tokenizer(directory: Path, source: str | os.PathLike[str] | None) -> N
 
 
 def find_task(config: ConfigDict) -> tuple[str, ConfigDict]:
-    """The first task with a `model` at `task`, `task.task`, ... of an experiment: its config path and config.
+    """The first task with a `model` at `task`, `task.task`, ... of an experiment: its config path and config. A task
+    class that makes its model from another one has the property `model_config` instead of an entry in the config.
 
     Raises `UserError` if there is none.
     """
     path, node = "config", config
     while isinstance(node.get("task"), ConfigDict):
         path, node = f"{path}.task", node["task"]
-        if "model" in node:
+        if "model" in node or hasattr(config_names.resolve(node["cls"], path), "model_config"):
             return path, node
     raise UserError("config: no `model` in its `task`, nor in any task that wraps")
 
@@ -225,22 +226,23 @@ def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
     config = read_config(directory / CONFIG)
     where, task_config = find_task(config)
     task = configs.build(task_config, where)
-    outer = _packing_task(config)
+    outer = _packing_task(config, where, task)
     saved = task if outer is None else outer
     params, step = read_checkpoint(directory, jax.eval_shape(saved.init, jax.random.key(0)), step, part)
     params = params if outer is None else jax.jit(outer.unpack)(params)
     shape = getattr(task, "image_shape", None)
     inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
-    return Loaded(task.model, params, load_tokenizer(directory), task_config["model"], step, inputs)
+    made = task_config.get("model") or task.model_config
+    return Loaded(task.model, params, load_tokenizer(directory), made, step, inputs)
 
 
-def _packing_task(config: ConfigDict) -> Any:
-    """The outermost task that trains another tree of parameters than the task it wraps, or `None`."""
+def _packing_task(config: ConfigDict, where: str, task: Any) -> Any:
+    """The outermost task that trains another tree of parameters than its model's, or `None`; `task` is at `where`."""
     path, node = "config", config
     while isinstance(node.get("task"), ConfigDict):
         path, node = f"{path}.task", node["task"]
         if hasattr(config_names.resolve(node["cls"], path), "unpack"):
-            return configs.build(node, path)
+            return task if path == where else configs.build(node, path)
     return None
 
 

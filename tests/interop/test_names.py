@@ -1,9 +1,7 @@
-"""Names of tensors, and fused projections taken apart."""
-
-import numpy as np
+"""Names of tensors."""
 
 from research.interop.families import FAMILIES
-from research.interop.names import flatten, layer_count, stored, unfuse
+from research.interop.names import flatten, layer_count, stored
 from research.training.paths import nested
 
 
@@ -25,22 +23,6 @@ def test_layer_count():
     names = ["model.layers.0.x", "model.layers.11.x", "model.norm.weight", "vision.layers.40.x"]
     assert layer_count(names) == 12
     assert layer_count(["model.norm.weight"]) == 0
-
-
-def test_unfuse():
-    """Two query heads and one key head of dimension 2: columns 0-3, 4-5, 6-7; gate and up are halves."""
-    qkv, gate_up = np.arange(16.0).reshape(2, 8), np.arange(12.0).reshape(2, 6)
-    tree = {
-        "attention": {"qkv": {"kernel": qkv, "bias": qkv[0]}, "output": {"kernel": qkv}},
-        "mlp": {"gate_up": {"kernel": gate_up}},
-    }
-    plain = unfuse(tree, heads=2, kv_heads=1)
-    assert sorted(plain["attention"]) == ["key", "output", "query", "value"]
-    np.testing.assert_array_equal(plain["attention"]["query"]["kernel"], [[0, 1, 2, 3], [8, 9, 10, 11]])
-    np.testing.assert_array_equal(plain["attention"]["key"]["kernel"], [[4, 5], [12, 13]])
-    np.testing.assert_array_equal(plain["attention"]["value"]["bias"], [6, 7])
-    np.testing.assert_array_equal(plain["mlp"]["gate"]["kernel"], [[0, 1, 2], [6, 7, 8]])
-    np.testing.assert_array_equal(plain["mlp"]["up"]["kernel"], [[3, 4, 5], [9, 10, 11]])
 
 
 def test_flatten_and_back():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.nn.attention import Attention, Context
-from research.nn.fuse import fuse_projections
+from research.nn.fuse import fuse_projections, unfuse
 from research.nn.weights import LowRank
 
 
@@ -43,3 +43,19 @@ def test_grouped_attention_is_the_same():
     run = jax.jit(lambda p: module.apply({"params": p}, x, context)[0])
     # The products are the same sums of 8 terms; libraries may order them by the width of the matrix.
     np.testing.assert_allclose(run(fuse_projections(params)), run(params), atol=1e-6)
+
+
+def test_unfuse():
+    """Two query heads and one key head of dimension 2: columns 0-3, 4-5, 6-7; gate and up are halves."""
+    qkv, gate_up = np.arange(16.0).reshape(2, 8), np.arange(12.0).reshape(2, 6)
+    tree = {
+        "attention": {"qkv": {"kernel": qkv, "bias": qkv[0]}, "output": {"kernel": qkv}},
+        "mlp": {"gate_up": {"kernel": gate_up}},
+    }
+    plain = unfuse(tree, heads=2, kv_heads=1)
+    assert sorted(plain["attention"]) == ["key", "output", "query", "value"]
+    np.testing.assert_array_equal(plain["attention"]["query"]["kernel"], [[0, 1, 2, 3], [8, 9, 10, 11]])
+    np.testing.assert_array_equal(plain["attention"]["key"]["kernel"], [[4, 5], [12, 13]])
+    np.testing.assert_array_equal(plain["attention"]["value"]["bias"], [6, 7])
+    np.testing.assert_array_equal(plain["mlp"]["gate"]["kernel"], [[0, 1, 2], [6, 7, 8]])
+    np.testing.assert_array_equal(plain["mlp"]["up"]["kernel"], [[3, 4, 5], [9, 10, 11]])
