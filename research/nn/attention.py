@@ -1,5 +1,6 @@
 """One attention: projections, rotary embedding, mask rule, cache and kernel are separate arguments."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -77,11 +78,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, caches.Fresh]:
         if self.num_heads % self.kv_heads:
             raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.kv_heads}")
-        query, key, value = self._project(x, context.positions.shape)
-        if self.query_norm is not None:
-            query = self.query_norm(query)
-        if self.key_norm is not None:
-            key = self.key_norm(key)
+        query, key, value = project_heads(self, x, context.positions.shape)
         out, fresh = attend(
             query,
             key,
@@ -98,21 +95,32 @@ class Attention(nn.Module):
         out = out.reshape(*x.shape[:-1], self.num_heads * self.head_dim)
         return Linear(x.shape[-1], self.output_bias, name="output")(out), fresh
 
-    def _project(self, x: jax.Array, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """-> query [B, T, H, d], key and value [B, T, Hkv, d]; one product where the tree holds `qkv`."""
-        wide, narrow = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
-        if "qkv" in self.variables.get("params", {}):
-            fused = Linear(wide + 2 * narrow, self.use_bias, name="qkv")(x)
-            query, key, value = jnp.split(fused, [wide, wide + narrow], axis=-1)
-        else:
-            query = Linear(wide, self.use_bias, name="query")(x)
-            key = Linear(narrow, self.use_bias, name="key")(x)
-            value = Linear(narrow, self.use_bias, name="value")(x)
-        return tuple(y.reshape(*shape, -1, self.head_dim) for y in (query, key, value))
-
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> caches.LayerCache:
         """As `empty_cache`."""
         return empty_cache(self.rule, batch, capacity, margin, self.kv_heads, self.head_dim, dtype)
+
+
+def project_heads(
+    module: nn.Module, x: jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> query [B, T, H, d], key and value [B, T, Hkv, d], normalised; one product where the tree holds `qkv`.
+
+    To be called by a module with the fields of `Attention` that are named here, of which it makes the parameters.
+    """
+    wide, narrow = module.num_heads * module.head_dim, module.kv_heads * module.head_dim
+    if "qkv" in module.variables.get("params", {}):
+        fused = Linear(wide + 2 * narrow, module.use_bias, name="qkv")(x)
+        query, key, value = jnp.split(fused, [wide, wide + narrow], axis=-1)
+    else:
+        query = Linear(wide, module.use_bias, name="query")(x)
+        key = Linear(narrow, module.use_bias, name="key")(x)
+        value = Linear(narrow, module.use_bias, name="value")(x)
+    query, key, value = (y.reshape(*shape, -1, module.head_dim) for y in (query, key, value))
+    if module.query_norm is not None:
+        query = module.query_norm(query)
+    if module.key_norm is not None:
+        key = module.key_norm(key)
+    return query, key, value
 
 
 def attend(
@@ -143,9 +151,31 @@ def attend(
         places = dict(segments=context.segments, prefix=context.prefix)
         out = kernel(query, key, value, rule, **places, **numbers)
     else:
-        held, cached_mask, fresh_mask, cached = _visible(rule, context, cache)
-        out = cached_kernel(query, cached, (key, value), held, cached_mask, fresh_mask, **numbers)
+        out = _attend_cached(query, (key, value), rule, context, cache, cached_kernel, numbers)
     return out.swapaxes(1, 2), (key, value)
+
+
+def _attend_cached(
+    query: jax.Array,
+    fresh: caches.Fresh,
+    rule: MaskRule,
+    context: Context,
+    cache: caches.LayerCache,
+    kernel: CachedKernel,
+    numbers: dict[str, Any],
+) -> jax.Array:
+    """query [B, H, N, d] over what is cached and over the fresh rows -> [B, H, N, d]."""
+    if isinstance(cache, caches.HeadGroups):
+        groups = query.shape[1] // fresh[0].shape[1]
+        outputs = []
+        for part, (start, stop) in zip(cache.parts, cache.bounds(), strict=True):
+            heads = slice(start * groups, stop * groups)
+            rows = tuple(y[:, start:stop] for y in fresh)
+            own = rule.for_heads(heads.start, heads.stop)
+            outputs.append(_attend_cached(query[:, heads], rows, own, context, part, kernel, numbers))
+        return jnp.concatenate(outputs, axis=1)
+    held, cached_mask, fresh_mask, cached = _visible(rule, context, cache)
+    return kernel(query, cached, fresh, held, cached_mask, fresh_mask, **numbers)
 
 
 def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tuple:
@@ -167,7 +197,19 @@ def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tupl
 def empty_cache(
     rule: MaskRule, batch: int, capacity: int, margin: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
 ) -> caches.LayerCache:
-    """A ring of the window plus `margin` rows for windowed rules without sinks, else a dense cache."""
-    if isinstance(rule, Window) and not rule.sinks and rule.span + margin < capacity:
-        return caches.RingCache.empty(batch, rule.span + margin, kv_heads, head_dim, dtype)
-    return caches.DenseCache.empty(batch, capacity, kv_heads, head_dim, dtype)
+    """A dense cache; for windowed rules a ring of the window plus `margin` rows behind the sinks, where that is less.
+
+    Spans that differ between heads get a ring of their own for each run of key heads with the same span.
+    """
+
+    def empty(span: int, sinks: int, heads: int) -> caches.LayerCache:
+        slots = sinks + span + margin
+        if slots >= capacity:
+            return caches.DenseCache.empty(batch, capacity, heads, head_dim, dtype)
+        return caches.RingCache.empty(batch, slots, heads, head_dim, dtype, sinks)
+
+    if not isinstance(rule, Window):
+        return caches.DenseCache.empty(batch, capacity, kv_heads, head_dim, dtype)
+    runs = [(span, len(list(run))) for span, run in itertools.groupby(rule.key_spans(kv_heads))]
+    parts = tuple(empty(span, rule.sinks, heads) for span, heads in runs)
+    return parts[0] if len(parts) == 1 else caches.HeadGroups(parts, tuple(heads for _, heads in runs))

@@ -73,42 +73,79 @@ def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
 
 
 class RingCache(struct.PyTreeNode):
-    """For windowed layers: slot s holds the newest token t with t % slots == s.
+    """For windowed layers: the first `sinks` slots hold the first tokens for good, the others are a ring.
 
-    key, value [B, Hkv, slots, d]. `slots` is the window plus a margin; a roll-back of at most the margin
-    leaves the window whole.
+    key, value [B, Hkv, slots, d]. Slot sinks + r of a ring of R = slots - sinks holds the newest token t >= sinks with
+    (t - sinks) % R == r. The ring has the window plus a margin; a roll-back of at most the margin leaves the window
+    whole.
     """
 
     key: jax.Array
     value: jax.Array
+    sinks: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
-    def empty(cls, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> "RingCache":
+    def empty(
+        cls, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, sinks: int = 0
+    ) -> "RingCache":
         shape = (batch, kv_heads, slots, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), sinks)
 
     def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        slots = self.key.shape[2]
+        slot = jnp.arange(self.key.shape[2])[None]
         newest = length[:, None] - 1
-        index = newest - (newest - jnp.arange(slots)[None]) % slots
-        return self.key, self.value, index, index >= 0
+        index = newest - (newest - slot) % (self.key.shape[2] - self.sinks)
+        if not self.sinks:
+            return self.key, self.value, index, index >= 0
+        static = slot < self.sinks
+        index = jnp.where(static, slot, index)
+        return self.key, self.value, index, jnp.where(static, slot <= newest, index >= self.sinks)
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "RingCache":
         batch, _, slots, _ = self.key.shape
+        ring = slots - self.sinks
         number = jnp.arange(fresh[0].shape[2])[None]
-        # Only the last `slots` real rows survive; the others are sent out of range and dropped.
-        kept = (number < count[:, None]) & (number >= count[:, None] - slots)
-        slot = jnp.where(kept, (length[:, None] + number) % slots, slots)
+        token = length[:, None] + number
+        # Of the ring's tokens only the last real rows survive; the others are sent out of range and dropped.
+        kept = (number < count[:, None]) & ((number >= count[:, None] - ring) | (token < self.sinks))
+        slot = jnp.where(token < self.sinks, token, self.sinks + (token - self.sinks) % ring)
+        slot = jnp.where(kept, slot, slots)
         row = jnp.arange(batch)[:, None]
 
         def write(buffer: jax.Array, rows: jax.Array) -> jax.Array:
             moved = rows.astype(buffer.dtype).swapaxes(1, 2)  # [B, P, Hkv, d]
             return buffer.at[row, :, slot].set(moved, mode="drop", unique_indices=True)
 
-        return RingCache(write(self.key, fresh[0]), write(self.value, fresh[1]))
+        return self.replace(key=write(self.key, fresh[0]), value=write(self.value, fresh[1]))
 
     def select(self, rows: jax.Array) -> "RingCache":
-        return RingCache(self.key[rows], self.value[rows])
+        return self.replace(key=self.key[rows], value=self.value[rows])
+
+
+class HeadGroups(struct.PyTreeNode):
+    """Runs of neighbouring heads with a cache each, so that every head has the slots of its own span.
+
+    parts: a LayerCache for each run; heads: how many key heads each run has. Attention reads the parts one by one.
+    """
+
+    parts: tuple[LayerCache, ...]
+    heads: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """The half-open range of key heads of every part."""
+        return [(sum(self.heads[:i]), sum(self.heads[: i + 1])) for i in range(len(self.heads))]
+
+    def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "HeadGroups":
+        key, value = fresh
+        return self.replace(
+            parts=tuple(
+                part.append((key[:, start:stop], value[:, start:stop]), length, count)
+                for part, (start, stop) in zip(self.parts, self.bounds(), strict=True)
+            )
+        )
+
+    def select(self, rows: jax.Array) -> "HeadGroups":
+        return self.replace(parts=tuple(part.select(rows) for part in self.parts))
 
 
 class Cache(struct.PyTreeNode):

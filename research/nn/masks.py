@@ -81,6 +81,19 @@ class Window:
         """The widest window, in tokens."""
         return self.size if isinstance(self.size, int) else max(self.size)
 
+    def key_spans(self, kv_heads: int) -> tuple[int, ...]:
+        """The widest window among the query heads of each key head."""
+        if isinstance(self.size, int):
+            return (self.size,) * kv_heads
+        if not self.size or len(self.size) % kv_heads:
+            raise UserError(f"a Window of {len(self.size)} sizes can't be shared by {kv_heads} key heads")
+        groups = len(self.size) // kv_heads
+        return tuple(max(self.size[i * groups : (i + 1) * groups]) for i in range(kv_heads))
+
+    def for_heads(self, start: int, stop: int) -> "Window":
+        """The rule of query heads start .. stop - 1 alone."""
+        return self if isinstance(self.size, int) else dataclasses.replace(self, size=self.size[start:stop])
+
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         distance = _differences(query, key)
         sizes = jnp.asarray(self.size, jnp.int32).reshape(1, -1, 1, 1)  # [1, heads or 1, 1, 1]

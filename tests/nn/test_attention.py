@@ -13,7 +13,7 @@ from research.nn.attention_kernels import (
     PlainCachedAttention,
     TreeAttention,
 )
-from research.nn.cache import Cache, DenseCache, RingCache
+from research.nn.cache import Cache, DenseCache, HeadGroups, RingCache
 from research.nn.masks import Causal, Full, Prefix, Window
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
@@ -115,7 +115,9 @@ def test_qk_norm_makes_scores_blind_to_the_scale_of_the_keys():
     ("kernel", "cached_kernel"),
     [(DenseAttention(), PlainCachedAttention()), (BlockedAttention(4), TreeAttention("reference"))],
 )
-@pytest.mark.parametrize("rule", [Causal(), Window(3), Window((2, 3, 4, 9)), Window(2, sinks=1)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [Causal(), Window(3), Window((2, 3, 4, 9), sinks=1), Window(2, sinks=1)], ids=str
+)
 def test_a_cache_gives_what_the_whole_row_gives(rule, kernel, cached_kernel):
     """Five tokens at once, then one, then three; unequal rows are tested with whole models."""
     module, params, x = make(rule=rule, kernel=kernel, cached_kernel=cached_kernel)
@@ -144,8 +146,14 @@ def test_which_cache_a_rule_gets():
 
     ring = cache(Window(4))
     assert isinstance(ring, RingCache) and ring.key.shape == (2, 2, 7, 4) and ring.key.dtype == jnp.bfloat16
-    assert cache(Window((1, 2, 3, 6))).key.shape[2] == 9  # the widest span
-    for rule, capacity in ((Causal(), 16), (Window(4, sinks=1), 16), (Window(4), 7)):
+    sunk = cache(Window(4, sinks=1))
+    assert isinstance(sunk, RingCache) and sunk.key.shape[2] == 8 and sunk.sinks == 1
+    # Two query heads to a key head: the wider span of each pair, 1 sink and 3 rows of margin.
+    groups = cache(Window((1, 2, 3, 6), sinks=1))
+    assert isinstance(groups, HeadGroups) and groups.heads == (1, 1)
+    assert [part.key.shape for part in groups.parts] == [(2, 1, 6, 4), (2, 1, 10, 4)]
+    assert cache(Window((1, 3, 3, 2))).key.shape == (2, 2, 6, 4)  # equal spans share a ring
+    for rule, capacity in ((Causal(), 16), (Window(4, sinks=1), 8), (Window(4), 7)):
         dense = cache(rule, capacity)
         assert isinstance(dense, DenseCache) and dense.key.shape == (2, 2, capacity, 4)
 

@@ -50,6 +50,21 @@ def test_more_rows_than_slots_leave_the_last_ones():
     ]
 
 
+def test_the_sinks_of_a_ring_stay():
+    rows = np.arange(24).reshape(3, 8)
+    cache = Cache((RingCache.empty(3, 5, 1, 1, jnp.float32, sinks=2),), jnp.zeros(3, jnp.int32))
+    cache = cache.commit((fresh(rows),), None, jnp.asarray([8, 4, 1]))
+    # Row 0: sinks 0 and 1, then the newest three of 2..7; row 1 has filled two of the ring's three slots.
+    held = contents(cache.layers[0], cache.length)
+    assert held == [{0: 0, 1: 1, 5: 5, 6: 6, 7: 7}, {0: 8, 1: 9, 2: 10, 3: 11}, {0: 16}]
+    cache = cache.rollback(jnp.asarray([7, 1, 0])).commit(
+        (fresh(rows[:, :2] + 100),), None, jnp.asarray([2, 2, 2])
+    )
+    held = contents(cache.layers[0], cache.length)
+    assert {i: held[0][i] for i in (0, 1, 6, 7, 8)} == {0: 0, 1: 1, 6: 6, 7: 100, 8: 101}
+    assert held[1:] == [{0: 8, 1: 108, 2: 109}, {0: 116, 1: 117}]
+
+
 @pytest.mark.parametrize("kind", [DenseCache, RingCache])
 def test_appends_roll_backs_and_selection_follow_a_record(kind):
     """Random commits of up to 6 rows (more than the ring has) with unequal counts, and small roll-backs."""

@@ -31,6 +31,16 @@ def test_tables():
     ]
 
 
+def test_the_rule_of_some_heads():
+    rule = Window((2, 5, 3, 3), sinks=1)
+    assert (
+        rule.key_spans(4) == (2, 5, 3, 3) and rule.key_spans(2) == (5, 3) and Window(4).key_spans(2) == (4, 4)
+    )
+    assert rule.for_heads(1, 3) == Window((5, 3), sinks=1) and Window(4).for_heads(1, 3) == Window(4)
+    with pytest.raises(UserError, match="Window of 3 sizes can't be shared by 2 key heads"):
+        Window((1, 2, 3)).key_spans(2)
+
+
 def test_indices_may_differ_between_rows():
     # Queries at 5 (row 0) and 2 (row 1) against the slots of a ring, which hold tokens in any order.
     query, key = jnp.asarray([[5], [2]]), jnp.asarray([[4, 5, 2, 3], [0, 1, 2, -1]])
