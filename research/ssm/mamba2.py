@@ -19,6 +19,7 @@ from research.nn.attention import Context
 from research.nn.linear import Linear, parameter
 from research.nn.norm import RMSNorm
 from research.ssm.recurrent import Convolution, RecurrentCache, Rows, init_a, init_dt, recur
+from research.ssm.ssd import PLAIN, Scan
 
 
 class Mamba2(nn.Module):
@@ -27,6 +28,7 @@ class Mamba2(nn.Module):
         state_dim, num_groups: N and G, the groups of heads that share B and C, and are normalised each by itself.
         conv_width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan; changes speed alone.
+        scan: how the scan is computed, see `research.ssm.ssd`.
         norm_eps: of the gated norm.
         use_bias, conv_bias: of the projections, and of the convolution.
 
@@ -42,6 +44,7 @@ class Mamba2(nn.Module):
     num_groups: int = 1
     conv_width: int = 4
     chunk: int = 128
+    scan: Scan = PLAIN
     norm_eps: float = 1e-5
     use_bias: bool = False
     conv_bias: bool = True
@@ -78,7 +81,7 @@ class Mamba2(nn.Module):
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self._vector("dt_bias", init_dt))
         log_decay = -jnp.exp(self._vector("A_log", init_a)) * dt
         scaled = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
-        y = recur(scaled, log_decay, b, c, context, cache, self.chunk)
+        y = recur(scaled, log_decay, b, c, context, cache, self.chunk, self.scan)
         y = y + x * self._vector("D", nn.initializers.ones).astype(x.dtype)[:, None]
         y = y.reshape(batch, length, self.inner) * nn.silu(z)
         y = RMSNorm(self.norm_eps, groups=self.num_groups, name="norm")(y).reshape(*u.shape[:-1], self.inner)

@@ -15,7 +15,7 @@ from flax import struct
 
 from research.nn.attention import Context
 from research.nn.linear import parameter
-from research.ssm.ssd import advance, ssd, ssd_tree
+from research.ssm.ssd import PLAIN, Scan, advance, ssd_tree
 
 
 class Rows(NamedTuple):
@@ -143,13 +143,14 @@ def recur(
     context: Context,
     cache: RecurrentCache | None,
     chunk: int,
+    scan: Scan = PLAIN,
 ) -> jax.Array:
     """y [B, T, H, P] of the recurrence over the tokens of a segment, or along the paths of a tree behind a cache.
 
     Shapes as in `research.ssm.ssd`, x times dt.
     """
     if cache is None:
-        return ssd(x, log_decay, b, c, chunk=chunk, segments=context.segments)[0]
+        return scan(x, log_decay, b, c, chunk=chunk, segments=context.segments)[0]
     state = cache.read(context.length)[1]
     return ssd_tree(x, log_decay, b, c, tree=context.tree, state=state)
 

@@ -11,10 +11,81 @@ x [b, T, H, P] (dt is multiplied in by the caller), log_decay [b, T, H], B and C
 Decays and states are float32 whatever the rest is.
 """
 
+import dataclasses
+from typing import Literal, Protocol
+
 import jax
 import jax.numpy as jnp
 
+import kernels_pallas.ssd
+from kernels_pallas.ssd import Unsupported
+from kernels_pallas.ssd.reference import decay_between
 from research.errors import UserError
+
+
+class Scan(Protocol):
+    """How the chunked form is computed; arguments and results as of `ssd`."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        log_decay: jax.Array,
+        b: jax.Array,
+        c: jax.Array,
+        *,
+        chunk: int,
+        state: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainScan:
+    """Products of all chunks at once, in plain jnp, everywhere."""
+
+    def __call__(self, x, log_decay, b, c, *, chunk, state=None, segments=None):
+        try:
+            return kernels_pallas.ssd.ssd(
+                x, log_decay, b, c, state, segments, chunk=chunk, implementation="reference"
+            )
+        except Unsupported as error:
+            raise UserError(str(error)) from error
+
+
+PLAIN = PlainScan()
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasScan:
+    """The Pallas kernel: scores and states of a chunk stay in the processor.
+
+    Args:
+        implementation: "auto" takes the kernel of the backend.
+        interpret: run the kernel in Pallas' interpreter, anywhere and slowly.
+
+    Raises:
+        UserError: when called, where the kernel cannot run. Nothing else is run instead.
+    """
+
+    implementation: Literal["auto", "tpu", "gpu"] = "auto"
+    interpret: bool = False
+
+    def __call__(self, x, log_decay, b, c, *, chunk, state=None, segments=None):
+        implementation = None if self.implementation == "auto" else self.implementation
+        try:
+            return kernels_pallas.ssd.ssd(
+                x,
+                log_decay,
+                b,
+                c,
+                state,
+                segments,
+                chunk=chunk,
+                implementation=implementation,
+                interpret=self.interpret,
+            )
+        except Unsupported as error:
+            raise UserError(f"scan={self} cannot run: {error}; PlainScan runs everywhere") from error
 
 
 def ssd(
@@ -33,60 +104,7 @@ def ssd(
     segments int32[b, T]: the recurrence starts anew wherever they change (not between `state` and the first token).
     Raises `UserError` for a chunk below 1, or heads that the groups don't divide.
     """
-    if chunk < 1:
-        raise UserError(f"chunk={chunk}: a chunk has at least one token")
-    batch, length, heads, channels = x.shape
-    groups, size = b.shape[2:]
-    if heads % groups:
-        raise UserError(f"{heads} heads are not a multiple of {groups} groups")
-    if segments is None:
-        segments = jnp.zeros((batch, length), jnp.int32)
-    if state is None:
-        state = jnp.zeros((batch, heads, channels, size), jnp.float32)
-    chunk = min(chunk, length)
-    pad = -length % chunk
-    # A token that neither decays nor adds leaves the state as it is.
-    x, log_decay, b, c = (
-        jnp.pad(y, ((0, 0), (0, pad), *[(0, 0)] * (y.ndim - 2))) for y in (x, log_decay, b, c)
-    )
-    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
-
-    def chunked(y: jax.Array) -> jax.Array:
-        return y.reshape(batch, -1, chunk, *y.shape[2:])
-
-    xs = chunked(x).reshape(batch, -1, chunk, groups, heads // groups, channels)
-    b, c, segments = chunked(b), chunked(c), chunked(segments)
-    total = jnp.cumsum(chunked(log_decay.astype(jnp.float32)), axis=2)  # [b, K, Q, H], to and with each token
-    grouped = total.reshape(*total.shape[:3], groups, -1)
-
-    # Inside a chunk: y_i = sum_{j <= i} exp(total_i - total_j) (C_i B_j) x_j.
-    scores = jnp.einsum("bkign,bkjgn->bkgij", c, b, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones((chunk, chunk), bool)) & (segments[..., :, None] == segments[..., None, :])
-    weights = _decay_between(grouped, seen[:, :, None, None]) * scores[:, :, :, None]
-    y = jnp.einsum("bkgrij,bkjgrp->bkigrp", weights.astype(x.dtype), xs, preferred_element_type=jnp.float32)
-
-    # What each chunk adds to the state at its end, and how much of the state before it is left there.
-    last = grouped[:, :, -1:]
-    to_end = jnp.exp(last - grouped) * (segments == segments[..., -1:])[..., None, None]
-    added = jnp.einsum(
-        "bkjgrp,bkjgn->bkgrpn",
-        (xs * to_end[..., None]).astype(x.dtype),
-        b,
-        preferred_element_type=jnp.float32,
-    )
-    before = jnp.concatenate([segments[:, :1, 0], segments[:, :-1, -1]], axis=1)  # the segment of the state
-    kept = jnp.exp(last[:, :, 0]) * (before == segments[..., -1])[..., None, None]  # [b, K, G, r]
-
-    def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        kept, added = chunk
-        return kept[..., None, None] * state + added, state
-
-    state = state.astype(jnp.float32).reshape(batch, groups, -1, channels, size)
-    final, states = jax.lax.scan(step, state, (kept.swapaxes(0, 1), added.swapaxes(0, 1)))
-    from_start = jnp.exp(grouped) * (segments == before[..., None])[..., None, None]
-    y = y + from_start[..., None] * jnp.einsum("bkign,kbgrpn->bkigrp", c.astype(jnp.float32), states)
-    y = y.reshape(batch, -1, heads, channels)[:, :length].astype(x.dtype)
-    return y, final.reshape(batch, heads, channels, size)
+    return PLAIN(x, log_decay, b, c, chunk=chunk, state=state, segments=segments)
 
 
 def ssd_sequential(
@@ -122,7 +140,7 @@ def ssd_tree(
     along = along.reshape(*along.shape[:2], groups, -1)
     xs = x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
     scores = jnp.einsum("bign,bjgn->bgij", c, b, preferred_element_type=jnp.float32)
-    weights = _decay_between(along, tree[:, None, None]) * scores[:, :, None]
+    weights = decay_between(along, tree[:, None, None]) * scores[:, :, None]
     y = jnp.einsum("bgrij,bjgrp->bigrp", weights.astype(x.dtype), xs, preferred_element_type=jnp.float32)
     states = state.astype(jnp.float32).reshape(x.shape[0], groups, -1, *state.shape[2:])
     y = y + jnp.exp(along)[..., None] * jnp.einsum("bign,bgrpn->bigrp", c.astype(jnp.float32), states)
@@ -140,12 +158,3 @@ def advance(
     xs = (x.astype(jnp.float32) * to_end[..., None]).reshape(*x.shape[:2], groups, -1, x.shape[-1])
     added = jnp.einsum("btgrp,btgn->bgrpn", xs, b.astype(jnp.float32)).reshape(state.shape)
     return jnp.exp(total[:, -1])[..., None, None] * state + added
-
-
-def _decay_between(total: jax.Array, seen: jax.Array) -> jax.Array:
-    """total [..., T, G, r], seen bool[..., 1, 1, T, T] -> exp(total_i - total_j) where seen, else 0: [..., G, r, T, T].
-
-    Masked before the exponential: above the diagonal it could overflow, and its gradient would be NaN.
-    """
-    total = jnp.moveaxis(total, -3, -1)
-    return jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
