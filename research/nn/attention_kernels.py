@@ -241,29 +241,56 @@ class CachedKernel(Protocol):
     ) -> jax.Array: ...
 
 
+def cached_scores(
+    query: jax.Array,
+    cached_key: jax.Array,
+    fresh_key: jax.Array,
+    length: jax.Array,
+    cached_mask: jax.Array | None,
+    fresh_mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments of a `CachedKernel` -> float32 scores of the slots [B, Hkv, H / Hkv, N, S] and of the fresh rows
+    [B, Hkv, H / Hkv, N, N], masked ones NEGATIVE."""
+    batch, heads, count, _ = query.shape
+    kv_heads, slots = cached_key.shape[1:3]
+    rows = group_queries(query, kv_heads)
+    if cached_mask is None:
+        cached_mask = (jnp.arange(slots) < length[:, None])[:, None, None]
+
+    def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
+        raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
+        grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
+        return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE)
+
+    return scores(cached_key, cached_mask), scores(fresh_key, fresh_mask)
+
+
+def cached_values(
+    scores: tuple[jax.Array, jax.Array], cached_value: jax.Array, fresh_value: jax.Array
+) -> jax.Array:
+    """What `cached_scores` gives, and the values -> the softmax over both times the values, [B, H, N, d]."""
+    batch, kv_heads, groups, count, _ = scores[0].shape
+    dtype = fresh_value.dtype
+    old, new = (part.reshape(batch, kv_heads, groups * count, -1) for part in scores)
+    top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
+    old, new = jnp.exp(old - top), jnp.exp(new - top)
+    total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
+    out = _product(old.astype(dtype), cached_value.astype(dtype), _PV)
+    out = out + _product(new.astype(dtype), fresh_value, _PV)
+    return (out / total).astype(dtype).reshape(batch, kv_heads * groups, count, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class PlainCachedAttention:
     """Scores of all slots; the two sets of keys share a softmax and are never concatenated."""
 
     def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
-        batch, heads, count, dim = query.shape
-        kv_heads, slots = cached[0].shape[1:3]
-        rows = group_queries(query, kv_heads)
-        if cached_mask is None:
-            cached_mask = (jnp.arange(slots) < length[:, None])[:, None, None]
-
-        def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
-            raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
-            grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
-            return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE).reshape(raw.shape)
-
-        old, new = scores(cached[0], cached_mask), scores(fresh[0], fresh_mask)
-        top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
-        old, new = jnp.exp(old - top), jnp.exp(new - top)
-        total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
-        out = _product(old.astype(query.dtype), cached[1].astype(query.dtype), _PV)
-        out = out + _product(new.astype(query.dtype), fresh[1], _PV)
-        return (out / total).astype(query.dtype).reshape(batch, heads, count, dim)
+        masks = (length, cached_mask, fresh_mask)
+        scores = cached_scores(query, cached[0], fresh[0], *masks, scale=scale, softcap=softcap)
+        return cached_values(scores, cached[1], fresh[1])
 
 
 @dataclasses.dataclass(frozen=True)
