@@ -1,0 +1,99 @@
+"""How quantized weights are stored: codes in byte planes of a tile of rows, and a scale and a zero for every group.
+
+    weight[k, n] = (code[k, n] - zero[k // group, n]) * scale[k // group, n]
+
+A tile of `tile` rows becomes tile * bits / 8 rows of bytes; bits j * bits .. of byte row i are the code of row
+j * tile * bits / 8 + i (plane j). So a plane is unpacked by one shift and one mask, without moving rows, and its rows
+stand beside as many neighbouring columns of the activations.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import Unsupported, pad_axis
+
+TILE = 1024  # rows of a tile, where there are as many
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Weights [rows, N]; `padded` is `rows` rounded up to whole tiles, and what is behind `rows` has scale 0.
+
+    codes: uint8[padded * bits / 8, N]. scale, zero: [padded / group, N], the zero in units of codes.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array
+    bits: int = dataclasses.field(metadata=dict(static=True))
+    group: int = dataclasses.field(metadata=dict(static=True))
+    tile: int = dataclasses.field(metadata=dict(static=True))
+    rows: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.codes.shape[1]
+
+    @property
+    def padded(self) -> int:
+        return -(-self.rows // self.tile) * self.tile
+
+    @property
+    def planes(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def plane(self) -> int:
+        """Rows of a plane of a tile."""
+        return self.tile // self.planes
+
+
+def pack(
+    codes: jax.Array, scale: jax.Array, zero: jax.Array, *, bits: int, tile: int | None = None
+) -> Packed:
+    """Codes [K, N] of 0 .. 2**bits - 1, scale and zero [K / group, N] -> packed weights.
+
+    tile: rows of a tile, a multiple of group * 8 / bits; by default about `TILE`. Raises `Unsupported` for other bits
+    than 8, 4 and 2, groups that don't divide K, or a tile that does not hold whole groups in every plane.
+    """
+    rows, columns = codes.shape
+    if bits not in (8, 4, 2):
+        raise Unsupported(f"bits={bits}: there are 8, 4 and 2")
+    for name, array in {"scale": scale, "zero": zero}.items():
+        if array.ndim != 2 or array.shape[1] != columns or array.shape != scale.shape:
+            raise Unsupported(f"{name} has shape {array.shape}, expected [groups, {columns}] for both")
+    if not scale.shape[0] or rows % scale.shape[0]:
+        raise Unsupported(f"{rows} rows are not a multiple of {scale.shape[0]} groups")
+    group = rows // scale.shape[0]
+    unit = group * 8 // bits
+    if tile is None:
+        tile = unit * max(1, min(TILE // unit, -(-rows // unit)))
+    if tile < 1 or tile % unit:
+        raise Unsupported(f"tile={tile}: {bits} bits in groups of {group} need a multiple of {unit}")
+    padded = -(-rows // tile) * tile
+    planes = pad_axis(codes.astype(jnp.uint8), 0, padded).reshape(-1, 8 // bits, tile * bits // 8, columns)
+    shifts = (bits * jnp.arange(8 // bits, dtype=jnp.uint8))[:, None, None]
+    packed = jnp.sum(planes << shifts, axis=1, dtype=jnp.uint8).reshape(-1, columns)
+    scale, zero = (pad_axis(array, 0, padded // group) for array in (scale, zero))
+    return Packed(packed, scale, zero, bits, group, tile, rows)
+
+
+def unpack(weights: Packed) -> jax.Array:
+    """The codes, uint8[K, N]."""
+    columns = weights.shape[1]
+    shifts = (weights.bits * jnp.arange(weights.planes, dtype=jnp.uint8))[:, None, None]
+    tiles = weights.codes.reshape(-1, 1, weights.plane, columns) >> shifts
+    return (tiles & (2**weights.bits - 1)).reshape(-1, columns)[: weights.rows]
+
+
+def dequantize(weights: Packed) -> jax.Array:
+    """The weights, float32[K, N]."""
+    groups = -(-weights.rows // weights.group)
+    scale, zero = (
+        jnp.repeat(array[:groups].astype(jnp.float32), weights.group, axis=0)[: weights.rows]
+        for array in (weights.scale, weights.zero)
+    )
+    return (unpack(weights).astype(jnp.float32) - zero) * scale
