@@ -26,11 +26,11 @@ VOCAB = 160
 def decoder(
     width: int = 64, layers: int = 4, heads: int = 4, length: int = 128, mlp_ratio: int = 2, **attention
 ) -> ConfigDict:
-    """`layers` blocks of attention above one of `PreviousToken`; `attention` are more fields of `Attention`."""
+    """`layers` blocks of attention above a `PreviousToken` alone; `attention` are more fields of `Attention`."""
     mlp = of(GatedMLP, hidden_dim=mlp_ratio * width)
     fields = dict(num_heads=heads, head_dim=width // heads, rotary=of(Rotary)) | attention
     blocks = (
-        of(Block, attention=of(PreviousToken, width=width), mlp=mlp),
+        of(Block, attention=of(PreviousToken, width=width), mlp=None),
         *(of(Block, attention=of(Attention, **fields), mlp=mlp) for _ in range(layers)),
     )
     # Tokens enter with a standard deviation of 1, as the previous ones do.
