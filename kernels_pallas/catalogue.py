@@ -1,6 +1,6 @@
 """Every kernel with the sizes it is meant for: what `make aot` compiles and `experiments.bench kernels` measures.
 
-A kernel's folder has an `entry.py` that defines `KERNEL`; its name is added to `FOLDERS` here.
+A kernel's folder has an `entry.py` that defines `KERNEL`, or several as a tuple; its name is added to `FOLDERS` here.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import Implementation
 
-FOLDERS = ("tree_attention",)
+FOLDERS = ("tree_attention", "ssd", "quantized_matmul", "grouped_matmul")
 
 
 class Cost(NamedTuple):
@@ -94,4 +94,5 @@ class Kernel:
 
 def kernels() -> tuple[Kernel, ...]:
     """All entries, in the order of `FOLDERS`."""
-    return tuple(importlib.import_module(f"kernels_pallas.{name}.entry").KERNEL for name in FOLDERS)
+    found = (importlib.import_module(f"kernels_pallas.{name}.entry").KERNEL for name in FOLDERS)
+    return tuple(kernel for entry in found for kernel in (entry if isinstance(entry, tuple) else (entry,)))

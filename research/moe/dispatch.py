@@ -27,7 +27,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from research.errors import UserError, nearest
-from research.moe.grouped import every_expert, grouped_dot, row_experts
+from research.moe.grouped import PallasGroupedDot, every_expert, grouped_dot, row_experts
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
@@ -63,28 +63,39 @@ class Dispatch(Protocol):
 
 
 def make_dispatch(
-    routing: Routing, backend: Backend = "auto", capacity_factor: float | None = None
+    routing: Routing,
+    backend: Backend = "auto",
+    capacity_factor: float | None = None,
+    grouped_dot: PallasGroupedDot | None = None,
 ) -> Dispatch:
     """The dispatch of a routing.
 
     capacity_factor: of `capacity`, see `expert_capacity`. "auto" is `capacity` where a factor is given, else
-    `sorted`. Raises `UserError` for an unknown backend, a factor that is not positive, or a factor for a backend
-    that drops nothing.
+    `sorted`. grouped_dot: the Pallas kernel in the place of `grouped_dot`, of `sorted`. Raises `UserError` for an
+    unknown backend, a factor that is not positive, a factor for a backend that drops nothing, or a grouped product for
+    one that has none.
     """
-    check_dispatch(backend, capacity_factor)
+    check_dispatch(backend, capacity_factor, grouped_dot)
     if backend == "auto":
         backend = "sorted" if capacity_factor is None else "capacity"
     if backend == "capacity":
         return CapacityDispatch.make(routing, capacity_factor)
-    return DenseDispatch.make(routing) if backend == "dense" else SortedDispatch.make(routing)
+    if backend == "dense":
+        return DenseDispatch.make(routing)
+    return SortedDispatch.make(routing).replace(grouped_dot=grouped_dot)
 
 
-def check_dispatch(backend: str, capacity_factor: float | None) -> None:
+def check_dispatch(
+    backend: str, capacity_factor: float | None, grouped_dot: PallasGroupedDot | None = None
+) -> None:
     """Raise `UserError` for what `make_dispatch` refuses."""
     if backend not in BACKENDS:
         close = nearest(backend, BACKENDS)
         hint = f"did you mean {close!r}?" if close else f"there are {', '.join(BACKENDS)}"
         raise UserError(f"dispatch={backend!r}: no such backend; {hint}")
+    used = "capacity" if backend == "auto" and capacity_factor is not None else backend
+    if grouped_dot is not None and used not in ("auto", "sorted"):
+        raise UserError(f"grouped_dot={grouped_dot} goes with dispatch='sorted', not {used!r}")
     if capacity_factor is None:
         return
     if not capacity_factor > 0:
@@ -213,11 +224,12 @@ class CapacityDispatch(_Slots):
 class SortedDispatch(_Slots):
     """Rows sorted by expert, buffer [S, width]: S is P and what `grouped_dot` wants behind it. Nothing is dropped.
 
-    sizes int32[E]: rows of each expert.
+    sizes int32[E]: rows of each expert. grouped_dot: the Pallas kernel in the place of `grouped_dot`, or None.
     """
 
     sizes: jax.Array
     tile: int = struct.field(pytree_node=False)
+    grouped_dot: PallasGroupedDot | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def make(cls, routing: Routing, tile: int | None = None) -> "SortedDispatch":
@@ -237,11 +249,13 @@ class SortedDispatch(_Slots):
     @property
     def in_pieces(self) -> bool:
         """Whether an expert's rows are computed piece by piece, so that a whole FFN can be at once."""
-        return jax.default_backend() == "cpu" and every_expert(
-            self.pair_of_slot.shape[0], self.sizes.shape[0], self.tile
-        )
+        if self.grouped_dot is not None or jax.default_backend() != "cpu":
+            return False
+        return every_expert(self.pair_of_slot.shape[0], self.sizes.shape[0], self.tile)
 
     def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        if self.grouped_dot is not None:
+            return self.grouped_dot(buffer, kernel, self.sizes)
         return grouped_dot(buffer, kernel, self.sizes, self.tile)
 
     def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:

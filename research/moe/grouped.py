@@ -13,12 +13,15 @@ The last tile of an expert runs into the rows of the next one. What it leaves th
 next one's turn, so groups need not begin at a multiple of anything.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
+from research.errors import UserError
 from research.nn import weights
 from research.nn.weights import Kernel
 
@@ -36,6 +39,33 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int = 1
         kernel = kernel.astype(rows.dtype)
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
     return _product(rows, kernel, sizes, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasGroupedDot:
+    """`grouped_dot` by the Pallas kernel, of whatever rows belong to no expert.
+
+    Args:
+        implementation: "auto" takes the kernel of the backend.
+        interpret: run the kernel in Pallas' interpreter, anywhere and slowly.
+
+    Raises:
+        UserError: when called, where the kernel cannot run. Nothing else is run instead.
+    """
+
+    implementation: Literal["auto", "tpu", "gpu"] = "auto"
+    interpret: bool = False
+
+    def __call__(self, rows: jax.Array, kernel: Kernel, sizes: jax.Array) -> jax.Array:
+        try:
+            if not isinstance(kernel, jax.Array):
+                raise Unsupported(f"a kernel is {type(kernel).__name__}, not an array")
+            implementation = None if self.implementation == "auto" else self.implementation
+            return grouped_matmul(
+                rows, kernel, sizes, implementation=implementation, interpret=self.interpret
+            )
+        except Unsupported as error:
+            raise UserError(f"grouped_dot={self} cannot run: {error}; None runs everywhere") from error
 
 
 def row_experts(sizes: jax.Array, rows: int) -> jax.Array:

@@ -15,6 +15,7 @@ from research.errors import UserError
 from research.moe import losses
 from research.moe.dispatch import Backend, check_dispatch, make_dispatch
 from research.moe.experts import FeedForwardExperts
+from research.moe.grouped import PallasGroupedDot
 from research.moe.losses import Balance
 from research.moe.routing import Norm, Ranks, Router, Routing, check_choices, route
 from research.nn.attention import Context
@@ -32,8 +33,8 @@ class MoE(nn.Module):
         norm: gate normalisation, see `route`.
         ranks: which places of a token's order of preference are taken, see `route`; default the first k.
             "random" draws from the rng stream "routing", by layer and place.
-        dispatch, capacity_factor: see `make_dispatch`. Where a cache is read, nothing is ever dropped: what a
-            token becomes must not depend on what is decoded beside it.
+        dispatch, capacity_factor, grouped_dot: see `make_dispatch`. Where a cache is read, nothing is ever dropped:
+            what a token becomes must not depend on what is decoded beside it.
         noise, router_bias: of the `Router`.
         balance, balance_weight: a balance loss and its weight; weight 0 has none. One per sequence and averaged
             for "gshard" and "mole".
@@ -60,6 +61,7 @@ class MoE(nn.Module):
     ranks: Ranks | None = None
     dispatch: Backend = "auto"
     capacity_factor: float | None = None
+    grouped_dot: PallasGroupedDot | None = None
     noise: float = 0.0
     router_bias: bool = False
     balance: Balance = "jetmoe"
@@ -74,7 +76,7 @@ class MoE(nn.Module):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices(self.num_experts, self.k)
-        check_dispatch(self.dispatch, self.capacity_factor)
+        check_dispatch(self.dispatch, self.capacity_factor, self.grouped_dot)
         if self.gate_shared and self.shared is None:
             raise UserError("MoE: gate_shared weighs the output of `shared`, and there is none")
 
@@ -102,7 +104,8 @@ class MoE(nn.Module):
         else:
             decoding = context.length is not None
             backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
-            dispatch = make_dispatch(routing, backend, None if decoding else self.capacity_factor)
+            factor = None if decoding else self.capacity_factor
+            dispatch = make_dispatch(routing, backend, factor, self.grouped_dot)
             y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
             dropped = dispatch.dropped
         if self.output_bias:
