@@ -17,6 +17,7 @@ paper's students learn in all layers before some get their attention back; here 
 same, as layers learn apart from each other.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from research.nn.norm import RMSNorm
 from research.nn.transformer import LayerStack, unscan_layers
 from research.nn.weights import Weight, materialize
 from research.ssm.recurrent import Convolution, RecurrentCache, Rows, init_a, init_dt, recur
+from research.ssm.ssd import PlainScan, Scan
 
 Hybrid = Literal["head", "tail", "head_stacked", "tail_stacked"]
 Seeding = Literal["mimic", "inherit", "scratch"]
@@ -47,6 +49,7 @@ class MMMamba(nn.Module):
         query_norm, key_norm, use_bias, output_bias: what else the attention's projections had.
         conv_width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan; changes speed alone.
+        scan: how the scan is computed, see `research.ssm.ssd`.
         norm_eps: of the norm of every head.
 
     x is [B, T, width] or [B * T, width]. Returns the output and the `Rows` of the new tokens. Tokens of different
@@ -64,6 +67,7 @@ class MMMamba(nn.Module):
     output_bias: bool = False
     conv_width: int = 2
     chunk: int = 128
+    scan: Scan = PlainScan()
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -99,7 +103,8 @@ class MMMamba(nn.Module):
         shared = self.num_heads // self.kv_heads
         scaled = jnp.repeat(value, shared, axis=2).astype(jnp.float32) * dt[..., None]
         scaled = scaled.astype(value.dtype)
-        y = recur(scaled, log_decay, jnp.repeat(key, shared, axis=2), query, context, cache, self.chunk)
+        keys = jnp.repeat(key, shared, axis=2)
+        y = recur(scaled, log_decay, keys, query, context, cache, self.chunk, self.scan)
         gate = Linear(self.num_heads * self.head_dim, name="gate")(u).reshape(y.shape)
         y = RMSNorm(self.norm_eps, name="norm")(y) * nn.silu(gate)
         out = Linear(u.shape[-1], self.output_bias, name="output")(y.reshape(*u.shape[:-1], -1))
@@ -186,12 +191,10 @@ def seed_mixers(
     if seeding not in SEEDINGS:
         raise UserError(f"seeding {seeding!r}: one of {', '.join(SEEDINGS)} is expected")
     _, params = unscan_layers(teacher, params)
-    context = Context(jnp.zeros((1, 2), jnp.int32))
-    u = jnp.zeros((1, 2, student.width))
     mixers = {}
     for layer, mixer in converted(student):
         key, drawn, mimicked = jax.random.split(key, 3)
-        made = mixer.init(drawn, u, context)["params"]
+        made = _drawn(mixer, drawn, student.width)
         if seeding != "scratch":
             attention = unfuse(params[layer]["attention"], mixer.num_heads, mixer.kv_heads)
             made |= {name: _plain(attention[name]) for name in INHERITED if name in attention}
@@ -204,6 +207,12 @@ def seed_mixers(
 def graft(params: Any, mixers: dict[str, Any]) -> Any:
     """The student's parameters: the teacher's (unrolled) with `mixers` in their layers; all else is shared."""
     return params | {layer: params[layer] | mixer for layer, mixer in mixers.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _drawn(mixer: MMMamba, key: jax.Array, width: int) -> dict[str, Any]:
+    context = Context(jnp.zeros((1, 2), jnp.int32))
+    return mixer.init(key, jnp.zeros((1, 2, width)), context)["params"]
 
 
 def _remember_everything(mixer: dict[str, Any], key: jax.Array) -> dict[str, Any]:

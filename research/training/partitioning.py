@@ -37,6 +37,8 @@ DEFAULT_RULES: Rules = (
     (r"(^|/)experts/(output|down)/kernel$", ("expert", "tensor", "fsdp")),
     (r"(^|/)experts/\w+/bias$", ("expert", None)),
     (r"(^|/)router/kernel$", ("fsdp", None)),
+    # Of state-space mixers: step sizes a head, and parts of unlike sizes in one product.
+    (r"(^|/)attention/(dt|input)/kernel$", ("fsdp", None)),
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
     (r"(^|/)(output|down)/kernel", ("tensor", "fsdp")),
     (r"^drafter/head_\d+/\w+/layer_\d+/kernel$", ("fsdp", "tensor")),  # blocks of drafted heads
