@@ -7,6 +7,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --drafter=prompt_lookup
     python -m experiments.generate --prompt='def ' --drafter=runs/medusa
     python -m experiments.generate --prompt='def ' --drafter=auto
+    python -m experiments.generate --prompt='def ' --plan=runs/plan.json
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
@@ -78,6 +79,12 @@ ACCEPTANCE = PROGRAM.define(
     "exact",
     "Which drafts are kept: exact changes nothing in the output; typical keeps more of them above temperature 0.",
     ["exact", "typical"],
+)
+PLAN = PROGRAM.define(
+    flags.DEFINE_string,
+    "plan",
+    None,
+    "A plan of attention spans for this model, as `python -m experiments.plan` writes it: less cache, other outputs.",
 )
 CONTRAST = PROGRAM.define(
     flags.DEFINE_string,
@@ -154,6 +161,14 @@ def main(arguments: list[str]) -> None:
         if ACCEPTANCE.value == "typical":
             drafting["verifier"] = Typical()
     model = loaded.model
+    if PLAN.value is not None:
+        from research.sparse.moa.plan import Plan, apply_plan
+
+        plan = Plan.load(PLAN.value)
+        plan.check(model, loaded.params)
+        encoded = Generator(model, params, loaded.tokenizer).encode(prompts)
+        needed = min(max(map(len, encoded)) + MAX_NEW_TOKENS.value, model.max_length)
+        model, params = apply_plan(model, params, plan, needed)
     if CONTRAST.value is not None:
         from research.moe.scmoe import self_contrast
 

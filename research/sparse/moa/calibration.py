@@ -70,10 +70,16 @@ def own_answers(
     """The batch with the targets that have weight, and the tokens after them, as the model answers greedily.
 
     Token by token through the cache, one program for all rows: what is not an answer (the next question) is given.
+
+    Raises UserError for tokens outside the model's vocabulary.
     """
     model, params = unscan_layers(model, params)
     tokens, weights = np.asarray(batch["tokens"]), np.asarray(batch["weights"])
     count = len(tokens)
+    if tokens.max() >= model.vocab_size:
+        raise UserError(
+            f"the calibration data has token {tokens.max()}, the model's vocabulary {model.vocab_size}"
+        )
     start = int(np.argmax(weights.any(axis=0)))
     answered = []
     for first in range(0, count, batch_size):
