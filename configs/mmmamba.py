@@ -4,11 +4,11 @@
     python -m experiments.train --config=configs/mmmamba.py --config.task.teacher=runs/matlm --workdir=runs/mmmamba
     python -m experiments.generate --workdir=runs/mmmamba --prompt='def '
 
-`tiny` (the default): all six layers of the base model that ships, on its corpus; minutes on two CPU cores. The log shows
-`mimicry` fall in the first two stages, and `loss`, the KL divergence from the teacher, in the third.
+`tiny` (the default): all six layers of the base model that ships, on its corpus; minutes on two CPU cores. The log
+shows `mimicry` fall in the first two stages, and `loss`, the KL divergence from the teacher, in the third.
 `hybrid`: the same with one layer in three left as attention, the first of every three.
-`paper`: the paper's steps, batches and rates. The teacher, `task.teacher`, is a run or a model directory of yours with a
-context of 8192 tokens, the data what it was tuned on. The paper's teacher, HoVLE, reads images and text.
+`paper`: the paper's steps, batches and rates. The teacher, `task.teacher`, is a run or a model directory of yours with
+a context of 8192 tokens, the data what it was tuned on. The paper's teacher, HoVLE, reads images and text.
 """
 
 from ml_collections import ConfigDict
