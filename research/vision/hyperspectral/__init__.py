@@ -1,0 +1,1 @@
+"""Classification of hyperspectral scenes (`research.data.scenes`)."""
