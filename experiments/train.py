@@ -74,7 +74,15 @@ def main(arguments: list[str]) -> None:
         if FIGURES.value:
             from research.training.figures import draw_figures
 
-            for path in draw_figures(workdir.path):
+            drawn = draw_figures(workdir.path)
+            drawing = [evaluator for evaluator in trainer.evaluators if hasattr(evaluator, "draw")]
+            if drawing:
+                from research.training.workdir import load_model
+
+                loaded = load_model(workdir.path, ema=trainer.ema is not None)
+                for evaluator in drawing:
+                    drawn += evaluator.draw(loaded.model, loaded.params, workdir.path / "figures")
+            for path in drawn:
                 print(f"figure: {path}")
 
 

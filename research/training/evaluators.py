@@ -37,6 +37,13 @@ class Evaluate:
         """Whether to evaluate after `step` of `last` steps."""
         return step == last or (self.every is not None and step > 0 and step % self.every == 0)
 
+    def derive(self, means: dict[str, Any]) -> dict[str, float]:
+        """What else follows from the means of a variant; kinds of evaluators whose numbers are no means have some.
+
+        A kind with a figure of its own also has `draw(model, params, folder) -> [path]`, called after a run.
+        """
+        return {}
+
     def __post_init__(self):
         for name in ("batch_size", "every", "batches"):
             value = getattr(self, name)
@@ -84,6 +91,7 @@ class Evaluation:
                 variant = self._extract[name](params)
                 totals = self._totals(evaluator, variant)
                 results[name] = means(totals, f"evaluator {evaluator.name!r}")
+                results[name] |= evaluator.derive(results[name])
                 results[name]["parameters"] = count_parameters(variant)
                 active = count_active_parameters(getattr(self._task, "model", None), variant)
                 if active < results[name]["parameters"]:
