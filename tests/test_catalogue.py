@@ -36,8 +36,9 @@ def few_steps(config: ConfigDict, target: str) -> ConfigDict:
     """The same experiment with `STEPS` steps a stage, small batches, no evaluators, drafting for `target`."""
     short = from_json(to_json(config))
     short.evaluators = ()
-    if short.task.get("target") == "package:language/base":
-        short.task.target = target
+    for name in ("target", "teacher"):
+        if short.task.get(name) == "package:language/base":
+            short.task[name] = target
     for stage in short.stages:
         stage.steps, stage.batch_size = STEPS, 8
         # Warm-ups are longer than that.

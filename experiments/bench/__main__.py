@@ -5,6 +5,7 @@
     python -m experiments.bench decode                    decoding against `generate` of transformers
     python -m experiments.bench assisted                  speculation against assisted generation of transformers
     python -m experiments.bench moe                       a mixture of experts against a dense FFN and transformers
+    python -m experiments.bench ssm                       Mamba-2 against attention by context, and transformers
     python -m experiments.bench startup                   start of a process to its first training step
     python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
                                                           drafters on one target; a config is trained first
@@ -32,12 +33,12 @@ from experiments import cli
 from experiments.bench.shapes import find_shape
 from research.errors import UserError, nearest
 
-PARTS = ("peak", "train", "decode", "assisted", "moe", "startup", "costs", "drafters")
+PARTS = ("peak", "train", "decode", "assisted", "moe", "ssm", "startup", "costs", "drafters")
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
-    __doc__, arguments="peak | train | decode | assisted | moe | startup | costs | drafters | all ..."
+    __doc__, arguments="peak | train | decode | assisted | moe | ssm | startup | costs | drafters | all ..."
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
@@ -127,6 +128,10 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import moe
 
         return [row.as_dict() for row in moe.run(rounds=ROUNDS.value)]
+    if part == "ssm":
+        from experiments.bench import ssm
+
+        return [row.as_dict() for row in ssm.run(rounds=ROUNDS.value)]
     if part == "costs":
         from experiments.bench import costs
 
