@@ -13,7 +13,15 @@ import jax.numpy as jnp
 
 from kernels_pallas.common import Implementation
 
-FOLDERS = ("tree_attention", "ssd", "quantized_matmul", "grouped_matmul")
+FOLDERS = (
+    "tree_attention",
+    "ssd",
+    "quantized_matmul",
+    "grouped_matmul",
+    "span_attention",
+    "decode_attention",
+    "topk_attention",
+)
 
 
 class Cost(NamedTuple):
