@@ -99,7 +99,7 @@ def distil(
 ) -> dict[str, Any]:
     """A student. kind: "stages" all three; "end" the third for as many steps; "rest" the third, from a student that
     has been through the first two."""
-    tokenizer = byte_tokenizer(workdir)
+    tokenizer, run = byte_tokenizer(workdir), (workdir / "run").resolve()
     fields = dict(teacher=str(needs[f"{family} teacher"].workdir / "run"), chunk=32) | task
     three = mmmamba.stages(STEPS, RATES, (BATCH[family],) * 3)
     if kind == "end":
@@ -121,7 +121,7 @@ def distil(
     trainer = build(config)
     start = trainer.task.start(jax.random.key(seed))
     if kind == "rest":
-        linear = needs[f"{family} inherit and mimic"].workdir / "run"
+        linear = (needs[f"{family} inherit and mimic"].workdir / "run").resolve()
         whole = build(of(MambaDistillation, **fields | {"hybrid": None}))
         shapes = jax.eval_shape(whole.init, jax.random.key(0))
         found, _ = read_checkpoint(linear, shapes, sum(STEPS[:2]))
@@ -129,14 +129,13 @@ def distil(
     batch = held_out(family, tokenizer)
     measured = [evaluation(trainer.task)(start, batch)]
     progress(0.1, f"{trainer.steps} steps")
-    with open_workdir(workdir / "run", config) as place:
+    with open_workdir(run, config) as place:
         state, _ = trainer.train(place, params=start, progress=False)
     shapes = jax.eval_shape(lambda: start)
     ends = np.cumsum([stage.steps for stage in trainer.stages])
     for end in ends[:-1]:
-        measured.append(
-            evaluation(trainer.task)(read_checkpoint(workdir / "run", shapes, int(end))[0], batch)
-        )
+        params, _ = read_checkpoint(run, shapes, int(end))
+        measured.append(evaluation(trainer.task)(params, batch))
     measured.append(evaluation(trainer.task)(state.params, batch))
     last = {name: mean_of(metric) for name, metric in measured[-1].items()}
     before = sum(STEPS[:2]) if kind == "rest" else 0
