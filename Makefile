@@ -1,13 +1,14 @@
 # make demo   train, cut and decode a small nested language model; report in runs/demo/
 # make test   the whole test suite
 # make lint   the linter
-# Each sets itself up in .venv. Another interpreter: make test PYTHON=python3.12
+# make aot    compile every Pallas kernel for TPUs and a GPU that are not here; report in docs/results/kernels/aot.md
+# Each sets itself up in .venv, `make aot` in .venv-aot (1.2 GB of compilers). Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS = setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo test lint aot
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp-run
@@ -19,12 +20,20 @@ test: .venv/stamp-test
 lint: .venv/stamp-lint
 	.venv/bin/ruff check .
 
+aot: .venv-aot/stamp
+	.venv-aot/bin/python -m experiments.bench.aot
+
 # A stamp is written only after its install succeeded, so an interrupted one is done again.
 .venv/stamp-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv-aot/stamp: $(INPUTS)
+	$(PYTHON) -m venv --clear .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[aot]'
 	@touch $@
 
 .venv/stamp-run: .venv/stamp-python $(INPUTS)

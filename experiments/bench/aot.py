@@ -1,0 +1,255 @@
+"""Compiles every Pallas kernel, and decoders that use them, for accelerators that are not here.
+
+    make aot                                       everything, for TPU v5e, TPU v6e and H100
+    python -m experiments.bench.aot ssd            one kernel again (also: decoder); other rows of the page stay
+    python -m experiments.bench.aot --targets=h100
+
+The second tier of verification: the compilers of the devices take the kernels whole, with their limits of memory,
+layouts and registers, and say what memory a program needs. No kernel is run, so nothing is said about numbers (the
+tests see to those, in Pallas' interpreter) or speed. Needs `pip install -e '.[aot]'`, which `make aot` does in an
+environment of its own. The page is docs/results/kernels/aot.md, its numbers are beside it in aot.json.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+from experiments.systems import ROOT
+from research.errors import UserError, nearest
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "h100": "1x1x1"}
+DECODER = "decoder"
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "flax")
+FOLDER = ROOT / "docs/results/kernels"
+
+PROGRAM = cli.Program(__doc__, arguments="KERNEL | decoder ...")
+TARGETS = PROGRAM.define(
+    flags.DEFINE_list, "targets", ",".join(TOPOLOGIES), "Devices to compile for: v5e, v6e, h100."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the compiler said of a case: sizes in bytes, or an error. flops and moved are the compiler's own count of
+    what is outside of kernels; for a TPU, of the bytes of kernels too."""
+
+    target: str
+    kernel: str
+    case: str
+    seconds: float
+    arguments: int | None = None
+    outputs: int | None = None
+    temporary: int | None = None
+    code: int | None = None
+    flops: float | None = None
+    moved: float | None = None
+    error: str | None = None
+
+
+def main(arguments: list[str]) -> None:
+    """Compiles what was named, everything by default, and writes the page."""
+    import jax
+
+    from kernels_pallas.catalogue import kernels
+
+    jax.config.update("jax_platforms", "cpu")
+    known = (*(kernel.name for kernel in kernels()), DECODER)
+    _check(arguments, known, "no kernel")
+    _check(TARGETS.value, tuple(TOPOLOGIES), "--targets: no target")
+    made = versions()
+    rows = {row_key(row): row for row in _read(made)}
+    for target in TARGETS.value:
+        device = find_device(target)
+        for name, case, function, shapes in programs(arguments or known, device.platform):
+            row = compile_for(target, device, name, case, function, shapes)
+            rows[row_key(row)] = row
+            print(f"{target} {name}, {case}: {row.error or 'compiled'} ({row.seconds:.1f} s)", flush=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    order = [*TOPOLOGIES]
+    ordered = sorted(rows.values(), key=lambda row: (known.index(row.kernel), order.index(row.target)))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "versions": made,
+        "rows": [dataclasses.asdict(row) for row in ordered],
+    }
+    (FOLDER / "aot.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / "aot.md").write_text(page(record, ordered), encoding="utf-8")
+    failed = sum(row.error is not None for row in ordered)
+    print(f"{len(ordered)} programs, {failed} failed: {FOLDER / 'aot.md'}")
+
+
+def row_key(row: Row) -> tuple[str, str, str]:
+    return row.target, row.kernel, row.case
+
+
+def _check(names: list[str], known: tuple[str, ...], what: str) -> None:
+    for name in names:
+        if name not in known:
+            found = nearest(name, known)
+            raise UserError(f"{what} {name!r}; " + (f"did you mean {found}?" if found else ", ".join(known)))
+
+
+def _read(made: dict[str, str]) -> list[Row]:
+    """The rows that the page has already; none if they were made with other versions."""
+    path = FOLDER / "aot.json"
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**row) for row in record["rows"]] if record["versions"] == made else []
+
+
+def versions() -> dict[str, str]:
+    """{package: version}. Raises UserError where a compiler is missing."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise UserError(
+                f"{package} is not installed: run `make aot`, or pip install -e '.[aot]'"
+            ) from error
+    return found
+
+
+def find_device(target: str) -> Any:
+    """A device of the target, which only its compiler knows."""
+    import os
+
+    from jax.experimental import topologies
+
+    if target == "h100":
+        facts = (Path(__file__).parent / "h100_sxm.txtpb").read_text(encoding="utf-8")
+        options = {"target_config": facts, "topology": TOPOLOGIES[target]}
+        return topologies.get_topology_desc("h100", "cuda", **options).devices[0]
+    # Or libtpu looks for the machine that it would run on.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost"
+    )
+    return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
+
+
+def programs(names: Any, platform: str) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
+    """(kernel, case, function, shapes of its arguments) of everything named."""
+    from experiments.bench import aot_decoder
+    from kernels_pallas.catalogue import kernels
+
+    implementation = "tpu" if platform == "tpu" else "gpu"
+    for kernel in kernels():
+        if kernel.name in names and implementation in kernel.implementations:
+            for case in kernel.cases:
+                title = f"{case.kind}: {case.name}" + (", with gradient" if case.gradient else "")
+                yield kernel.name, title, kernel.call(case, implementation), kernel.shapes(case)
+    if DECODER in names:
+        for title, function, shapes in aot_decoder.programs(implementation):
+            yield DECODER, title, function, shapes
+
+
+def compile_for(
+    target: str, device: Any, name: str, case: str, function: Callable[..., Any], shapes: tuple[Any, ...]
+) -> Row:
+    """One program, compiled. What goes wrong is part of the result, not an error of this program."""
+    import jax
+    from jax.sharding import (
+        AbstractDevice,
+        AbstractMesh,
+        SingleDeviceSharding,
+        use_abstract_mesh,
+    )
+
+    chip: Any = contextlib.nullcontext()
+    if device.platform == "tpu":  # some lowering rules ask for the chip, which is not the default backend
+        abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+        chip = use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=abstract))
+    place = SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    start = time.perf_counter()
+    try:
+        with chip:
+            compiled = jax.jit(function).trace(*placed).lower().compile()
+    except Exception as error:  # noqa: BLE001
+        lines = str(error).strip().splitlines() or traceback.format_exc().splitlines()[-1:]
+        return Row(target, name, case, time.perf_counter() - start, error=lines[0][:300])
+    seconds = time.perf_counter() - start
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Row(
+        target,
+        name,
+        case,
+        seconds,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+    )
+
+
+def page(record: dict[str, Any], rows: list[Row]) -> str:
+    """docs/results/kernels/aot.md."""
+    from experiments.bench.accelerators import ACCELERATORS
+    from kernels_pallas.catalogue import kernels
+
+    roofs = {
+        "v5e": ACCELERATORS["TPU v5 lite"],
+        "v6e": ACCELERATORS["TPU v6 lite"],
+        "h100": ACCELERATORS["NVIDIA H100 80GB HBM3"],
+    }
+    cases = {
+        (kernel.name, f"{case.kind}: {case.name}" + (", with gradient" if case.gradient else "")): (
+            kernel,
+            case,
+        )
+        for kernel in kernels()
+        for case in kernel.cases
+    }
+    made = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    failed = [row for row in rows if row.error]
+    lines = [
+        "# Kernels compiled ahead of time",
+        "",
+        f"`make aot` on {record['date']}, on a CPU, with {made}.",
+        "",
+        "Second tier of three: the devices' own compilers took these programs, for one chip of TPU v5e and TPU v6e and",
+        "for one H100 SXM (described in experiments/bench/h100_sxm.txtpb). **Nothing here was run**: there are no",
+        "times, and nothing says that the numbers are right. That is the first tier's part, the tests in Pallas'",
+        "interpreters.",
+        "",
+        f"{len(rows)} programs, {len(failed)} failed." if failed else f"{len(rows)} programs, none failed.",
+        "",
+        "MiB are the compiler's: arguments, results, and what else the program holds in the device's memory. GFLOP and",
+        "GB are what the case needs at least, and the bound is the larger of the times that they take by the device's",
+        "data sheet. The compilers' own counts, which leave out what is inside of kernels, are in aot.json.",
+        "",
+        "| kernel | case | target | arguments | results | temporary | GFLOP | GB | bound |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row.kernel} | {row.case} | {row.target} |"
+        if row.error:
+            lines.append(f"{start} **failed**: {row.error.replace('|', '/')} | | | | | |")
+            continue
+        need = "| | | |"
+        if (row.kernel, row.case) in cases:
+            kernel, case = cases[row.kernel, row.case]
+            cost, roof = kernel.cost(case), roofs[row.target]
+            seconds = roof.roofline(cost, case)
+            limit = f"{1e6 * seconds:.3g} us, {roof.bound(cost, case)}"
+            need = f"| {cost.flops / 1e9:.3g} | {cost.bytes / 1e9:.3g} | {limit} |"
+        sizes = " | ".join(f"{size / 2**20:.1f}" for size in (row.arguments, row.outputs, row.temporary))
+        lines.append(f"{start} {sizes} {need}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PROGRAM.run(main)
