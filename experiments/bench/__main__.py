@@ -11,6 +11,7 @@
                                                           drafters on one target; a config is trained first
     python -m experiments.bench costs --drafters=prompt_lookup
                                                           call times by nodes, for generate --drafter=auto
+    python -m experiments.bench kernels                   Pallas kernels against the roofline (--record: page in docs)
     python -m experiments.bench peak                      this machine's matrix products and memory
 
 Ratios above 1 mean that this project is faster. They compare medians over alternating turns, and in brackets
@@ -73,6 +74,9 @@ DTYPE = PROGRAM.define(
     ["float32", "bfloat16"],
 )
 FIGURE = PROGRAM.define(flags.DEFINE_string, "figure", None, "Draw speed against acceptance into this file.")
+RECORD = PROGRAM.define(
+    flags.DEFINE_bool, "record", False, "Write the page of kernels on this device in docs/results/kernels."
+)
 JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
 
 
@@ -132,6 +136,14 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import ssm
 
         return [row.as_dict() for row in ssm.run(rounds=ROUNDS.value)]
+    if part == "kernels":
+        from experiments.bench import kernels
+        from experiments.systems import ROOT
+
+        report = kernels.run(rounds=ROUNDS.value)
+        if RECORD.value:
+            print(f"page: {kernels.write(report, versions(), ROOT / 'docs/results/kernels')}")
+        return report.as_dict()
     if part == "costs":
         from experiments.bench import costs
 

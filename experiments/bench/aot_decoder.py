@@ -1,7 +1,7 @@
 """A decoder that uses the kernels, as programs to compile: one step of decoding, and one of training.
 
-A hybrid of two layers of width 2048: attention and a mixture of experts, Mamba-2 and a gated FFN. Some parts ask for the
-backend when they are traced, so all choices are made here.
+A hybrid of two layers of width 2048: attention and a mixture of experts, Mamba-2 and a gated FFN. Some parts ask for
+the backend when they are traced, so all choices are made here.
 """
 
 from collections.abc import Callable, Iterator
