@@ -1,6 +1,8 @@
 """Walks the catalogue: every system's tiny config builds, is saved exactly, and learns for a few steps, or decodes
 where nothing is trained."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,19 +25,29 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory) -> str:
-    """A model directory in place of the base model, with its vocabulary, depth and context but narrow."""
-    directory = tmp_path_factory.mktemp("catalogue") / "target"
-    config = matlm.decoder(width=32, num_layers=6, num_heads=4, hidden_dim=64, length=512)
-    task = build(of(LanguageModelling, model=config))
-    save_model(directory, config, jax.jit(task.init)(jax.random.key(0)))
-    return str(directory)
+def targets(tmp_path_factory) -> Callable[[System], str]:
+    """Makes a model directory in place of the base model, with its vocabulary and context but narrow and shallow."""
+
+    @functools.cache
+    def make(layers: int) -> str:
+        directory = tmp_path_factory.mktemp("catalogue") / f"target_{layers}"
+        config = matlm.decoder(width=32, num_layers=layers, num_heads=4, hidden_dim=64, length=512)
+        task = build(of(LanguageModelling, model=config))
+        save_model(directory, config, jax.jit(task.init)(jax.random.key(0)))
+        return str(directory)
+
+    # Hidden Transfer's maps stand after layer 4.
+    return lambda system: make(5 if system.name == "hidden_transfer" else 2)
 
 
 def few_steps(config: ConfigDict, target: str) -> ConfigDict:
-    """The same experiment with `STEPS` steps a stage, small batches, no evaluators, drafting for `target`."""
+    """The same experiment with `STEPS` steps a stage, small batches, one period of its layers, no evaluators, drafting
+    for `target`."""
     short = from_json(to_json(config))
     short.evaluators = ()
+    model = short.task.get("task", short.task).get("model", {})
+    if "blocks" in model and "num_layers" in model:
+        model.num_layers = len(model.blocks)
     for name in ("target", "teacher"):
         if short.task.get(name) == "package:language/base":
             short.task[name] = target
@@ -57,9 +69,9 @@ def decodes(config: str, target: str) -> bool:
 
 
 @pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
-def test_the_tiny_config_builds_and_trains(system: System, target: str, monkeypatch):
+def test_the_tiny_config_builds_and_trains(system: System, targets: Callable[[System], str], monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config(f"{system.config}:tiny")
+    config, target = load_config(f"{system.config}:tiny"), targets(system)
     assert load_config(system.config) == config  # `tiny` is the default
     assert from_json(to_json(config)) == config
     if "stages" not in config:
