@@ -21,7 +21,7 @@ from research.moe.attention import MixtureOfAttention
 from research.moe.layer import MoE
 from research.nn import weights
 from research.nn.attention import Attention
-from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention
+from research.nn.attention_kernels import AutoAttention, BlockedAttention, DenseAttention, SpanAttention
 from research.nn.fuse import unfuse
 from research.nn.masks import Causal, Window
 from research.nn.mlp import GatedMLP
@@ -242,7 +242,11 @@ def _foreign_parts(model: DecoderLM) -> list[str]:
         attention = block.attention
         if not kind(attention, (Attention, MixtureOfAttention), "attention"):
             continue
-        kind(attention.kernel, (AutoAttention, DenseAttention, BlockedAttention), "attention kernel")
+        kind(
+            attention.kernel,
+            (AutoAttention, DenseAttention, BlockedAttention, SpanAttention),
+            "attention kernel",
+        )
         names = ("num_heads", "kv_heads", "head_dim", "scale", "output_bias")
         if isinstance(attention, MixtureOfAttention):
             names += ("num_experts", "k", "norm")

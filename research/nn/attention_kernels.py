@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.span_attention import span_attention
 from kernels_pallas.tree_attention import Unsupported, tree_attention
 from research.errors import UserError
-from research.nn.masks import Full, MaskRule
+from research.nn.masks import Causal, Full, MaskRule, Window
 
 NEGATIVE = -1e30  # finite, so that a fully masked row gives a uniform distribution instead of NaN
 
@@ -217,6 +218,48 @@ class AutoAttention:
         )
         kernel = blocked if suits else DenseAttention()
         return kernel(query, key, value, rule, segments=segments, prefix=prefix, scale=scale, softcap=softcap)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanAttention:
+    """The Pallas kernel, forward and backward: reads the keys of each head's window and the sinks, and keeps no scores
+    in memory. For `Window` and `Causal` rules, windows equal or one a head. Padding sees nothing and gives 0.
+
+    Args:
+        implementation: "auto" takes the kernel of the backend; "reference" is plain jnp and runs everywhere.
+        interpret: run the kernel in Pallas' interpreter, anywhere and slowly.
+
+    Raises:
+        UserError: when called, where the kernel cannot run. Nothing else is run instead.
+    """
+
+    implementation: Literal["auto", "reference", "tpu", "gpu"] = "auto"
+    interpret: bool = False
+
+    def __call__(self, query, key, value, rule, *, segments, prefix, scale, softcap):
+        if isinstance(rule, Causal):
+            window, sinks = query.shape[2], 0
+        elif isinstance(rule, Window):
+            window, sinks = rule.size, rule.sinks
+        else:
+            raise UserError(
+                f"kernel={self} computes Window and Causal rules, got {rule}; DenseAttention computes it"
+            )
+        try:
+            return span_attention(
+                query,
+                key,
+                value,
+                window,
+                sinks,
+                segments,
+                scale=scale,
+                softcap=softcap,
+                implementation=None if self.implementation == "auto" else self.implementation,
+                interpret=self.interpret,
+            )
+        except Unsupported as error:
+            raise UserError(f"kernel={self} cannot run: {error}; AutoAttention runs everywhere") from error
 
 
 class CachedKernel(Protocol):

@@ -15,6 +15,7 @@ from research.nn.attention_kernels import (
     BlockedAttention,
     DenseAttention,
     PlainCachedAttention,
+    SpanAttention,
     TreeAttention,
 )
 from research.nn.masks import Causal, Full, Prefix, Window
@@ -114,6 +115,33 @@ def test_blocked_equals_dense_forward_and_backward(rule, length, kv_heads, packe
     np.testing.assert_allclose(blocked.swapaxes(1, 2)[real], dense.swapaxes(1, 2)[real], atol=1e-5)
     for ours, theirs in zip(gradients, dense_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def test_span_attention_equals_dense_forward_and_backward():
+    """Packed documents, spans for each head and sinks; a Causal rule is a window of the whole row."""
+    query, key, value, cotangent = inputs(13)
+    segments = segments_of(13)
+    rules = (Window((1, 3, 7, 40), sinks=2), Causal())
+
+    def run(kernel, *qkv):
+        options = {**PLAIN, "segments": segments, "softcap": 2.0}
+        out = jnp.stack([kernel(*qkv, rule, **options) for rule in rules])
+        out = jnp.where((segments > 0)[:, None, :, None], out, 0)
+        return jnp.sum(out * cotangent), out
+
+    kernels = (SpanAttention("reference"), DenseAttention())
+    gradient = jax.value_and_grad(run, argnums=(1, 2, 3), has_aux=True)
+    ours, theirs = jax.jit(lambda *qkv: [gradient(kernel, *qkv) for kernel in kernels])(query, key, value)
+    for found, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(found, right, atol=3e-5)
+
+
+def test_span_attention_refuses_what_it_cannot_compute():
+    query, key, value, _ = inputs(4)
+    with pytest.raises(UserError, match="computes Window and Causal rules, got Full"):
+        SpanAttention()(query, key, value, Full(), **PLAIN)
+    with pytest.raises(UserError, match="expected one int, or 4 ints.*AutoAttention runs everywhere"):
+        SpanAttention("reference")(query, key, value, Window((1, 2)), **PLAIN)
 
 
 @pytest.mark.parametrize("kernel", [DenseAttention(), BlockedAttention(4)], ids=lambda k: type(k).__name__)
