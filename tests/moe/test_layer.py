@@ -290,11 +290,13 @@ def test_the_tiny_config_trains_and_measures_its_load(tmp_path):
 
 
 def test_routings_are_those_of_every_layer_scanned_or_not(tree):
-    found = routings(decoder(moe()), tree, TOKENS)
+    found = jax.jit(functools.partial(routings, decoder(moe())))(tree, TOKENS)
     assert list(found) == ["layer_0/mlp", "layer_1/mlp"]
     assert found["layer_1/mlp"].index.shape == (TOKENS.size, K)
-    scanned = routings(decoder(moe(), scan_layers=True), scan_params(tree, 1), TOKENS)
+    scanned = jax.jit(functools.partial(routings, decoder(moe(), scan_layers=True)))(
+        scan_params(tree, 1), TOKENS
+    )
     jax.tree.map(np.testing.assert_array_equal, scanned, found)
     dense = decoder(GatedMLP(F))
     with pytest.raises(UserError, match="no layer of DecoderLM routes its tokens"):
-        routings(dense, dense.init(jax.random.key(0), TOKENS)["params"], TOKENS)
+        routings(dense, jax.jit(dense.init)(jax.random.key(0), TOKENS)["params"], TOKENS)
