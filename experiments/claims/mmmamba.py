@@ -33,11 +33,14 @@ from research.training.stages import Stage
 from research.training.task import LanguageModelling
 from research.training.workdir import open_workdir, read_checkpoint
 
-STEPS = (25, 25, 50)
+STEPS = (20, 20, 40)
 RATES = (1e-2, 3e-3, 3e-3)
 LENGTH = {"text": 128, "recall": 64}
 BATCH = {"text": 8, "recall": 16}
-TEACHER_STEPS = {"text": (200,), "recall": (120, 80)}  # recall begins with rows of half the length
+TEACHER_BATCH, TEACHER_STEPS = (
+    16,
+    {"text": (150,), "recall": (120, 60)},
+)  # recall begins with rows of half the length
 HELD_OUT = {"text": 64, "recall": 128}
 SHORT, LONG = 1024, 32768  # contexts that a decoding step is timed behind
 CONTEXTS = (SHORT, 8192, LONG)
@@ -68,9 +71,11 @@ def teach(
     if family == "recall":
         config = recall.experiment(teacher_model(family), length=length, steps=steps, seed=seed, every=None)
         config.evaluators = ()
+        for stage in config.stages:
+            stage.batch_size = TEACHER_BATCH
     else:
         optimizer = of(adamw, schedule=of(cosine, peak=5e-3, warmup=30, floor=0.05))
-        stage = of(Stage, name="train", steps=steps[0], batch_size=24, optimizer=optimizer)
+        stage = of(Stage, name="train", steps=steps[0], batch_size=TEACHER_BATCH, optimizer=optimizer)
         task = of(LanguageModelling, model=teacher_model(family))
         config = of(
             Trainer, task=task, data=data(family, tokenizer, "train", seed), stages=(stage,), seed=seed
@@ -83,7 +88,7 @@ def teach(
     return {
         "cross_entropy": mean_of(metrics["loss"]),
         "accuracy": mean_of(metrics["accuracy"]),
-        "budget": sum(24 * count * (length >> back) for back, count in enumerate(reversed(steps))),
+        "budget": TEACHER_BATCH * sum(count * (length >> back) for back, count in enumerate(reversed(steps))),
         "bytes": count_bytes(state.params),
     }
 
@@ -218,16 +223,18 @@ PAIRS = {
     "three stages against the last alone": ("inherit and mimic", "stage 3 only"),
     "a hybrid (the better placement) against linear": ("hybrid", "inherit and mimic"),
 }
+ASKED = {"text": tuple(PAIRS), "recall": tuple(PAIRS)[-1:]}
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Yes, if for both teachers the first of every pair of `PAIRS` has the smaller KL with every seed, and the linear
-    student decodes in constant memory, behind 32k tokens in at most 1.5 times the time of 1k; partly, if at least five
-    of the eight means are so and memory is constant; else no."""
+    """Yes, if the first of every pair of `PAIRS` has the smaller KL with every seed, and the linear student decodes in
+    constant memory, behind 32k tokens in at most 1.5 times the time of 1k; partly, if at least three of the five means
+    are so and memory is constant; else no."""
     every, means, sentences = [], [], []
     for family in LENGTH:
         parts = []
-        for what, (one, other) in PAIRS.items():
+        for what in ASKED[family]:
+            one, other = PAIRS[what]
             first = results[f"{family} {one}"] if one != "hybrid" else best_hybrid(results, family)
             second = results[f"{family} {other}"]
             every.append(all(a < b for a, b in zip(first["KL"], second["KL"], strict=True)))
@@ -253,7 +260,7 @@ def judge(results: Results) -> tuple[str, str]:
     )
     if all(every) and constant and grows["linear"] <= 1.5:
         return "yes", "; ".join(sentences) + "."
-    return ("partly" if sum(means) >= 5 and constant else "no"), "; ".join(sentences) + "."
+    return ("partly" if sum(means) >= 3 and constant else "no"), "; ".join(sentences) + "."
 
 
 def best_hybrid(results: Results, family: str) -> dict[str, list[Any]]:
@@ -273,7 +280,8 @@ def figure(results: Results, path: Path) -> None:
     drawing, panels = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     colours = dict(zip(STUDENTS, ("C7", "C0", "C3", "C1", "C2", "C4"), strict=True))
     for panel, family in zip(panels[0], LENGTH, strict=True):
-        for name, colour in colours.items():
+        for name in STUDENTS_OF[family]:
+            colour = colours[name]
             curve = np.mean(results[f"{family} {name}"]["KL by stage"], axis=0)
             steps = np.cumsum([0, *STEPS]) if len(curve) == 4 else [0, sum(STEPS)]
             steps = steps if not name.startswith("hybrid") else [STEPS[0] + STEPS[1], sum(STEPS)]
@@ -282,8 +290,9 @@ def figure(results: Results, path: Path) -> None:
         panel.legend(fontsize=8)
     width, names = 0.38, ("teacher", *STUDENTS)
     for number, family in enumerate(LENGTH):
-        heights = [mean(results, f"{family} {name}", "accuracy") for name in names]
-        places = np.arange(len(names)) + (number - 0.5) * width
+        shown = [i for i, name in enumerate(names) if f"{family} {name}" in results]
+        heights = [mean(results, f"{family} {names[i]}", "accuracy") for i in shown]
+        places = np.asarray(shown) + (number - 0.5) * width
         panels[1][0].bar(places, heights, width, label=family)
     panels[1][0].set_xticks(np.arange(len(names)), names, rotation=30, ha="right", fontsize=8)
     panels[1][0].set(ylabel="accuracy of the next token (recall: of answers)", title="held out")
@@ -319,13 +328,16 @@ STUDENTS = {
     ),
     "hybrid tail": (dict(hybrid="tail"), "rest", "the last of four layers stays attention in the last stage"),
 }
+# Recall is there for what a state can't hold; the seeds and stages are compared on text.
+STUDENTS_OF = {"text": tuple(STUDENTS), "recall": ("inherit and mimic", "hybrid head", "hybrid tail")}
 
 
 def arms() -> dict[str, Arm]:
     found = {}
     for family in LENGTH:
         found[f"{family} teacher"] = Arm(functools.partial(teach, family), "attention in all four layers")
-        for name, (task, kind, what) in STUDENTS.items():
+        for name in STUDENTS_OF[family]:
+            task, kind, what = STUDENTS[name]
             needs = (f"{family} teacher", *((f"{family} inherit and mimic",) if kind == "rest" else ()))
             found[f"{family} {name}"] = Arm(functools.partial(distil, family, task, kind), what, needs)
     for name, hybrid, converted in (
@@ -345,9 +357,9 @@ CLAIM = Claim(
     "weights alone, which beat random ones (47.7, 41.9, 40.0 on TextVQA); all three stages beat the last alone (47.7, "
     "40.0); a hybrid with one layer in four of attention lies between the linear student and the teacher; at 103k "
     "tokens the linear student decodes 20.6 times as fast.",
-    setting="Teachers of 4 layers of attention, width 64: 200 updates of 24 x 128 bytes of Python's standard library; "
-    "120 of 24 x 32 and 80 of 24 x 64 tokens of associative recall (16 pairs in 64 tokens) above a layer that sees the "
-    "previous token. Students: 25, 25 and 50 updates of 8 x 128 or 16 x 64 tokens, AdamW. Decoding: best of nine steps "
+    setting="Teachers of 4 layers of attention, width 64: 150 updates of 16 x 128 bytes of Python's standard library; "
+    "120 of 16 x 32 and 60 of 16 x 64 tokens of associative recall (16 pairs in 64 tokens) above a layer that sees the "
+    "previous token. Students: 20, 20 and 40 updates of 8 x 128 or 16 x 64 tokens, AdamW. Decoding: best of nine steps "
     "on CPU, random weights. Two seeds. The paper's multimodal benchmarks and its 60k updates are out of reach here.",
     measures={
         "KL": "nats/token from the teacher, held out",
