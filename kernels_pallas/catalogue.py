@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: the sizes that `Kernel.make` takes, and the options of the function.
+    """One call: the sizes that `Kernel.make` takes, `dtype` among them, and the options of the function.
 
     gradient: the call is followed by its gradient, with respect to every floating argument that has one.
     """
@@ -44,6 +44,10 @@ class Case:
     sizes: Mapping[str, Any]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gradient: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}: {self.name}" + (", with gradient" if self.gradient else "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +63,40 @@ def main(arguments: list[str]) -> None:
     from kernels_pallas.catalogue import kernels
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for absent devices can't be loaded
     known = (*(kernel.name for kernel in kernels()), DECODER)
     _check(arguments, known, "no kernel")
     _check(TARGETS.value, tuple(TOPOLOGIES), "--targets: no target")
     made = versions()
     rows = {row_key(row): row for row in _read(made)}
-    for target in TARGETS.value:
-        device = find_device(target)
-        for name, case, function, shapes in programs(arguments or known, device.platform):
-            row = compile_for(target, device, name, case, function, shapes)
-            rows[row_key(row)] = row
-            print(f"{target} {name}, {case}: {row.error or 'compiled'} ({row.seconds:.1f} s)", flush=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    order = [*TOPOLOGIES]
-    ordered = sorted(rows.values(), key=lambda row: (known.index(row.kernel), order.index(row.target)))
+    devices = {target: find_device(target) for target in TARGETS.value}
+    found = (
+        (target, *program)
+        for name in (name for name in known if name in (arguments or known))
+        for target, device in devices.items()
+        for program in programs(name, device.platform)
+    )
+    for target, name, case, function, shapes in found:
+        row = compile_for(target, devices[target], name, case, function, shapes)
+        rows[row_key(row)] = row
+        print(f"{target} {name}, {case}: {row.error or 'compiled'} ({row.seconds:.1f} s)", flush=True)
+        write(rows.values(), made, known)  # every time: the next one may be one that ends the process
+    failed = sum(row.error is not None for row in rows.values())
+    print(f"{len(rows)} programs, {failed} failed: {FOLDER / 'aot.md'}")
+
+
+def write(rows: Iterable[Row], made: dict[str, str], known: tuple[str, ...]) -> None:
+    """The page and its numbers, in the order of the catalogue."""
+    targets = [*TOPOLOGIES]
+    ordered = sorted(rows, key=lambda row: (known.index(row.kernel), row.case, targets.index(row.target)))
     record = {
         "date": datetime.date.today().isoformat(),
         "versions": made,
         "rows": [dataclasses.asdict(row) for row in ordered],
     }
+    FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "aot.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "aot.md").write_text(page(record, ordered), encoding="utf-8")
-    failed = sum(row.error is not None for row in ordered)
-    print(f"{len(ordered)} programs, {failed} failed: {FOLDER / 'aot.md'}")
 
 
 def row_key(row: Row) -> tuple[str, str, str]:
@@ -138,20 +149,19 @@ def find_device(target: str) -> Any:
     return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
 
 
-def programs(names: Any, platform: str) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
-    """(kernel, case, function, shapes of its arguments) of everything named."""
+def programs(name: str, platform: str) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
+    """(name, case, function, shapes of its arguments) of a kernel or of the decoder."""
     from experiments.bench import aot_decoder
     from kernels_pallas.catalogue import kernels
 
     implementation = "tpu" if platform == "tpu" else "gpu"
-    for kernel in kernels():
-        if kernel.name in names and implementation in kernel.implementations:
-            for case in kernel.cases:
-                title = f"{case.kind}: {case.name}" + (", with gradient" if case.gradient else "")
-                yield kernel.name, title, kernel.call(case, implementation), kernel.shapes(case)
-    if DECODER in names:
+    if name == DECODER:
         for title, function, shapes in aot_decoder.programs(implementation):
             yield DECODER, title, function, shapes
+    for kernel in kernels():
+        if kernel.name == name and implementation in kernel.implementations:
+            for case in kernel.cases:
+                yield name, case.title, kernel.call(case, implementation), kernel.shapes(case)
 
 
 def compile_for(
@@ -205,14 +215,7 @@ def page(record: dict[str, Any], rows: list[Row]) -> str:
         "v6e": ACCELERATORS["TPU v6 lite"],
         "h100": ACCELERATORS["NVIDIA H100 80GB HBM3"],
     }
-    cases = {
-        (kernel.name, f"{case.kind}: {case.name}" + (", with gradient" if case.gradient else "")): (
-            kernel,
-            case,
-        )
-        for kernel in kernels()
-        for case in kernel.cases
-    }
+    cases = {(kernel.name, case.title): (kernel, case) for kernel in kernels() for case in kernel.cases}
     made = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     failed = [row for row in rows if row.error]
     lines = [

@@ -1,7 +1,7 @@
 """A decoder that uses the kernels, as programs to compile: one step of decoding, and one of training.
 
-A hybrid of two layers of width 2048: attention and a mixture of experts, Mamba-2 and a gated FFN. Some parts ask for
-the backend when they are traced, so all choices are made here.
+A hybrid of two layers of width 2048: attention and a mixture of experts, Mamba-2 and a gated FFN, whose weights have 4
+bits in decoding. Some parts ask for the backend when they are traced, so all choices are made here.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
+from kernels_pallas.quantized_matmul import Packed, dequantize, pack, quantized_matmul
 from research.language.decoder import DecoderLM
 from research.moe.grouped import PallasGroupedDot
 from research.moe.layer import MoE
 from research.nn.attention import Attention
-from research.nn.attention_kernels import DenseAttention, TreeAttention
+from research.nn.attention_kernels import SpanAttention, TreeAttention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
@@ -29,13 +31,48 @@ SEQUENCES, SLOTS = 8, 4096  # of the cache
 BATCH, LENGTH = 2, 1024  # of training
 
 
+class Quantized(struct.PyTreeNode):
+    """A kernel [in, out] of few bits, as the models multiply by it (`research.nn.weights`)."""
+
+    packed: Packed
+    implementation: str = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.packed.scale.dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return quantized_matmul(x, self.packed, implementation=self.implementation)
+
+    def materialize(self) -> jax.Array:
+        return dequantize(self.packed).astype(self.dtype)
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> jax.Array:
+        return self.materialize()[:inputs, :outputs]
+
+
+def _quantized(kernel: jax.ShapeDtypeStruct, implementation: str, group: int = 128) -> Quantized:
+    """The shapes of a kernel's 4 bits."""
+    rows, columns = kernel.shape
+
+    def packed() -> Packed:
+        scale = jnp.zeros((rows // group, columns), kernel.dtype)
+        return pack(jnp.zeros((rows, columns), jnp.uint8), scale, scale, bits=4)
+
+    return Quantized(jax.eval_shape(packed), implementation)
+
+
 def decoder(implementation: str) -> DecoderLM:
     attention = Attention(
         num_heads=16,
         num_kv_heads=4,
         head_dim=128,
         rotary=Rotary(),
-        kernel=DenseAttention(),
+        kernel=SpanAttention(implementation),
         cached_kernel=TreeAttention(implementation),
     )
     experts = MoE(8, 2, 1024, dispatch="sorted", grouped_dot=PallasGroupedDot(implementation))
@@ -58,6 +95,9 @@ def programs(implementation: str) -> Iterator[tuple[str, Callable[..., Any], tup
     # Parameters do not depend on the kernels; making them would run one.
     params = jax.eval_shape(task.init, jax.random.key(0))
     served = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    mlp = served["layer_1"]["mlp"]
+    mlp = {name: {"kernel": _quantized(part["kernel"], implementation)} for name, part in mlp.items()}
+    served = served | {"layer_1": served["layer_1"] | {"mlp": mlp}}
     cache = jax.eval_shape(lambda: model.init_cache(SEQUENCES, SLOTS, jnp.bfloat16))
     tokens = jax.ShapeDtypeStruct((SEQUENCES, 1), jnp.int32)
 

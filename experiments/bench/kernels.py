@@ -98,8 +98,7 @@ def run(rounds: int = 5, report: Callable[[str], None] = print) -> Report:
 
 def _row(kernel: Kernel, case: Case, implementation: str, roof: Accelerator | None, rounds: int) -> Row:
     cost = kernel.cost(case)
-    title = f"{case.kind}: {case.name}" + (", with gradient" if case.gradient else "")
-    row = Row(kernel.name, title, implementation, case.sizes["dtype"], cost.flops, cost.bytes)
+    row = Row(kernel.name, case.title, implementation, case.sizes["dtype"], cost.flops, cost.bytes)
     if roof is not None:
         row = dataclasses.replace(row, roofline=roof.roofline(cost, case), bound=roof.bound(cost, case))
     try:
