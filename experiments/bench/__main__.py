@@ -142,7 +142,7 @@ def measure(part: str, shapes: list[Any]) -> Any:
 
         report = kernels.run(rounds=ROUNDS.value)
         if RECORD.value:
-            print(f"page: {kernels.write(report, versions(), ROOT / 'docs/results/kernels')}")
+            print(f"page: {kernels.write(report, machine(), versions(), ROOT / 'docs/results/kernels')}")
         return report.as_dict()
     if part == "costs":
         from experiments.bench import costs

@@ -10,7 +10,6 @@ not count.
 """
 
 import dataclasses
-import datetime
 import statistics
 import time
 from collections.abc import Callable
@@ -127,11 +126,11 @@ def _time(function: Callable[..., Any], arguments: tuple[Any, ...], rounds: int)
     return tuple(turn(calls) / calls for _ in range(rounds))
 
 
-def page(report: Report, versions: dict[str, str]) -> str:
+def page(report: Report, machine: dict[str, Any], versions: dict[str, str]) -> str:
     """docs/results/kernels/<device>.md."""
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    made = ", ".join(f"{name} {value}" for part in (machine, versions) for name, value in part.items())
     roof = report.roof
-    command = f"`python -m experiments.bench kernels --record`, {datetime.date.today().isoformat()}; {made}."
+    command = f"`python -m experiments.bench kernels --record`: {made}."
     lines = [f"# Kernels on {report.device}", "", command, ""]
     if roof is not None and report.device == "cpu":
         lines += [
@@ -160,9 +159,9 @@ def page(report: Report, versions: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(report: Report, versions: dict[str, str], folder: Path) -> Path:
+def write(report: Report, machine: dict[str, Any], versions: dict[str, str], folder: Path) -> Path:
     """Writes the page of the device and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{report.device.lower().replace(' ', '_')}.md"
-    path.write_text(page(report, versions), encoding="utf-8")
+    path.write_text(page(report, machine, versions), encoding="utf-8")
     return path

@@ -47,8 +47,8 @@ def test_a_row_and_a_failure_on_the_page():
     assert row.error is None and row.fraction == pytest.approx(row.roofline / row.seconds[0])
     failed = kernels._row(kernel, kernel.small, "tpu", roof, rounds=1)
     assert failed.error and failed.fraction is None
-    text = kernels.page(kernels.Report("cpu", roof, [row, failed]), {"jax": "1"})
-    assert "No kernel ran here" in text and "**failed**" in text
+    text = kernels.page(kernels.Report("cpu", roof, [row, failed]), {"load": 0.5}, {"jax": "1"})
+    assert "load 0.5, jax 1" in text and "No kernel ran here" in text and "**failed**" in text
 
 
 def test_the_page_of_what_was_compiled():
