@@ -9,6 +9,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --drafter=auto
     python -m experiments.generate --prompt='def ' --plan=runs/plan.json
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
+    python -m experiments.generate --prompt='def ' --sparse=tidal:k=64,select=1,reselect=3 --sparse_correct=64
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
@@ -102,6 +103,20 @@ CONTRAST_ALPHA = PROGRAM.define(
     0.1,
     "Only tokens at least this times as probable as the best one are taken.",
 )
+SPARSE = PROGRAM.define(
+    flags.DEFINE_string,
+    "sparse",
+    None,
+    "Read a few chosen tokens of the cache in most layers: tidal:k=64,select=1,reselect=3 (TidalDecode), quest:k=64, "
+    "newest:k=64, every_layer:k=64, or the file that reselect wrote.",
+)
+SPARSE_CORRECT = PROGRAM.define(
+    flags.DEFINE_integer,
+    "sparse_correct",
+    None,
+    "Calls after which the cache that --sparse wrote is computed anew by the whole model; never by default.",
+    lower_bound=1,
+)
 DTYPE = PROGRAM.define(
     flags.DEFINE_enum, "dtype", "float32", "Precision of parameters and cache.", ["float32", "bfloat16"]
 )
@@ -130,6 +145,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--acceptance={ACCEPTANCE.value} judges drafts: it needs a --drafter")
     if CONTRAST.value is None and (CONTRAST_BETA.present or CONTRAST_ALPHA.present):
         raise UserError("--contrast_beta and --contrast_alpha are of --contrast, which is not there")
+    if SPARSE.value is None and SPARSE_CORRECT.present:
+        raise UserError("--sparse_correct is of --sparse, which is not there")
     if CONTRAST.value is not None and DRAFTER.value not in (None, "prompt_lookup", "iad"):
         raise UserError(
             f"--drafter={DRAFTER.value} drafts for one routing, not for the contrast of two; prompt_lookup and iad do"
@@ -181,6 +198,16 @@ def main(arguments: list[str]) -> None:
             alpha=CONTRAST_ALPHA.value,
             seed=SEED.value,
         )
+    if SPARSE.value is not None:
+        from research.decoding.correction import Correction
+        from research.nn.transformer import unscan_layers
+        from research.sparse.gathered import gathered
+        from research.sparse.tidal import parse_selector
+
+        whole, params = unscan_layers(model, params)
+        model, params = gathered(whole, params, parse_selector(SPARSE.value))
+        if SPARSE_CORRECT.value is not None:
+            drafting["correction"] = Correction(whole, SPARSE_CORRECT.value)
     generator = Generator(model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
     stream = generator.stream(
         prompts,

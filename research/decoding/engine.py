@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from research.decoding.correction import Correction
 from research.decoding.proposers import Outcome, Prompt, Proposer, Round, Target
 from research.decoding.sampling import Chain, apply_chain, position_keys
 from research.decoding.tree import Tree, chain
@@ -60,6 +61,7 @@ class Engine:
         capacity: cache slots and output tokens a row.
         samples: sequences for every prompt.
         dtype: of the cache.
+        correction: what makes the cache exact again where `extend` is approximate, or None.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class Engine:
     capacity: int
     samples: int = 1
     dtype: str = "float32"
+    correction: Correction | None = None
 
     def prefill(
         self,
@@ -87,9 +90,10 @@ class Engine:
         batch = tokens.shape[0]
         variables = {"params": weights.target}
         logits, hidden, fresh = self.model.apply(variables, tokens, lengths, method="prefill")
-        cache = self.model.init_cache(
-            batch, self.capacity, jnp.dtype(self.dtype), margin=self.proposer.levels
-        )
+        margin = self.proposer.levels
+        if self.correction is not None:
+            margin += self.correction.every * margin
+        cache = self.model.init_cache(batch, self.capacity, jnp.dtype(self.dtype), margin=margin)
         cache = cache.commit(fresh, None, lengths)
         if self.samples > 1:
             rows = jnp.repeat(jnp.arange(batch), self.samples)
@@ -133,6 +137,21 @@ class Engine:
             return carry[0] + 1, self._call(weights, carry[1], ends)
 
         return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+    def correct(self, weights: Weights, state: State, since: jax.Array) -> tuple[State, jax.Array]:
+        """Computes the cached rows from position since[b] on anew, those of at most `correction.every` calls.
+
+        -> the state, and from where on rows will have to be corrected next time, int32[B].
+        """
+        length = state.cache.length
+        # The cache holds the prompt and the output but for its newest token.
+        prompt = length - (state.count - 1)
+        place = (since - prompt)[:, None] + jnp.arange(self.correction.every * self.proposer.levels)
+        tokens = jnp.take_along_axis(state.tokens, jnp.clip(place, 0, self.capacity - 1), axis=1)
+        clean = state.cache.rollback(since)
+        variables = {"params": weights.target}
+        _, _, fresh = self.correction.model.apply(variables, tokens, clean, method="extend")
+        return state.replace(cache=clean.commit(fresh, None, length - since)), length
 
     def _call(self, weights: Weights, state: State, ends: jax.Array) -> State:
         def warp(logits: jax.Array, tokens: jax.Array, tree: Tree) -> jax.Array:
@@ -239,15 +258,15 @@ def _write(buffer: jax.Array, values: jax.Array, start: jax.Array, count: jax.Ar
 @functools.lru_cache(maxsize=64)
 def _program(engine: Engine, method: str, treedef: Any, shapes: tuple) -> jax.stages.Compiled:
     args = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes])
-    donate = (1,) if method == "decode" else ()
+    donate = () if method == "prefill" else (1,)
     return jax.jit(getattr(engine, method), donate_argnums=donate).lower(*args).compile()
 
 
 def compiled(engine: Engine, method: str, *args: Any) -> jax.stages.Compiled:
-    """The program of `engine.prefill` or `engine.decode` for arguments of these shapes, compiled on first
-    use.
+    """The program of `engine.prefill`, `engine.decode` or `engine.correct` for arguments of these shapes, compiled
+    on first use.
 
-    Decode gives its state's memory to the next state.
+    The latter two give their state's memory to the next state.
     """
     leaves, treedef = jax.tree.flatten(args)
     return _program(engine, method, treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves))

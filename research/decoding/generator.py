@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.decoding import engine as engines
+from research.decoding.correction import Correction
 from research.decoding.prepare import prepare
 from research.decoding.proposers import Plain, Proposer
 from research.decoding.sampling import Sampling
@@ -114,6 +115,8 @@ class Generator:
         verifier: which drafts are kept; by default the exact rule, `Greedy` at temperature 0, else `Sampled`.
             Another rule may change the output.
         ends: token ids that end a sequence; the tokenizer's end token by default.
+        correction: what makes the cache of an approximate model exact again, every so many calls (rounded up to whole
+            blocks of `stream`); None: nothing does.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Generator:
         proposer_params: Any = (),
         verifier: Verifier | None = None,
         ends: Sequence[int] | None = None,
+        correction: Correction | None = None,
     ):
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype must be float32 or bfloat16, not {dtype}")
@@ -138,6 +142,7 @@ class Generator:
         self.proposer = Plain() if proposer is None else proposer
         self.proposer_params = proposer_params
         self.verifier = verifier
+        self.correction = correction
         if ends is None:
             ends = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
         self.ends = tuple(ends)
@@ -278,6 +283,13 @@ class Stream:
         before, context = generator.context(longest)
         self._bucket = min(bucket, context)
         room = min(before + max_new_tokens, generator.model.max_length) + generator.proposer.levels
+        correction, self._between = generator.correction, 0
+        if correction is not None:
+            every = min(correction.every, max_new_tokens)
+            block = every if block is None else min(block, every)
+            self._between = -(-every // block)
+            correction = dataclasses.replace(correction, every=self._between * block)
+            room += correction.every * generator.proposer.levels
         capacity = -(-max(room, self._bucket) // _CAPACITY_STEP) * _CAPACITY_STEP
         self._engine = engines.Engine(
             generator.model,
@@ -286,6 +298,7 @@ class Stream:
             capacity,
             samples,
             generator.dtype,
+            correction,
         )
         self._block = capacity if block is None else block
         self._rows = [
@@ -322,9 +335,12 @@ class Stream:
         stopped, calls = np.zeros(len(self._rows), bool), jnp.int32(self._block)
         arguments = (self._weights, state, jnp.asarray(stopped), calls, self._ends)
         decode = engines.compiled(self._engine, "decode", *arguments)
+        if self._between:
+            since = jnp.asarray(np.repeat(before, self._samples), jnp.int32)
+            correct = engines.compiled(self._engine, "correct", self._weights, state, since)
         compiled += time.perf_counter() - start
 
-        start = time.perf_counter()
+        start, blocks = time.perf_counter(), 0
         shown = np.zeros_like(count)
         while True:
             output = np.asarray(state.tokens)
@@ -332,7 +348,10 @@ class Stream:
             shown = count
             if np.all(done | stopped):
                 break
+            if self._between and blocks and blocks % self._between == 0:
+                state, since = correct(self._weights, state, since)
             state = decode(self._weights, state, jnp.asarray(stopped), calls, self._ends)
+            blocks += 1
             count, done = np.asarray(state.count), np.asarray(state.done)
         for row, text in enumerate(self._rows):
             if text is not None and (rest := text.finish()):
