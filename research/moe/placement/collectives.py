@@ -1,10 +1,11 @@
 """Sparse collectives over the experts' store, inside `jax.shard_map`.
 
-Both are all-to-alls of rows that int32 data choose, so their transposes are what the backward pass needs: that of
+All are exchanges of rows that int32 data choose, so their transposes are what the backward pass needs: that of
 `sparse_all_gather` sums the gradients of the copies at the experts' homes, the sparse reduce-scatter. Nothing of it
 is written by hand.
 
 Every pair of devices exchanges `limit` rows, empty ones included, as XLA's all-to-all has one size for all pairs.
+What goes to all devices alike is better broadcast: `broadcast_experts`.
 """
 
 from typing import Any
@@ -67,6 +68,44 @@ def sparse_all_gather(
         def move(leaf: jax.Array) -> jax.Array:
             received = exchange(rows_or_zero(leaf, queues), axes)
             return rows_or_zero(received.reshape(-1, *leaf.shape[1:]), arrived)
+
+        return jax.tree.map(move, own)
+
+
+def broadcast_experts(
+    own: PyTree,
+    hot: jax.Array,
+    owner: jax.Array,
+    own_place: jax.Array,
+    *,
+    limit: int,
+    devices: int,
+    axes: Axes,
+) -> PyTree:
+    """The same experts for all devices: leaves [most, ...] of every home -> [t, ...].
+
+    hot int32[t], -1 for none, which comes out as zeros; owner, own_place as in `sparse_all_gather`. limit: how many
+    of them have one home. A home cuts each of its hot experts into D pieces and sends every device one; then all
+    gather the pieces. So no device, a home neither, sends or receives more than `limit + t` experts, where sending
+    them whole would cost a home D - 1 times each.
+    """
+    with jax.named_scope("sparse_all_gather"):
+        place = queue_place(hot[None], owner)[0]
+        home = jnp.where(hot < 0, devices, owner[hot])
+        most = jax.tree.leaves(own)[0].shape[0]
+        queue = jnp.full(limit, most, jnp.int32)
+        queue = queue.at[jnp.where(home == device_index(axes), place, limit)].set(own_place[hot], mode="drop")
+        arrived = jnp.where(hot < 0, devices * limit, home * limit + place)
+
+        def move(leaf: jax.Array) -> jax.Array:
+            shape = leaf.shape[1:]
+            flat = rows_or_zero(leaf, queue).reshape(limit, -1)
+            size = flat.shape[1]
+            pieces = jnp.pad(flat, ((0, 0), (0, -size % devices))).reshape(limit, devices, -1)
+            mine = exchange(pieces.swapaxes(0, 1), axes)  # piece `me` of every home's hot experts
+            mine = rows_or_zero(mine.reshape(devices * limit, -1), arrived)
+            whole = lax.all_gather(mine, axes, axis=1, tiled=True) if axes else mine
+            return whole[:, :size].reshape(-1, *shape)
 
         return jax.tree.map(move, own)
 

@@ -32,13 +32,13 @@ class CostModel:
     other nodes. latency: seconds every collective takes at least. hidden: seconds of other work (attention) of one
     pass that moving experts ahead of the gate may hide behind.
 
-    The defaults are one NVIDIA V100 of a node of eight (NVLink 300 GB/s, 100 Gb/s between nodes shared by the
-    node's eight), as in the paper's first cluster, at half of its peak.
+    The defaults are an NVIDIA V100 in a node of eight at 40 % of its peak, NVLink of 130 GB/s a way, 100 Gb/s between
+    nodes shared by the node's eight: the paper's first cluster.
     """
 
     flops: float = 50e12
     bandwidth: float = 130e9
-    node_bandwidth: float = 1.5e9
+    node_bandwidth: float = 1.5625e9
     latency: float = 20e-6
     hidden: float = 0.0
 
@@ -48,33 +48,50 @@ class CostModel:
                 raise UserError(f"CostModel.{name} is {getattr(self, name)}; it must be above 0")
 
     def overlap_degree(self, work: Work, topology: Topology) -> int:
-        """t: how many experts can be moved to a device while `hidden` passes."""
-        slow = self.bandwidth if topology.nodes == 1 else self.node_bandwidth
-        return int(self.hidden * slow / work.expert_bytes)
+        """t: how many experts, of different homes, can be copied to all devices while `hidden` passes."""
+        scatter, gather = self._broadcast_seconds(work, topology)
+        return max(0, int((self.hidden - 2 * self.latency - scatter) / gather))
+
+    def moving(
+        self, copies: jax.Array, owner: jax.Array, topology: Topology, work: Work, broadcast: bool
+    ) -> jax.Array:
+        """Seconds f32[] of making copies int32[D, m] once: broadcast to all, or each sent by its home."""
+        if not broadcast:
+            return self._transfer(copy_flow(copies, owner), work.expert_bytes, topology)
+        hot = jnp.max(copies, axis=0, initial=-1)
+        homes = jnp.zeros(topology.devices, jnp.int32).at[jnp.where(hot < 0, topology.devices, owner[hot])]
+        scatter, gather = self._broadcast_seconds(work, topology)
+        count, busiest = jnp.sum(hot >= 0), jnp.max(homes.add(1, mode="drop"))
+        return jnp.where(count > 0, 2 * self.latency + busiest * scatter + count * gather, 0.0)
+
+    def _broadcast_seconds(self, work: Work, topology: Topology) -> tuple[float, float]:
+        """(of a home to send the pieces of one expert, of all to gather them): all links of a node work at once in
+        the second, one device's in the first."""
+        nodes, size = topology.nodes, work.expert_bytes
+        between = (nodes - 1) / nodes
+        scatter = size * (between / self.node_bandwidth + (1 - between) / self.bandwidth)
+        crossing = 1 / (topology.per_node * self.node_bandwidth) if nodes > 1 else 0.0
+        return scatter, size * (1 / self.bandwidth + crossing)
 
     def seconds(
         self,
         flow: jax.Array,
-        copies: jax.Array,
-        owner: jax.Array,
+        ahead: jax.Array | float,
+        late: jax.Array | float,
         topology: Topology,
         work: Work,
         *,
         rematerialise: bool,
-        late: jax.Array | None = None,
     ) -> jax.Array:
-        """Seconds f32[] of a layer: traffic int32[D, D] of tokens, copies int32[D, m] of experts.
+        """Seconds f32[] of a layer: traffic int32[D, D] of tokens; seconds of copying ahead of the gate and after it.
 
-        late int32[D, n]: copies made after the gate, which nothing hides in forward. Backward computes twice what
-        forward does; tokens travel there and back in both passes; copies are gathered in forward, again in backward
-        where they are rematerialised, and their gradients are summed at the homes.
+        Backward computes twice what forward does; tokens travel there and back in both passes; copies are gathered in
+        forward, again in backward where they are rematerialised, and their gradients are summed at the homes.
         """
         compute = 3 * work.token_flops * jnp.max(jnp.sum(flow, axis=0)) / self.flops
         passes = 4 * self._transfer(flow, work.token_bytes, topology)
-        ahead = self._transfer(copy_flow(copies, owner), work.expert_bytes, topology)
-        after = 0.0 if late is None else self._transfer(copy_flow(late, owner), work.expert_bytes, topology)
-        forward = jnp.maximum(ahead - self.hidden, 0.0) + after  # nothing is left to hide `late` behind
-        backward = jnp.maximum((1 + rematerialise) * (ahead + after) - 2 * self.hidden, 0.0)
+        forward = jnp.maximum(ahead - self.hidden, 0.0) + late  # nothing is left to hide `late` behind
+        backward = jnp.maximum((1 + rematerialise) * (ahead + late) - 2 * self.hidden, 0.0)
         return compute + passes + forward + backward
 
     def _transfer(self, flow: jax.Array, size: int, topology: Topology) -> jax.Array:

@@ -28,14 +28,14 @@ from research.moe.placement.policies import Slots
 class FSSDP:
     """The policy.
 
-    overlap: t, experts that can be moved while attention runs; `CostModel.overlap_degree` gives it. memory: m,
-        copies that a device has room for. window: w. reshard_every: steps between runs of algorithm 2, None: even
-        homes for good.
+    overlap: t, experts that can be moved while attention runs; `CostModel.overlap_degree` gives it. memory: m, copies
+        that a device has room for. With t <= m the hottest are broadcast to all devices. window: w. reshard_every:
+        steps between runs of algorithm 2, None: even homes for good.
     own_factor: with algorithm 2, how many experts of one layer a device may own, as a multiple of E / D. It bounds
         the slots that every device keeps.
-    pair_limit: the most copies from one home to one device, None for any. All pairs exchange that many rows, so a
-        small limit is what keeps the all-to-all as small as the plan: memory / (D - 1), rounded up, suffices where
-        hot experts live on many devices, as algorithm 2 sees to.
+    pair_limit: where copies are not broadcast, the most from one home to one device, None for any. All pairs
+        exchange that many rows, so a small limit is what keeps the all-to-all as small as the plan: memory / (D - 1),
+        rounded up, suffices where hot experts live on many devices, as algorithm 2 sees to.
     calibration: slots for copies made after the gate, 0 for none; `cost` decides whether they are used.
     """
 
@@ -67,7 +67,9 @@ class FSSDP:
         ahead = 0 if alone else min(self.memory, self.overlap, num_experts)
         late = 0 if alone else min(self.calibration, num_experts)
         limit = num_experts if self.pair_limit is None else self.pair_limit
-        return Slots(own, ahead, late, min(ahead, own, limit), min(late, own, limit))
+        broadcast = self.overlap <= self.memory
+        ahead_limit = min(ahead, own) if broadcast else min(ahead, own, limit)
+        return Slots(own, ahead, late, ahead_limit, min(late, own, limit), ahead_broadcast=broadcast)
 
     def ahead(self, load: jax.Array, owner: jax.Array, topology: Topology) -> jax.Array:
         home = owner[None] == jnp.arange(topology.devices)[:, None]
@@ -78,7 +80,7 @@ class FSSDP:
             topology,
             reach=self.overlap,
             memory=self.slots(owner.shape[0], topology).ahead,
-            pair_limit=self.pair_limit,
+            pair_limit=None if self.overlap <= self.memory else self.pair_limit,
         )
 
     def late(
@@ -102,11 +104,13 @@ class FSSDP:
             load, owner, held, topology, reach=num_experts, memory=room, pair_limit=self.pair_limit
         )
 
+        broadcast = self.slots(num_experts, topology).ahead_broadcast
+        ahead = self.cost.moving(copies, owner, topology, work, broadcast)
+
         def seconds(late: jax.Array) -> jax.Array:
             flow = plan.traffic(counts, held | plan.hold(late, num_experts), topology)
-            return self.cost.seconds(
-                flow, copies, owner, topology, work, rematerialise=rematerialise, late=late
-            )
+            after = self.cost.moving(late, owner, topology, work, broadcast=False)
+            return self.cost.seconds(flow, ahead, after, topology, work, rematerialise=rematerialise)
 
         return jnp.where(seconds(more) < seconds(none), more, none)
 

@@ -22,6 +22,7 @@ from research.moe.dispatch import make_dispatch
 from research.moe.placement import plan
 from research.moe.placement.collectives import (
     Axes,
+    broadcast_experts,
     device_index,
     exchange,
     own_experts,
@@ -123,7 +124,8 @@ class PlacedExperts(struct.PyTreeNode):
         me = device_index(axes)
         owner = rows // (jax.tree.leaves(store)[0].shape[0])
         own = plan.own_table(owner, devices, slots.own)
-        ahead = plan.within_limit(ahead, owner, slots.ahead_limit)
+        if not slots.ahead_broadcast:
+            ahead = plan.within_limit(ahead, owner, slots.ahead_limit)
 
         expert = jnp.where(mask[:, None], index, num_experts).reshape(-1)  # of each of the P choices
         pairs = expert.shape[0]
@@ -131,7 +133,8 @@ class PlacedExperts(struct.PyTreeNode):
         counts = jnp.zeros((devices, num_experts), jnp.int32).at[me].set(mine)
         counts = lax.psum(counts, axes) if axes else counts
         late = self.policy.late(counts, ahead, owner, topology, work, self.rematerialise)
-        late = plan.within_limit(late, owner, slots.late_limit)
+        if not slots.late_broadcast:
+            late = plan.within_limit(late, owner, slots.late_limit)
         table = jnp.concatenate([own, ahead, late], axis=1)
         held = plan.hold(table, num_experts)
         slot_of = plan.slot_of(table, num_experts)
@@ -166,13 +169,20 @@ class PlacedExperts(struct.PyTreeNode):
             # From here on every replica has gradients of its own. They are summed here, at the homes, and not
             # inside the branch below, which some replicas take and others do not.
             home = _varying(own_experts(store, rows, own[me], axes), batch_axes)
-            place = plan.own_place(owner)
-            gather = functools.partial(sparse_all_gather, home, owner=owner, own_place=place, axes=axes)
+            fixed = dict(owner=owner, own_place=plan.own_place(owner), axes=axes)
+
+            def gather(copies: jax.Array, limit: int, broadcast: bool) -> PyTree:
+                if broadcast:
+                    hot = jnp.max(copies, axis=0)
+                    return broadcast_experts(home, hot, limit=limit, devices=devices, **fixed)
+                return sparse_all_gather(home, copies, limit=limit, **fixed)
+
             parts = [home]
             if slots.ahead:
-                parts.append(gather(copies=ahead, limit=slots.ahead_limit))
+                parts.append(gather(ahead, slots.ahead_limit, slots.ahead_broadcast))
             if slots.late:
-                parts.append(_gather_if_any(gather, late, slots.late_limit, home))
+                late_ = functools.partial(gather, late, slots.late_limit, slots.late_broadcast)
+                parts.append(_if_any(late, late_, home))
             weights = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
             return _experts_of_slots(experts, weights, inputs, slot)
 
@@ -230,14 +240,14 @@ def _work(store: PyTree, x: jax.Array) -> Work:
     return Work(each, x.shape[-1] * x.dtype.itemsize, 2 * sum(sizes))
 
 
-def _gather_if_any(gather: Callable[..., PyTree], late: jax.Array, limit: int, home: PyTree) -> PyTree:
+def _if_any(late: jax.Array, gather: Callable[[], PyTree], home: PyTree) -> PyTree:
     """The late copies, for which nothing is sent where there are none."""
-    shape = late.shape[1:]
+    count = late.shape[1]
 
     def none() -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(*shape, *leaf.shape[1:])), home)
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(count, *leaf.shape[1:])), home)
 
-    return lax.cond(jnp.any(late >= 0), lambda: gather(copies=late, limit=limit), none)
+    return lax.cond(jnp.any(late >= 0), gather, none)
 
 
 def _varying(tree: PyTree, axes: Axes) -> PyTree:

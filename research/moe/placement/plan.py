@@ -94,7 +94,8 @@ def materialise(
     homes included. reach: t, how many different experts may move. memory: copies a device has room for.
     pair_limit: the most copies that one home sends to one device.
 
-    With t = min(t, E) and m = min(memory, t). If t <= m, every device gets the t hottest that it lacks. Otherwise
+    With t = min(t, E) and m = min(memory, t). If t <= m, every device gets the t hottest that it lacks, the i-th
+    hottest in slot i. Otherwise
     the t hottest, hottest first, share the D m slots in proportion to their load; a copy goes to a node that lacks
     the expert, the one with most free slots, and once all nodes have it to the node with most free slots; in it to
     the device with most free slots. Ties: the lower number.
@@ -116,13 +117,14 @@ def materialise(
         can = ~held[:, expert] & (free > 0)
         if pair_limit is not None:
             can &= sent[owner[expert]] < pair_limit
+        slot = used
         if reach <= memory:
-            chosen = can
+            chosen, slot = can, i
         else:
             share = jnp.where(rest[i] > 0, heat[i] / rest[i], 0.0)
             replicas = jnp.floor(share * jnp.sum(free) + 0.5).astype(jnp.int32)
             chosen = can & (_preference(can, free, held[:, expert], topology) < replicas)
-        table = table.at[jnp.arange(devices), jnp.where(chosen, used, memory)].set(expert, mode="drop")
+        table = table.at[jnp.arange(devices), jnp.where(chosen, slot, memory)].set(expert, mode="drop")
         held = held.at[:, expert].set(held[:, expert] | chosen)
         return held, used + chosen, sent.at[owner[expert]].add(chosen), table
 
@@ -162,10 +164,9 @@ def rank(keys: jax.Array) -> jax.Array:
 
 
 def everything(owner: jax.Array, devices: int) -> jax.Array:
-    """Copies int32[D, E - E/D] of all experts that are at home elsewhere: FSDP. Every device owns E/D."""
-    count = owner.shape[0]
-    elsewhere = owner[None] != jnp.arange(devices)[:, None]
-    return _gathered(elsewhere)[:, : count - count // devices]
+    """Copies int32[D, E] of all experts, but for those at home: FSDP. Expert e is in slot e."""
+    experts = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    return jnp.where(owner[None] == jnp.arange(devices)[:, None], -1, experts)
 
 
 def _gathered(chosen: jax.Array) -> jax.Array:
@@ -185,11 +186,9 @@ def within_limit(copies: jax.Array, owner: jax.Array, limit: int) -> jax.Array:
 
 def queue_place(copies: jax.Array, owner: jax.Array) -> jax.Array:
     """int32[D, m]: how many of a device's copies before this one come from the same home."""
-    devices = copies.shape[0]
-    home = jnp.where(copies < 0, devices, owner[copies])
-    taken = jax.nn.one_hot(home, devices, dtype=jnp.int32)
-    before = jnp.cumsum(taken, axis=1) - taken
-    return jnp.take_along_axis(before, jnp.minimum(home, devices - 1)[:, :, None], axis=2)[:, :, 0]
+    home = jnp.where(copies < 0, -1, owner[copies])
+    same = (home[:, :, None] == home[:, None, :]) & (home >= 0)[:, None, :]
+    return jnp.sum(jnp.tril(same, -1), axis=2, dtype=jnp.int32)
 
 
 def eligible(held: jax.Array, topology: Topology) -> jax.Array:

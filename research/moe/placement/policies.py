@@ -20,13 +20,19 @@ from research.moe.placement.plan import Topology
 @dataclass(frozen=True)
 class Slots:
     """Static sizes on one device: at most `own` experts of a layer at home, `ahead` and `late` copies, of which one
-    home sends `ahead_limit` and `late_limit` at most. complete: every device holds every expert, no token travels."""
+    home has `ahead_limit` and `late_limit` at most. complete: every device holds every expert, no token travels.
+
+    ahead_broadcast, late_broadcast: those copies are the same on all devices; slot i has the same expert on each, or
+    is empty where that is at home.
+    """
 
     own: int
     ahead: int
     late: int
     ahead_limit: int
     late_limit: int
+    ahead_broadcast: bool = False
+    late_broadcast: bool = False
     complete: bool = False
 
 
@@ -89,9 +95,12 @@ class FullySharded(_Plain):
 
     def slots(self, num_experts: int, topology: Topology) -> Slots:
         each = num_experts // topology.devices
-        return Slots(each, num_experts - each, 0, each, 0, complete=True)
+        ahead = 0 if topology.devices == 1 else num_experts
+        return Slots(each, ahead, 0, each, 0, ahead_broadcast=True, complete=True)
 
     def ahead(self, load: jax.Array, owner: jax.Array, topology: Topology) -> jax.Array:
+        if topology.devices == 1:
+            return jnp.full((1, 0), -1, jnp.int32)
         return plan.everything(owner, topology.devices)
 
 
@@ -113,7 +122,7 @@ class Replicated(_Plain):
     def slots(self, num_experts: int, topology: Topology) -> Slots:
         each = num_experts // topology.devices
         most = 0 if topology.devices == 1 else min(self.most, num_experts)
-        return Slots(each, 0, most, 0, min(most, each))
+        return Slots(each, 0, most, 0, min(most, each), late_broadcast=True)
 
     def ahead(self, load: jax.Array, owner: jax.Array, topology: Topology) -> jax.Array:
         return jnp.full((topology.devices, 0), -1, jnp.int32)
@@ -133,9 +142,8 @@ class Replicated(_Plain):
         def seconds(number: jax.Array) -> jax.Array:
             chosen = shadowing(number)
             flow = plan.traffic(counts, home | plan.hold(chosen, num_experts), topology)
-            return self.cost.seconds(
-                flow, copies, owner, topology, work, rematerialise=rematerialise, late=chosen
-            )
+            late = self.cost.moving(chosen, owner, topology, work, broadcast=True)
+            return self.cost.seconds(flow, 0.0, late, topology, work, rematerialise=rematerialise)
 
         return shadowing(jnp.argmin(jax.vmap(seconds)(jnp.arange(most + 1))))
 

@@ -89,7 +89,11 @@ def test_no_copies_is_expert_parallelism_and_all_is_fsdp():
     everything = jax.jit(functools.partial(make, reach=E, memory=E))()
     assert int(plan.moved(everything)) == D * E - E and float(plan.moved_share(everything, E)) == 1
     assert plan.hold(everything, E).sum(axis=1).tolist() == [6, 6, 6, 6]  # and its own two
-    assert plan.everything(owner, D).tolist() == [[e for e in range(E) if e // 2 != d] for d in range(D)]
+    assert plan.everything(owner, D).tolist() == [
+        [-1 if e // 2 == d else e for e in range(E)] for d in range(D)
+    ]
+    # What is broadcast: the i-th hottest in slot i of every device that lacks it.
+    assert make(reach=2, memory=3).tolist() == [[7, 6], [7, 6], [7, 6], [-1, -1]]
     flow = plan.traffic(jnp.ones((D, E), jnp.int32), home | plan.hold(everything, E), ONE_NODE)
     assert int(plan.crossing(flow)) == 0 and float(plan.imbalance(flow)) == 1
 
