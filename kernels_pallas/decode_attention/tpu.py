@@ -8,6 +8,10 @@ The gathered form reads pages through block indices that come from the list, sev
 copies run at the same time. A single slot cannot be copied alone out of a cache of 16-bit numbers, whose rows lie
 in tiles of 8 x 128 words: the tile around each listed slot is read and its other rows are masked. A copy that small
 takes as long as its latency, whatever its size.
+
+Rows of fewer than 128 numbers lie padded to 128 in a TPU's memory, so XLA prefers to store such a cache with the
+slots along the lanes. The dense kernel takes it so, [d, S], without a copy; pages are rows, and for those XLA copies
+a cache that it stored the other way: keep heads of 128 where pages are read.
 """
 
 import functools
@@ -35,14 +39,14 @@ def _begin(carry_refs) -> None:
     weighted_ref[...] = jnp.zeros(weighted_ref.shape, jnp.float32)
 
 
-def _absorb(rows, key, value, visible, held, scale, softcap, carry_refs) -> None:
-    """visible bool [1, K] and held bool [K, 1] are the same mask."""
+def _absorb(rows, key, value, seen, scale, softcap, carry_refs, key_axis: int = 0) -> None:
+    """`seen(axis)` is the mask of the keys along that axis of two."""
     greatest_ref, total_ref, weighted_ref = carry_refs
-    scores = masked_scores(rows, key.astype(rows.dtype), visible, scale, softcap)
+    scores = masked_scores(rows, key.astype(rows.dtype), seen(1), scale, softcap, key_axis)
     # What is not held may be NaN. In 32 bits, because not every TPU selects among 16-bit values.
-    value = jnp.where(held, value.astype(jnp.float32), 0).astype(rows.dtype)
+    value = jnp.where(seen(key_axis), value.astype(jnp.float32), 0).astype(rows.dtype)
     greatest, total, weighted_ref[...] = absorb(
-        scores, value, (greatest_ref[:, :1], total_ref[:, :1], weighted_ref[...])
+        scores, value, (greatest_ref[:, :1], total_ref[:, :1], weighted_ref[...]), key_axis
     )
     greatest_ref[...] = jnp.broadcast_to(greatest, greatest_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
@@ -56,11 +60,12 @@ def _end(out_ref, lse_ref, carry_refs) -> None:
 def _dense_kernel(
     length_ref,  # int32[B], in scalar memory
     query_ref,  # [R, d]
-    key_ref,  # [block, d]
+    key_ref,  # [block, d], or [d, block] with key_axis=1
     value_ref,
     out_ref,  # [R, d]
     lse_ref,  # [R, 1]
     *carry_refs,  # scratch: [R, 128] twice and [R, d]
+    key_axis: int,
     block: int,
     scale: float,
     softcap: float | None,
@@ -70,11 +75,13 @@ def _dense_kernel(
     length = length_ref[pl.program_id(0)]
     pl.when(step == 0)(lambda: _begin(carry_refs))
 
+    def held(axis: int) -> jax.Array:
+        shape = tuple(block if i == axis else 1 for i in range(2))
+        return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < length
+
     @pl.when(start < length)
     def _():
-        visible = start + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
-        held = start + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
-        _absorb(query_ref[...], key_ref[...], value_ref[...], visible, held, scale, softcap, carry_refs)
+        _absorb(query_ref[...], key_ref[...], value_ref[...], held, scale, softcap, carry_refs, key_axis)
 
     pl.when(step == pl.num_programs(2) - 1)(lambda: _end(out_ref, lse_ref, carry_refs))
 
@@ -118,7 +125,7 @@ def _gather_kernel(
     def _():
         key = jnp.concatenate([ref[...] for ref in keys], axis=0)
         value = jnp.concatenate([ref[...] for ref in values], axis=0)
-        _absorb(query_ref[...], key, value, seen(1), seen(0), scale, softcap, carry_refs)
+        _absorb(query_ref[...], key, value, seen, scale, softcap, carry_refs)
 
     pl.when(step == pl.num_programs(2) - 1)(lambda: _end(out_ref, lse_ref, carry_refs))
 
@@ -164,24 +171,30 @@ def decode_attention(
     block: int = BLOCK,
     interpret: Any = False,
 ) -> Partial:
-    """Arguments as in the api; `block` is a multiple of the sublanes."""
+    """Arguments as in the api; `block` is a multiple of 128."""
     batch, kv_heads, slots, dim = key.shape
     block = min(block, -(-slots // _LANES) * _LANES)
     rows = _padded_rows(query, kv_heads)
+    key_axis = int(dim % _LANES != 0)
+    if key_axis:
+        key, value = key.swapaxes(2, 3), value.swapaxes(2, 3)
 
     def needed(b, h, step, lengths):
-        return b, h, jnp.minimum(step, jnp.maximum(pl.cdiv(lengths[b], block) - 1, 0)), 0
+        number = jnp.minimum(step, jnp.maximum(pl.cdiv(lengths[b], block) - 1, 0))
+        return (b, h, 0, number) if key_axis else (b, h, number, 0)
+
+    keys = pl.BlockSpec((None, None, *((dim, block) if key_axis else (block, dim))), needed)
 
     shapes, specs, scratch = _outputs(batch, kv_heads, rows.shape[2], dim)
     out, lse = pl.pallas_call(
-        functools.partial(_dense_kernel, block=block, scale=scale, softcap=softcap),
+        functools.partial(_dense_kernel, key_axis=key_axis, block=block, scale=scale, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, kv_heads, -(-slots // block)),
             in_specs=[
                 pl.BlockSpec((None, None, rows.shape[2], dim), _whole),
-                pl.BlockSpec((None, None, block, dim), needed),
-                pl.BlockSpec((None, None, block, dim), needed),
+                keys,
+                keys,
             ],
             out_specs=specs,
             scratch_shapes=scratch,

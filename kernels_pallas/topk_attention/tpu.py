@@ -10,7 +10,8 @@ order, 128 a chunk: [chunks, 128] for each selection. Behind the last block, for
    by comparison; a product with that comparison, as a matrix of ones, brings every p the 128 slots of its chunk; the
    slot is the one whose rank among them fits.
 
-All sums are of whole numbers below 2**24 and exact in float32.
+All sums are of whole numbers below 2**24 and exact in float32. Keys of fewer than 128 numbers, which XLA prefers to
+store with the slots along the lanes, are taken so, [d, S].
 """
 
 import functools
@@ -58,13 +59,14 @@ def _lane_sum(x: jax.Array) -> jax.Array:
 def _kernel(
     length_ref,  # int32[B], in scalar memory
     query_ref,  # [R, d]
-    key_ref,  # [block, d]
+    key_ref,  # [block, d], or [d, block] with key_axis=1
     out_ref,  # int32 [selections, k in lines of 128, 128]
     score_ref,  # scratch: int32 [selections, chunks, 128]
     first_ref,  # scratch: float32 [chunks, 128], the first rank of a chunk, in all lanes
     *,
     k: int,
     block: int,
+    key_axis: int,
 ):
     step = pl.program_id(2)
     length = length_ref[pl.program_id(0)]
@@ -80,7 +82,7 @@ def _kernel(
         scores = jax.lax.dot_general(
             rows,
             key_ref[...].astype(rows.dtype),
-            (((1,), (1,)), ((), ())),
+            (((1,), (1 - key_axis,)), ((), ())),
             precision=precision_of(rows.dtype),
             preferred_element_type=jnp.float32,
         )
@@ -200,20 +202,25 @@ def topk_attention(
     lines = -(-k // _LANES)
     vmem = scratch_bytes(group, slots, per) + 8 * 2**20
 
+    key_axis = int(dim % _LANES != 0)
+    if key_axis:
+        key = key.swapaxes(2, 3)
+
     def needed(b, h, step, lengths):
-        return b, h, jnp.minimum(step, jnp.maximum(pl.cdiv(lengths[b], block) - 1, 0)), 0
+        number = jnp.minimum(step, jnp.maximum(pl.cdiv(lengths[b], block) - 1, 0))
+        return (b, h, 0, number) if key_axis else (b, h, number, 0)
 
     def whole(b, h, step, lengths):
         return b, h, 0, 0
 
     indices = pl.pallas_call(
-        functools.partial(_kernel, k=k, block=block),
+        functools.partial(_kernel, k=k, block=block, key_axis=key_axis),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, kv_heads, -(-slots // block)),
             in_specs=[
                 pl.BlockSpec((None, None, size, dim), whole),
-                pl.BlockSpec((None, None, block, dim), needed),
+                pl.BlockSpec((None, None, *((dim, block) if key_axis else (block, dim))), needed),
             ],
             out_specs=pl.BlockSpec((None, None, selections, lines, _LANES), lambda *at: (*whole(*at), 0)),
             scratch_shapes=[

@@ -27,13 +27,18 @@ def grouped_mask(mask: jax.Array, heads: int, kv_heads: int) -> jax.Array:
 
 
 def masked_scores(
-    rows: jax.Array, key: jax.Array, visible: jax.Array, scale: float, softcap: float | None
+    rows: jax.Array,
+    key: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    softcap: float | None,
+    key_axis: int = 0,
 ) -> jax.Array:
-    """rows [R, d], key [K, d], visible bool [R or 1, K] -> float32 scores [R, K]."""
+    """rows [R, d], key [K, d], or [d, K] with key_axis=1, visible bool [R or 1, K] -> float32 scores [R, K]."""
     scores = jax.lax.dot_general(
         rows,
         key,
-        (((1,), (1,)), ((), ())),
+        (((1,), (1 - key_axis,)), ((), ())),
         precision=precision_of(rows.dtype),
         preferred_element_type=jnp.float32,
     )
@@ -44,12 +49,12 @@ def masked_scores(
 
 
 def absorb(
-    scores: jax.Array, value: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    scores: jax.Array, value: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array], key_axis: int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One block of the online softmax (FlashAttention, arXiv 2205.14135, algorithm 1).
 
-    scores float32 [R, K]; value [K, d]; carry: greatest score so far [R, 1], sum of exponentials [R, 1],
-    weighted values [R, d], all float32 and relative to the greatest score.
+    scores float32 [R, K]; value [K, d], or [d, K] with key_axis=1; carry: greatest score so far [R, 1], sum of
+    exponentials [R, 1], weighted values [R, d], all float32 and relative to the greatest score.
     """
     greatest, total, weighted = carry
     raised = jnp.maximum(greatest, jnp.max(scores, axis=1, keepdims=True))
@@ -58,7 +63,7 @@ def absorb(
     product = jax.lax.dot_general(
         exponentials.astype(value.dtype),
         value,
-        (((1,), (0,)), ((), ())),
+        (((1,), (key_axis,)), ((), ())),
         precision=precision_of(value.dtype),
         preferred_element_type=jnp.float32,
     )

@@ -55,10 +55,11 @@ def unheld_is_nan(length, *arrays):
     return tuple(jnp.where(held, x, jnp.nan) for x in arrays)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_over_all_held_slots(implementation):
-    """Lengths of 0, at the edges of a block and all; what is not held is NaN. On GPU every block is a split."""
-    query, key, value = make(batch=4, slots=300)
+@pytest.mark.parametrize(("implementation", "dim"), [*((name, 16) for name in IMPLEMENTATIONS), ("tpu", 128)])
+def test_over_all_held_slots(implementation, dim):
+    """Lengths of 0, at the edges of a block and all; what is not held is NaN. On GPU every block is a split; a TPU
+    takes heads of 128 as rows and smaller ones as columns."""
+    query, key, value = make(batch=4, slots=300, dim=dim)
     length = jnp.asarray([0, 128, 129, 300])
     options = dict(scale=0.4, softcap=2.0)
     right = written_out(query, key, value, lambda b, h: np.arange(length[b]), **options)
@@ -132,16 +133,17 @@ def test_parts_of_a_cache_merge_into_the_whole():
     assert np.all(np.isneginf(nothing.lse)) and not np.any(nothing.out)
 
 
-def test_in_the_simulator(simulator):
-    """Three blocks, of which one row needs one; listed slots in two steps."""
-    query, key, value = make(heads=2, kv_heads=1, count=1, slots=300, dim=8)
-    length = jnp.asarray([100, 300])
+def test_in_the_simulator(simulator, monkeypatch):
+    """Two blocks, of which one row needs one; listed slots in three steps, of which one row needs two."""
+    query, key, value = make(heads=2, kv_heads=1, count=1, slots=200, dim=8)
+    length = jnp.asarray([100, 200])
     options = dict(scale=1.0, interpret=simulator)
     found = tpu.decode_attention(query, *unheld_is_nan(length, key, value), length, block=128, **options)
     compare(found, written_out(query, key, value, lambda b, h: np.arange(length[b]), scale=1.0), atol=1e-5)
-    indices = jnp.asarray(np.random.default_rng(0).permutation(300)[:36].reshape(2, 1, 18))
-    count = jnp.asarray([[18], [5]])
-    found = tpu.gather_attention(query, key, value, indices, count, jnp.full(2, 300), **options)
+    monkeypatch.setattr(tpu, "_PAGES", 2)
+    indices = jnp.asarray(np.random.default_rng(0).permutation(200)[:10].reshape(2, 1, 5))
+    count = jnp.asarray([[5], [3]])
+    found = tpu.gather_attention(query, key, value, indices, count, jnp.full(2, 200), **options)
     right = written_out(query, key, value, lambda b, h: indices[b, 0, : count[b, 0]], scale=1.0)
     compare(found, right, atol=1e-5)
 
