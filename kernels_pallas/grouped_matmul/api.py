@@ -65,7 +65,7 @@ def _product_backward(implementation: Implementation, interpret: Any, saved, d_o
     x, weights, sizes = saved
     kernel = _kernel(implementation)
     dx = kernel.product(d_out, weights, sizes, transposed=True, interpret=interpret)
-    return dx, kernel.weights_gradient(x, d_out, sizes, interpret=interpret).astype(weights.dtype), None
+    return dx, kernel.weights_gradient(x, d_out, sizes, weights.dtype, interpret=interpret), None
 
 
 _product.defvjp(_product_forward, _product_backward)

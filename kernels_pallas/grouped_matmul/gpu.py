@@ -76,7 +76,7 @@ def _product_kernel(
             return total + _dot(x, weights_ref[weight, columns, features].astype(x.dtype), (1, 1))
         return total + _dot(x, weights_ref[weight, features, columns].astype(x.dtype), (1, 0))
 
-    steps = jnp.where(needed & (group < experts), x_ref.shape[1] // k, 0)
+    steps = (needed & (group < experts)).astype(jnp.int32) * (x_ref.shape[1] // k)
     total = jax.lax.fori_loop(0, steps, body, jnp.zeros((m, n), jnp.float32))
     row = start + jnp.arange(m)
     mine = (row >= offsets_ref[group]) & (row < offsets_ref[group + 1]) & needed
@@ -122,15 +122,15 @@ def _gradient_kernel(offsets_ref, x_ref, d_out_ref, out_ref, *, m: int):
         return total + _dot(x, jnp.where(mine, d_out_ref[rows, :], 0), (0, 0))
 
     steps = jnp.where(end > begin, pl.cdiv(end, m), 0)
-    out_ref[...] = jax.lax.fori_loop(
-        jax.lax.div(begin, m), steps, body, jnp.zeros(out_ref.shape, jnp.float32)
-    )
+    nothing = jnp.zeros(out_ref.shape, jnp.float32)
+    total = jax.lax.fori_loop(jax.lax.div(begin, m), steps, body, nothing)
+    out_ref[...] = total.astype(out_ref.dtype)
 
 
 def weights_gradient(
-    x: jax.Array, d_out: jax.Array, sizes: jax.Array, *, interpret: Any = False
+    x: jax.Array, d_out: jax.Array, sizes: jax.Array, dtype: jnp.dtype, *, interpret: Any = False
 ) -> jax.Array:
-    """x [M, K], d_out [M, N] -> float32[E, K, N]: x^T d_out of every group's rows."""
+    """x [M, K], d_out [M, N] -> [E, K, N] in `dtype`: x^T d_out of every group's rows, summed up in float32."""
     rows, features = x.shape
     experts, columns = sizes.shape[0], d_out.shape[1]
     m = _row_tile(rows, experts)
@@ -147,7 +147,7 @@ def weights_gradient(
             pl.BlockSpec((padded, n), lambda e, i, j: (0, j)),
         ],
         out_specs=pl.BlockSpec((None, k, n), lambda e, i, j: (e, i, j)),
-        out_shape=jax.ShapeDtypeStruct((experts, features, columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((experts, features, columns), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="grouped_matmul_gradient",

@@ -167,13 +167,13 @@ def _gradient_kernel(
 
     @pl.when((step == steps - 1) | (group != group_ref[jnp.minimum(step + 1, steps - 1)]))
     def _():
-        out_ref[...] = total_ref[...]
+        out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
 def weights_gradient(
-    x: jax.Array, d_out: jax.Array, sizes: jax.Array, *, interpret: Any = False
+    x: jax.Array, d_out: jax.Array, sizes: jax.Array, dtype: jnp.dtype, *, interpret: Any = False
 ) -> jax.Array:
-    """x [M, K], d_out [M, N] -> float32[E, K, N]: x^T d_out of every group's rows."""
+    """x [M, K], d_out [M, N] -> [E, K, N] in `dtype`: x^T d_out of every group's rows, summed up in float32."""
     rows, features = x.shape
     experts, columns = sizes.shape[0], d_out.shape[1]
     m = _row_tile(rows, experts, x.dtype)
@@ -193,7 +193,7 @@ def weights_gradient(
             ),
             scratch_shapes=[pltpu.VMEM((k, n), jnp.float32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((experts, features, columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((experts, features, columns), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="grouped_matmul_gradient",
