@@ -52,3 +52,11 @@ def test_bfloat16_is_rounded_once_at_the_end():
     y = RMSNorm(0.0).apply({"params": {"scale": jnp.asarray(scale)}}, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(y), expected.astype(jnp.bfloat16))
+
+
+def test_groups_are_normalised_each_by_itself():
+    """(3, 4) has the root mean square sqrt(25 / 2), (6, 8) twice that; one scale for all four."""
+    scale = jnp.array([1.0, 1.0, 1.0, 2.0])
+    out = RMSNorm(epsilon=0.0, groups=2).apply({"params": {"scale": scale}}, jnp.array([3.0, 4.0, 6.0, 8.0]))
+    root = (25 / 2) ** 0.5
+    np.testing.assert_allclose(out, [3 / root, 4 / root, 3 / root, 2 * 4 / root], rtol=1e-6)
