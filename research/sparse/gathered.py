@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.common import Implementation
+from kernels_pallas.decode_attention import Partial, Unsupported, gather_attention, merge
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.attention_kernels import (
@@ -134,12 +136,7 @@ def attend_chosen(call: Call, choice: jax.Array) -> jax.Array:
     held = ((choice >= 0) & (choice < slots))[:, :, None]
     old = jnp.einsum("bsgnd,bsnkd->bsgnk", query, gather(call.cached[0]), preferred_element_type=jnp.float32)
     old = jnp.where(held, cap(old * call.scale, call.softcap), NEGATIVE)
-    # The new tokens' rows are at hand and few: all their scores, and those not chosen masked.
-    chosen = jnp.any(choice[..., None] == slots + jnp.arange(count), axis=-2)[:, :, None]
-    own = call.query.reshape(batch, kv_heads, -1, dim)
-    new = jnp.einsum("bhrd,bhnd->bhrn", own, call.fresh[0], preferred_element_type=jnp.float32)
-    new = cap(new * call.scale, call.softcap).reshape(*old.shape[:-1], count)
-    new = jnp.where(chosen, new, NEGATIVE)
+    new = _fresh_scores(call, choice)
     top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
@@ -159,15 +156,60 @@ def attend_chosen(call: Call, choice: jax.Array) -> jax.Array:
     return out.astype(query.dtype).reshape(batch, heads, count, dim)
 
 
+def _fresh_scores(call: Call, choice: jax.Array) -> jax.Array:
+    """[B, s, H / s, N, N], NEGATIVE where not chosen. The new tokens' rows are at hand and few: all are multiplied.
+
+    Oneself is seen even where nobody is chosen, as by rows that join between layers (`VirtualRows`)."""
+    batch, sets, count, _ = choice.shape
+    kv_heads, dim = call.fresh[0].shape[1], call.query.shape[3]
+    chosen = jnp.any(choice[..., None] == call.slots + jnp.arange(count), axis=-2) | jnp.eye(
+        count, dtype=bool
+    )
+    query = call.query.reshape(batch, kv_heads, -1, dim)
+    scores = jnp.einsum("bhrd,bhnd->bhrn", query, call.fresh[0], preferred_element_type=jnp.float32)
+    scores = cap(scores * call.scale, call.softcap).reshape(batch, sets, -1, count, count)
+    return jnp.where(chosen[:, :, None], scores, NEGATIVE)
+
+
+def attend_chosen_by_kernel(
+    call: Call, choice: jax.Array, implementation: Implementation | None
+) -> jax.Array:
+    """As `attend_chosen`, by the kernel of `kernels_pallas.decode_attention`, once for every new token.
+
+    Raises UserError where the kernel cannot run; nothing else is run instead.
+    """
+    batch, heads, count, dim = call.query.shape
+    entries = jnp.full((batch,), choice.shape[3], jnp.int32)
+    # Nobody (-1) and new tokens (from S on) lie outside the length, and are not seen.
+    options = dict(scale=call.scale, softcap=call.softcap, implementation=implementation)
+    try:
+        tokens = [
+            gather_attention(
+                call.query[:, :, j : j + 1], *call.cached, choice[:, :, j], entries, call.length, **options
+            )
+            for j in range(count)
+        ]
+    except Unsupported as error:
+        raise UserError(f"implementation={implementation}: {error}; xla runs everywhere") from error
+    old = Partial(*(jnp.concatenate(leaves, axis=2) for leaves in zip(*tokens, strict=True)))
+    scores = _fresh_scores(call, choice).reshape(batch, call.fresh[1].shape[1], -1, count, count)
+    fresh = jnp.einsum(
+        "bhgnm,bhmd->bhgnd", jax.nn.softmax(scores, axis=-1), call.fresh[1].astype(jnp.float32)
+    )
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    new = Partial(fresh.reshape(batch, heads, count, dim), lse.reshape(batch, heads, count))
+    return merge(old, new).out.astype(call.query.dtype)
+
+
 class _Kernel:
     """A `CachedKernel` for one call of one layer, which tells afterwards what was chosen, in `choice`.
 
     It is made and asked within the same trace, so that the mixer around it need not know of choices.
     """
 
-    def __init__(self, selector: Selector, role: Role, cache: LayerCache, choice: jax.Array):
-        self._selector, self._role, self._cache = selector, role, cache
-        self.choice = choice
+    def __init__(self, block: "GatheredBlock", cache: LayerCache, choice: jax.Array):
+        self._selector, self._role, self._implementation = block.selector, block.role, block.implementation
+        self._cache, self.choice = cache, choice
 
     def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
         call = Call(query, cached, fresh, length, cached_mask, fresh_mask, scale, softcap, self._cache)
@@ -178,7 +220,12 @@ class _Kernel:
         if self._role == "choose":
             self.choice = self._selector.choose(call, None)
         # Where there are fewer tokens than k, nobody is chosen in the places behind them.
-        return attend_chosen(call, self.choice[..., : call.slots + query.shape[2]])
+        choice = self.choice[..., : call.slots + query.shape[2]]
+        if self._implementation == "xla":
+            return attend_chosen(call, choice)
+        return attend_chosen_by_kernel(
+            call, choice, None if self._implementation == "auto" else self._implementation
+        )
 
 
 class Chosen(struct.PyTreeNode):
@@ -206,6 +253,7 @@ class GatheredBlock(nn.Module):
         selector, role: see the head of this file.
         sets: choices of a token, s.
         carrier: the first block of the stack that carries a state of its own through depth, or None.
+        implementation: how chosen rows are read, see `gathered`.
     """
 
     template: Template
@@ -213,6 +261,7 @@ class GatheredBlock(nn.Module):
     role: Role
     sets: int
     carrier: Template | None = None
+    implementation: Literal["xla", "auto"] | Implementation = "xla"
 
     @property
     def attention(self) -> "GatheredBlock":
@@ -239,7 +288,7 @@ class GatheredBlock(nn.Module):
         block, kernel = self.template.block, None
         if cache is not None and self.role != "full":
             choice = state.choice.reshape(*context.positions.shape, self.sets, -1).swapaxes(1, 2)
-            kernel = _Kernel(self.selector, self.role, cache, choice)
+            kernel = _Kernel(self, cache, choice)
             block = block.clone(attention=block.attention.clone(cached_kernel=kernel))
         # In the scope of this module, so that the block's parameters are found under their own names.
         out, fresh = run_block(
@@ -263,10 +312,16 @@ def attends_to_all(mixer: nn.Module, length: int) -> bool:
     return isinstance(jax.eval_shape(lambda: mixer.init_cache(1, length, 0, jnp.float32)), DenseCache)
 
 
-def gathered(model: LayerStack, params: Any, selector: Selector) -> tuple[LayerStack, Any]:
+def gathered(
+    model: LayerStack,
+    params: Any,
+    selector: Selector,
+    implementation: Literal["xla", "auto"] | Implementation = "xla",
+) -> tuple[LayerStack, Any]:
     """The same trained decoder, which decodes by the selector; layers unrolled, parameters otherwise as they are.
 
-    Layers that do not see all tokens (windows, state spaces) and other mixers stay as they are.
+    Layers that do not see all tokens (windows, state spaces) and other mixers stay as they are. Chosen rows are
+    gathered by XLA, or by the Pallas kernel of the backend ("auto") or the one named.
 
     Raises:
         UserError: the selector's layers are not there or see a part, no layer is left to gather in, or heads differ.
@@ -295,7 +350,7 @@ def gathered(model: LayerStack, params: Any, selector: Selector) -> tuple[LayerS
     if len(sets) > 1:
         raise UserError(f"{selector}: layers have {sorted(sets)} heads, and a choice is one for each head")
     carrier = next((Template(block) for block in blocks if hasattr(block, "init_depth")), None)
-    fields = dict(selector=selector, sets=sets.pop(), carrier=carrier)
+    fields = dict(selector=selector, sets=sets.pop(), carrier=carrier, implementation=implementation)
     blocks = tuple(
         GatheredBlock(Template(block), role=role, **fields) for block, role in zip(blocks, roles, strict=True)
     )

@@ -12,6 +12,7 @@ import pytest
 from experiments import generate
 from research.config import build, of
 from research.data.tokenizer import Tokenizer
+from research.decoding.correction import Correction
 from research.decoding.generator import Generator
 from research.decoding.sampling import Sampling
 from research.language.decoder import DecoderLM
@@ -21,6 +22,8 @@ from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from research.sparse.gathered import gathered
+from research.sparse.selectors import Newest
 from research.training.workdir import load_model, save_model
 
 
@@ -138,6 +141,23 @@ def test_contrast_of_a_mixture(tmp_path, capsys):
         (["--contrast=5"], "ranks from 0 to 3 are expected"),
         (["--contrast_beta=1"], "are of --contrast"),
         (["--contrast=2", "--drafter=submodel"], "prompt_lookup and iad do"),
+    ):
+        assert call(*base, *wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_sparse_decoding(directory, capsys):
+    base = [f"--workdir={directory}", "--prompt=import os", "--max_new_tokens=6"]
+    assert call(*base, "--sparse=newest:k=4,sinks=1,dense=0", "--sparse_correct=2") == 0
+    loaded = load_model(directory)
+    model, params = gathered(loaded.model, loaded.params, Newest(4, sinks=1, dense=0))
+    generator = Generator(model, params, loaded.tokenizer, correction=Correction(loaded.model, 2))
+    expected = generator.generate(["import os"], max_new_tokens=6).samples[0].text
+    assert capsys.readouterr().out == expected + "\n"
+    for wrong, message in (
+        (["--sparse=tidal:k=4,select=0"], "no layer of this DecoderLM is left"),
+        (["--sparse=tidal"], "tidal needs k"),
+        (["--sparse_correct=2"], "is of --sparse"),
     ):
         assert call(*base, *wrong) == 2
         assert message in capsys.readouterr().err

@@ -20,7 +20,13 @@ from research.nn.masks import Window
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
-from research.sparse.gathered import Call, attend_chosen, choose_greatest, gathered
+from research.sparse.gathered import (
+    Call,
+    attend_chosen,
+    attend_chosen_by_kernel,
+    choose_greatest,
+    gathered,
+)
 from research.sparse.selectors import EveryLayer, Newest, PagedCache, Quest
 from research.sparse.tidal import Tidal, parse_selector, profile, tidal
 from research.sparse.traffic import cache_bytes
@@ -129,6 +135,7 @@ def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
     expected = np.einsum("bhns,bhsd->bhnd", weights, np.repeat(value, HEADS // KV, axis=1))
     out = attend_chosen(c, choice)
     np.testing.assert_allclose(out, expected, atol=2e-6)  # float32, five terms of order 1
+    np.testing.assert_allclose(attend_chosen_by_kernel(c, choice, "reference"), out, atol=2e-6)
     # In any order. Sums of five terms may round differently.
     np.testing.assert_allclose(attend_chosen(c, choice[..., ::-1]), out, atol=1e-6)
 
@@ -302,6 +309,10 @@ def test_mistakes_are_told():
         (lambda: parse_selector("tidal:k=some"), "k=some: a whole number"),
         (lambda: parse_selector("quest"), "quest needs k"),
         (lambda: parse_selector("absent.json"), "absent.json: No such file"),
+        (
+            lambda: attend_chosen_by_kernel(call(), jnp.zeros((2, 4, 4, 1), jnp.int32), None),
+            "xla runs everywhere",
+        ),
         (lambda: Correction(model, 0), "at least 1 is expected"),
     ):
         with pytest.raises(UserError, match=message):
