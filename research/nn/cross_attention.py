@@ -37,9 +37,6 @@ class MemoryCache(struct.PyTreeNode):
     own: LayerCache
     memory: Fresh
 
-    def read(self, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        return self.own.read(length)
-
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "MemoryCache":
         return self.replace(own=self.own.append(fresh, length, count))
 
@@ -124,9 +121,9 @@ class CrossBlock(Block, kw_only=True):
     def __call__(
         self, x: jax.Array, context: CrossContext, cache: MemoryCache | None = None
     ) -> tuple[jax.Array, tuple[Fresh, Fresh]]:
-        y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, cache)
+        own, memory = (None, None) if cache is None else (cache.own, cache.memory)
+        y, fresh = self.attention(self.norm.copy(name="attention_norm")(x), context, own)
         x = x + self._branch(y, "attention")
-        memory = None if cache is None else cache.memory
         y, memory = self.cross_attention(self.norm.copy(name="cross_attention_norm")(x), context, memory)
         x = x + self._branch(y, "cross_attention")
         y = feed_forward(self.mlp, self.norm.copy(name="mlp_norm")(x), context)

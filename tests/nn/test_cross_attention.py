@@ -133,7 +133,7 @@ def test_a_memory_cache_writes_its_own_rows_only():
     cache = MemoryCache(DenseCache.empty(2, 8, 2, 4, jnp.float32), memory)
     length = jnp.asarray([0, 1])
     written = cache.append((rows, rows), length, jnp.asarray([3, 2]))
-    key, _, _, valid = written.read(length + jnp.asarray([3, 2]))
+    key, _, _, valid = written.own.read(length + jnp.asarray([3, 2]))
     np.testing.assert_array_equal(key[1, :, 1:3], rows[1, :, :2])
     assert valid.sum(1).tolist() == [3, 3]
     jax.tree.map(np.testing.assert_array_equal, written.memory, memory)
