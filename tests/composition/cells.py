@@ -93,11 +93,21 @@ def write() -> None:
     PAGE.write_text(page(), encoding="utf-8")
 
 
-def decoder(rules=(Causal(),), *, num_layers=2, norm=RMSNorm(), post_norms=False, attention=None, **fields):  # noqa: B008
+def decoder(
+    rules=(Causal(),),  # noqa: B008
+    *,
+    num_layers=None,
+    norm=RMSNorm(),  # noqa: B008
+    post_norms=False,
+    attention=None,
+    **fields,
+):
+    """One layer a block by default: most of a cell's time is compilation."""
     layer = dict(num_heads=2, head_dim=4, rotary=Rotary(), **(attention or {}))
     blocks = tuple(Block(Attention(**layer, rule=r), GatedMLP(HIDDEN), norm, post_norms) for r in rules)
     sizes = dict(vocab_size=VOCAB, width=WIDTH, max_length=32, blocks=blocks)
-    return DecoderLM(num_layers=num_layers, **sizes | fields)
+    sizes |= fields
+    return DecoderLM(num_layers=num_layers or len(sizes["blocks"]), **sizes)
 
 
 def make_batch() -> dict[str, jax.Array]:

@@ -32,7 +32,7 @@ for _name in DRAFTERS:
 
     @runs(_name, "low-rank target", "kernels of rank 2 in attention and FFN: the tokens of plain decoding")
     def _(_, name=_name):
-        model = decoder()
+        model = decoder(num_layers=2)
         params = jax.tree.map(np.asarray, louder(init(model)))
         for layer in ("layer_0", "layer_1"):
             for part, names in (("attention", ("query", "output")), ("mlp", ("up", "down"))):
@@ -47,7 +47,7 @@ for _name in DRAFTERS:
 
 @runs("Medusa", "scanned target", "unrolled when it is decoded: the tokens of plain decoding")
 def _(_):
-    model = decoder()
+    model = decoder(num_layers=2)
     params = scan_params(louder(init(model)), 1)
     drafted_as_plain("Medusa", model.clone(scan_layers=True), params)
 

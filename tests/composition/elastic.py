@@ -54,9 +54,9 @@ from .cells import (
 
 @runs("MatFormer", "scanned layers", f"{NESTED}; losses equal those of unrolled layers")
 def _(_):
-    model = decoder(scan_layers=True)
+    model = decoder(num_layers=2, scan_layers=True)
     nested(model)
-    task, other = (MatFormer(LanguageModelling(m), divisors=(8, 1)) for m in (model, decoder()))
+    task, other = (MatFormer(LanguageModelling(m), divisors=(8, 1)) for m in (model, decoder(num_layers=2)))
     unrolled = init(other.model)
     stacked = jax.jit(task.loss)(scan_params(unrolled, 1), make_batch(), KEY)
     close(stacked["loss"], jax.jit(other.loss)(unrolled, make_batch(), KEY)["loss"])
@@ -66,7 +66,7 @@ def _(_):
     "MatFormer", "Mix'n'Match of scanned layers", "a scanned model is sliced to one width and all layers"
 )
 def _(_):
-    model = decoder(scan_layers=True)
+    model = decoder(num_layers=2, scan_layers=True)
     extract(model, init(model), ElasticSpec((0, 1), (2, 16)))
 
 
@@ -123,7 +123,7 @@ def _(_):
     "a model directory holds arrays: materialize it first",
 )
 def _(directory):
-    model = decoder()
+    model = decoder(num_layers=2)
     params = jax.tree.map(lambda x: x, init(model))
     params["layer_0"]["mlp"]["up"]["kernel"] = LowRank(jnp.ones((WIDTH, 1)), jnp.ones((1, HIDDEN)))
     cut_model, cut = extract(model, params, ElasticSpec((0, 1), (2, 2)))
@@ -132,7 +132,7 @@ def _(directory):
 
 @refused("MatFormer", "projections fused for decoding", "this FFN is fused for decoding (gate_up)")
 def _(_):
-    model = decoder()
+    model = decoder(num_layers=2)
     extract(model, fuse_projections(init(model)), ElasticSpec((0, 1), (2, 2)))
 
 
@@ -256,7 +256,7 @@ def _(_):
 )
 def _(directory):
     (directory / "corpus.txt").write_text("\n\n".join(f"line {i} of a small corpus" for i in range(200)))
-    model = decoder(vocab_size=4096)
+    model = decoder(num_layers=2, vocab_size=4096)
     data = of(TokenDataset, sources=str(directory / "corpus.txt"), length=LENGTH)
     optimizer = of(adamw, schedule=of(constant, peak=1e-2))
     config = of(
@@ -286,7 +286,7 @@ def _(directory):
 
 @refused("MatFormer", "export of unequal widths without padding", "FFN widths 2, 16 differ between layers")
 def _(directory):
-    model = decoder()
+    model = decoder(num_layers=2)
     small, cut = extract(model, init(model), ElasticSpec((0, 1), (2, 16)))
     huggingface.save(small, {"params": cut}, directory / "export", unequal="refuse")
 

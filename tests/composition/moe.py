@@ -71,8 +71,8 @@ def _(_):
     mat = MatFormer(LanguageModelling(union()), divisors=(4, 1))
     params = init(mat.model)
     cut_model, cut = extract(mat.model, params, parse_widths("1/4", mat))
-    down = cut["layer_1"]["mlp"]["experts"]["down"]["kernel"]
-    np.testing.assert_array_equal(down, params["layer_1"]["mlp"]["experts"]["down"]["kernel"][:, :2])
+    down = cut["layer_0"]["mlp"]["experts"]["down"]["kernel"]
+    np.testing.assert_array_equal(down, params["layer_0"]["mlp"]["experts"]["down"]["kernel"][:, :2])
     np.testing.assert_array_equal(logits(cut_model, cut), logits(mat.model, mat.granularity(params, 0)))
 
 

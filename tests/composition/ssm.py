@@ -43,7 +43,7 @@ def _(_):
 def _(_):
     sparse = MoE(num_experts=4, k=2, hidden_dim=HIDDEN, dispatch="dense")
     attention = Attention(num_heads=2, head_dim=4, num_kv_heads=1, rotary=Rotary())
-    teacher = decoder(blocks=(Block(attention, sparse),))
+    teacher = decoder(blocks=(Block(attention, sparse),), num_layers=2)
     params = louder(init(teacher))
     student = student_model(teacher, "tail", 2)
     made = graft(params, seed_mixers(student, teacher, params, KEY))
