@@ -12,6 +12,8 @@ from research.interop import huggingface
 from research.moe.attention import MixtureOfAttention
 from research.moe.layer import MoE
 from research.moe.momentum import HeavyBall, MomentumBlock
+from research.moe.placement.hecate import FSSDP
+from research.moe.placement.task import ExpertPlacement
 from research.moe.scmoe import self_contrast
 from research.moe.selective_attention import SMHA
 from research.moe.union import UoME
@@ -182,6 +184,31 @@ def _(directory):
     assert huggingface.save(small, {"params": cut}, directory / "export").family == "jetmoe"
     again, variables, _ = huggingface.load(directory / "export")
     close(logits(again, variables["params"]), logits(small, cut))
+
+
+# Experts placed anew in every step.
+
+
+@runs(
+    "Hecate",
+    "JetMoE",
+    "its FFN's experts placed, those of attention not: loss and parameters after a step on 8 devices, two replicas of "
+    "four, equal those of one",
+)
+def _(_):
+    task = LanguageModelling(jetmoe())
+    params = init(task.model)
+    one, rows = train(task, params)
+    placed = ExpertPlacement(task, FSSDP(overlap=2, memory=1))
+    mesh = make_mesh(dict(data=2, expert=4), jax.devices()[:8])
+    spread, spread_rows = train(placed, placed.pack(params), mesh=mesh)
+    close(placed.unpack(spread.params), one.params)
+    close(mean(spread_rows[0]), mean(rows[0]))
+
+
+@refused("Hecate", "Union of Experts", "no layer of the model has an FFN that is a mixture of experts")
+def _(_):
+    ExpertPlacement(LanguageModelling(union()))
 
 
 # Self-contrast: two passes with a cache each.
