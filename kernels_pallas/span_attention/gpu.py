@@ -26,7 +26,7 @@ from kernels_pallas.span_attention.common import (
 from kernels_pallas.tree_attention.common import NEGATIVE, absorb
 
 BLOCK_Q = 128  # queries of a tile of the forward pass
-BLOCK = 64  # the other sides; float32 tiles, which no tensor core multiplies, have half of these
+BLOCK = 64  # the other sides
 _LEAST = 16  # a tensor core's smallest side
 
 
@@ -164,9 +164,16 @@ def _key_kernel(*refs, group: int, block_q: int, block_k: int, scale: float, sof
 
 
 def _side(query: jax.Array, greatest: int) -> int:
-    """A power of two that is not much longer than the sequence."""
-    greatest = greatest // 2 if query.dtype == jnp.float32 else greatest
+    """A power of two that is not much longer than the sequence, half as long where numbers or rows are long."""
+    halvings = (query.dtype == jnp.float32) + (query.shape[3] * query.dtype.itemsize > 256)
+    greatest = max(_LEAST, greatest >> halvings)
     return min(greatest, max(_LEAST, 1 << (query.shape[2] - 1).bit_length()))
+
+
+def _parameters(query: jax.Array, stages: int) -> plgpu.CompilerParams:
+    """With fewer threads, larger tiles do not fit into registers."""
+    small = query.dtype != jnp.float32 and query.shape[3] <= 64
+    return plgpu.CompilerParams(num_warps=4 if small else 8, num_stages=stages)
 
 
 def _padded(sides: tuple[int, int], *arrays: jax.Array) -> list[jax.Array]:
@@ -212,7 +219,7 @@ def forward(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4 if dim <= 64 else 8, num_stages=3),
+        compiler_params=_parameters(query, 3),
         interpret=interpret,
         name="span_attention",
     )(_order(window, sink, length), window, sink, query, key, value, *_segments(segments, size))
@@ -243,7 +250,7 @@ def backward(
     size = query.shape[2]
     options = dict(group=heads // kv_heads, block_q=side, block_k=side, scale=scale, softcap=softcap)
     operands = (window, sink, query, key, value, gradient, lse, delta, *_segments(segments, size))
-    parameters = plgpu.CompilerParams(num_warps=4, num_stages=2)
+    parameters = _parameters(query, 2)
     query_gradient = pl.pallas_call(
         functools.partial(_query_kernel, **options),
         grid=(size // side, batch * heads),
