@@ -254,10 +254,10 @@ def figure(results: Results, path: Path) -> None:
         xlabel="tokens of context and queries (64 and 128 profiled)",
         ylabel="share of values recalled",
         xticks=LENGTHS,
-        ylim=(0, 1.05),
+        ylim=(-0.2, 1.05),
         title="recall; the line marks an effective context",
     )
-    recall_panel.legend(fontsize=8, loc=(0.68, 0.58))
+    recall_panel.legend(fontsize=8, loc="lower center", ncols=3)
 
     steps = ("uniform 25 %", "layer-wise 25 %", "head-wise 25 %", "MoA 25 %", "dense")
     names = ("uniform", "layer-wise\nfixed", "head-wise\nfixed", "head-wise\nelastic", "dense")
