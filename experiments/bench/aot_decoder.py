@@ -108,7 +108,7 @@ def programs(implementation: str) -> Iterator[tuple[str, Callable[..., Any], tup
         return jnp.argmax(logits, axis=-1), cache
 
     yield (
-        f"decode: a token for {SEQUENCES} sequences, {SLOTS} slots, bfloat16",
+        f"decode: a token for {SEQUENCES} sequences, {SLOTS} slots, bfloat16 and 4 bits",
         decode,
         (served, cache, tokens),
     )
