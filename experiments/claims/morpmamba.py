@@ -151,7 +151,7 @@ def figure(results: Results, path: Path) -> None:
             panels[0].plot(place + offset, np.mean(values), "_", color=colour, ms=16, mew=2.5, label=label)
     panels[0].set_xticks(places, names, rotation=30, ha="right")
     panels[0].set(ylabel="overall accuracy, %", title="generated scenes; a dot a scene, a bar their mean")
-    panels[0].legend(fontsize="small")
+    panels[0].legend(fontsize="small", loc="lower left")
     panels[0].grid(axis="y", alpha=0.3)
     for i, name in enumerate(names):
         values = results[name]["OA, blocks"]
@@ -163,6 +163,8 @@ def figure(results: Results, path: Path) -> None:
         ylabel="overall accuracy, %",
         title="blocks split, against cost",
     )
+    panels[1].set_xticks([0.1, 0.2, 0.5, 1.0, 2.0], ["0.1", "0.2", "0.5", "1", "2"])
+    panels[1].set_xticks([], minor=True)
     panels[1].legend(fontsize="x-small")
     panels[1].grid(alpha=0.3)
     drawing.savefig(path, dpi=110)
