@@ -12,6 +12,7 @@ MIXER = PreviousToken(width=2)
 PARAMS = {"params": {"output": {"kernel": jnp.eye(2)}}}  # y is the previous x
 
 
+@jax.jit
 def apply(x, context, cache=None):
     return MIXER.apply(PARAMS, jnp.asarray(x, jnp.float32), context, cache)
 

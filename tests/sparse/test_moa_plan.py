@@ -70,30 +70,22 @@ def test_rings_give_what_masks_give(params):
     assert sum(heads * slots for heads, slots in shapes) == plan.spans(LENGTH).sum() + 6 * 2
 
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, LENGTH)), jnp.int32)
-    whole = jax.jit(lambda t: model.apply(variables, t))(tokens)
-    lengths = jnp.asarray([9, 4])
-    logits, _, fresh = jax.jit(lambda t, n: model.apply(variables, t, n, method="prefill"))(
-        tokens[:, :9], lengths
-    )
-    cache = cache.commit(fresh, None, lengths)
+    prefill = jax.jit(lambda t, n: model.apply(variables, t, n, method="prefill"))
+    _, whole, fresh = prefill(tokens, jnp.asarray([LENGTH, LENGTH]))
+    cache = cache.commit(jax.tree.map(lambda rows: rows[:, :, :9], fresh), None, jnp.asarray([9, 4]))
 
     @jax.jit
     def extend(cache, count):
         rows = cache.length[:, None] + jnp.arange(2)
         given = jnp.take_along_axis(tokens, jnp.minimum(rows, LENGTH - 1), axis=1)
-        logits, _, fresh = model.apply(variables, given, cache, method="extend")
-        return logits, cache.commit(fresh, None, count)
+        _, hidden, fresh = model.apply(variables, given, cache, method="extend")
+        expected = jnp.take_along_axis(whole, jnp.minimum(rows, LENGTH - 1)[..., None], axis=1)
+        return jnp.where((rows < LENGTH)[..., None], hidden - expected, 0), cache.commit(fresh, None, count)
 
-    def expected(length):
-        return whole[jnp.arange(2)[:, None], jnp.minimum(length[:, None] + jnp.arange(2), LENGTH - 1)]
-
-    # Sums of at most 24 terms of order 1, three layers; logits are of order 10.
-    np.testing.assert_allclose(logits, whole[jnp.arange(2), lengths - 1], atol=2e-4)
     for step in range(13):
-        before = cache.length
-        found, cache = extend(cache, jnp.asarray([1 + step % 2, 2 - step % 2]))
-        inside = (before[:, None] + jnp.arange(2) < LENGTH)[..., None]
-        np.testing.assert_allclose(found * inside, expected(before) * inside, atol=2e-4)
+        difference, cache = extend(cache, jnp.asarray([1 + step % 2, 2 - step % 2]))
+        # Hidden states of order 1 behind three layers of sums of at most 24 terms.
+        np.testing.assert_allclose(difference, 0, atol=2e-5)
         if step % 3 == 2:
             cache = cache.rollback(cache.length - jnp.asarray([1, 2]))
     assert cache.length.tolist() == [24, 16]
@@ -176,7 +168,7 @@ def test_calibration_and_planning(params):
 
     planner = Planner(
         calibration=(DATA,),
-        validation=dataclasses.replace(DATA, length=20),
+        validation=dataclasses.replace(DATA, seed=1),  # of the same length, for which programs are there
         constrained=(LENGTH,),
         density=0.6,
         lower=0.5,
@@ -188,9 +180,9 @@ def test_calibration_and_planning(params):
     lines = []
     profiles = planner.profiles(MODEL, params, lines.append)
     front = planner.search(MODEL, params, profiles, lines.append)
-    assert [p.influence.shape for p in profiles] == [(2, 3, 8, 8), (2, 3, 10, 10)]
+    assert [p.influence.shape for p in profiles] == [(2, 3, 8, 8)] * 2
     assert all(np.triu(p.influence, 1).max() == 0 < p.influence.min(axis=(0, 1)).trace() for p in profiles)
-    assert front.plan.lengths == (16, 20, 24) and front.validation.argmin() == front.chosen
+    assert front.plan.lengths == (16, 24) and front.validation.argmin() == front.chosen
     for length in (16, 24):
         assert 0.3 <= front.plan.spans(length).mean() / length <= 0.6
     assert all(len(set(layer)) <= 2 for layer in front.plan.rules)
