@@ -157,7 +157,12 @@ class Planner:
         )
         chosen = [tuple(rules[r] for r in layer) for layer in front[best].reshape(layers, kv_heads)]
         plan = Plan(
-            tuple(chosen), self.grid, Shape.of(model), fingerprint(params), tuple(sorted({*every})), self.density
+            tuple(chosen),
+            self.grid,
+            Shape.of(model),
+            fingerprint(params),
+            tuple(sorted({*every})),
+            self.density,
         )
         return Front(np.stack([program.losses(chosen) for chosen in front]), at_unseen, best, plan)
 
