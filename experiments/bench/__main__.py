@@ -34,12 +34,13 @@ from experiments import cli
 from experiments.bench.shapes import find_shape
 from research.errors import UserError, nearest
 
-PARTS = ("peak", "train", "decode", "assisted", "moe", "ssm", "startup", "costs", "drafters")
+PARTS = ("peak", "kernels", "train", "decode", "assisted", "moe", "ssm", "startup", "costs", "drafters")
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
-    __doc__, arguments="peak | train | decode | assisted | moe | ssm | startup | costs | drafters | all ..."
+    __doc__,
+    arguments="peak | kernels | train | decode | assisted | moe | ssm | startup | costs | drafters | all ...",
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)

@@ -45,6 +45,8 @@ def test_a_row_and_a_failure_on_the_page():
     roof = Accelerator("here", 1e9, 1e9, 1e9)
     row = kernels._row(kernel, kernel.small, "reference", roof, rounds=1)
     assert row.error is None and row.fraction == pytest.approx(row.roofline / row.seconds[0])
+    # 1.3 MFLOP and 2.1 MB take a CPU more than 10 us: no call was left out.
+    assert row.seconds[0] > 1e-5
     failed = kernels._row(kernel, kernel.small, "tpu", roof, rounds=1)
     assert failed.error and failed.fraction is None
     text = kernels.page(kernels.Report("cpu", roof, [row, failed]), {"load": 0.5}, {"jax": "1"})
