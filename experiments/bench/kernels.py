@@ -148,8 +148,8 @@ def page(report: Report, machine: dict[str, Any], versions: dict[str, str]) -> s
             "**No kernel ran here**: a CPU has none. These are the plain references at small sizes, float32, against",
             f"this machine's measured {roof.float32 / 1e9:.0f} GFLOP/s and {roof.bandwidth / 1e9:.1f} GB/s. They say",
             "what a CPU's user gets, nothing about the kernels, whose third tier of verification, a device, is open.",
-            "Operands this small stay in the processor's cache, so a call can be faster than memory; with other programs",
-            "running (see the load), times are no better than a hint.",
+            "Operands this small stay in the processor's cache, so a call can be faster than memory; with other",
+            "programs running (see the load), times are no better than a hint.",
         ]
     elif roof is not None:
         lines += [
