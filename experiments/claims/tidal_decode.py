@@ -229,7 +229,8 @@ def nats(model: LayerStack, params: Any, seed: int) -> float:
 def judge(results: Results) -> tuple[str, str]:
     """Four parts: the logits are the dense ones where k covers everything; the longest step takes at most 0.6 of the
     dense one; sparse layers recall, at every k, within 0.05 of the best tokens of every layer and 0.2 more than the
-    newest ones; text loses, at the larger k, less than the newest tokens do. Yes if all hold, no if fewer than two."""
+    newest ones; text loses, at the larger k, at most 0.02 nats more than with the best tokens of every layer. Yes if
+    all hold, no if fewer than two."""
 
     def curve(arm: str, name: str) -> np.ndarray:
         return np.mean(results[arm][name], axis=0)
@@ -246,7 +247,7 @@ def judge(results: Results) -> tuple[str, str]:
             np.all(recall["tidal"] >= recall["every layer"] - 0.05)
             and np.all(recall["tidal"] >= recall["newest"] + 0.2)
         ),
-        "text": bool(loss["tidal"][-1] < loss["newest"][-1]),
+        "text": bool(loss["tidal"][-1] <= loss["every layer"][-1] + 0.02),
     }
     verdict = "yes" if all(parts.values()) else "partly" if sum(parts.values()) >= 2 else "no"
 
@@ -293,9 +294,13 @@ def figure(results: Results, path: Path) -> None:
     panels[0].set_xticks(CONTEXTS, [f"{n // 1024}k" for n in CONTEXTS])
     panels[0].minorticks_off()
     panels[0].legend()
-    for kind, color in colors.items():
-        style = "--" if kind == "dense" else "o-"
-        panels[1].plot(RECALL_K, curve(kind, "recall of sparse layers"), style, color=color, label=kind)
+    for i, (kind, color) in enumerate(colors.items()):
+        # Several may lie on each other: wide lines below narrow ones.
+        width = 9 - 1.7 * i
+        panels[1].plot(
+            RECALL_K, curve(kind, "recall of sparse layers"), color=color, linewidth=width, label=kind
+        )
+    panels[1].legend(loc="center right")
     panels[1].set(xlabel="k", ylabel="right answers", title="recall by sparse layers alone", xticks=RECALL_K)
     for i, kind in enumerate(KINDS):
         lost = curve(kind, "text") - curve("dense", "text")
@@ -307,6 +312,7 @@ def figure(results: Results, path: Path) -> None:
     distance = curve("tidal", "overlap by distance, text")
     panels[3].plot(range(1, len(distance) + 1), distance, "o-", label=f"base model, best {OVERLAP_K}")
     panels[3].axhline(OVERLAP_K / TEXT_LENGTH, color="grey", linestyle=":", label="chance")
+    panels[2].legend()
     panels[3].set(xlabel="layers apart", ylabel="share in common", title="overlap", ylim=(0, 1))
     panels[3].legend()
     drawing.savefig(path, dpi=110)
