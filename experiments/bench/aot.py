@@ -63,7 +63,9 @@ def main(arguments: list[str]) -> None:
     from kernels_pallas.catalogue import kernels
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for absent devices can't be loaded
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what was compiled for absent devices can't be loaded
     known = (*(kernel.name for kernel in kernels()), DECODER)
     _check(arguments, known, "no kernel")
     _check(TARGETS.value, tuple(TOPOLOGIES), "--targets: no target")
