@@ -75,3 +75,12 @@ def test_moe(kernel, tmp_path):
     losses = re.findall(r"held-out loss (\d\.\d+)", text)
     assert len(losses) == 2 and all(float(loss) < 5 for loss in losses)  # 8.3 before the first step
     assert len(re.findall(r"layer \d: distance from the average routing: digits \d+%", text)) == 3
+
+
+def test_attention_maps(kernel, tmp_path):
+    text, figures = executed("04_attention_maps.ipynb", tmp_path)
+    assert figures == 4
+    assert re.search(r"kept: 4\d%|kept: 50%", text)  # at most half, at least nine tenths of that
+    dense, spread = re.search(r"cache: ([\d,]+) bytes dense, ([\d,]+) with", text).groups()
+    assert int(spread.replace(",", "")) < 0.6 * int(dense.replace(",", ""))
+    assert re.search(r"the first 24 of 24 tokens are the dense model's\n$", text)
