@@ -15,7 +15,7 @@ demo: .venv/stamp-run
 	.venv/bin/python -m experiments.demo --workdir=runs/demo
 
 test: .venv/stamp-test
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 15
 
 lint: .venv/stamp-lint
 	.venv/bin/ruff check .
