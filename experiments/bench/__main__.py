@@ -5,7 +5,9 @@
     python -m experiments.bench decode                    decoding against `generate` of transformers
     python -m experiments.bench assisted                  speculation against assisted generation of transformers
     python -m experiments.bench moe                       a mixture of experts against a dense FFN and transformers
-    python -m experiments.bench ssm                       Mamba-2 against attention by context, and transformers
+    python -m experiments.bench context                   a decoding step by context: attention, TidalDecode, spans,
+                                                          Mamba-2, and Llama of transformers
+    python -m experiments.bench ssm                       Mamba-2 against that of transformers
     python -m experiments.bench startup                   start of a process to its first training step
     python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
                                                           drafters on one target; a config is trained first
@@ -34,13 +36,25 @@ from experiments import cli
 from experiments.bench.shapes import find_shape
 from research.errors import UserError, nearest
 
-PARTS = ("peak", "kernels", "train", "decode", "assisted", "moe", "ssm", "startup", "costs", "drafters")
+PARTS = (
+    "peak",
+    "kernels",
+    "train",
+    "decode",
+    "assisted",
+    "moe",
+    "context",
+    "ssm",
+    "startup",
+    "costs",
+    "drafters",
+)
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
     __doc__,
-    arguments="peak | kernels | train | decode | assisted | moe | ssm | startup | costs | drafters | all ...",
+    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | startup | costs | drafters | all ...",
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
@@ -133,6 +147,10 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import moe
 
         return [row.as_dict() for row in moe.run(rounds=ROUNDS.value)]
+    if part == "context":
+        from experiments.bench import context
+
+        return [row.as_dict() for row in context.run(rounds=ROUNDS.value)]
     if part == "ssm":
         from experiments.bench import ssm
 

@@ -14,7 +14,6 @@ the dense FFN has twice an expert's units. Contenders take turns in one process.
 import dataclasses
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.contender import PAUSE
+from experiments.bench.turns import take_turns
 from research.errors import UserError
 from research.moe.dispatch import make_dispatch
 from research.moe.layer import MoE
@@ -108,7 +107,9 @@ def _training(width: int, hidden: int, tokens: int, rounds: int, report: Callabl
         calls[name] = (_gradient(lambda p, x, layer=layer: layer.apply(p, x, context)), params)
         router = {"kernel": params["params"]["router"]["kernel"]}
         calls[f"{name}, dispatch alone"] = (_gradient(_without_experts(dispatch, factor)), router)
-    seconds = _turns({name: _compiled(call, params, x) for name, (call, params) in calls.items()}, rounds)
+    seconds = take_turns(
+        {name: _compiled(call, params, x) for name, (call, params) in calls.items()}, rounds, REPEATS
+    )
     rows = []
     for name, times in seconds.items():
         alone = name.endswith("alone")
@@ -149,7 +150,7 @@ def _inference(
         for name, y in outputs.items():
             if not np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max():
                 raise RuntimeError(f"transformers ({name}) computes something else than this layer")
-        seconds = _turns({"ours": ours, **peers}, rounds)
+        seconds = take_turns({"ours": ours, **peers}, rounds, REPEATS)
         best = min(peers, key=lambda name: statistics.median(seconds[name]))
         rows.append(Row("inference", width, hidden, f"{tokens} tokens", seconds["ours"], seconds[best]))
         report(f"{width}x{hidden} inference, {tokens} tokens: {rows[-1].line(f'transformers ({best})')}")
@@ -202,7 +203,7 @@ def _decoding(
         layer = MoE(count, K, hidden)
         params = {"params": layer.init(jax.random.key(1), x, context)["params"]}
         calls[count] = _compiled(lambda p, x, layer=layer: layer.apply(p, x, context), params, x)
-    seconds = _turns(calls, rounds)
+    seconds = take_turns(calls, rounds, REPEATS)
     rows = []
     for count in counts:
         rows.append(Row("decoding", width, hidden, f"{count} experts", seconds[count], seconds[counts[0]]))
@@ -217,18 +218,3 @@ def _context(tokens: int) -> Context:
 def _compiled(call: Callable[[Any, jax.Array], Any], params: Any, x: jax.Array) -> Callable[[], None]:
     program = jax.jit(call).lower(params, x).compile()
     return lambda: jax.block_until_ready(program(params, x))
-
-
-def _turns(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, tuple[float, ...]]:
-    """Seconds a call of each, for every round; in a round each is called for at least `REPEATS` seconds."""
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):  # the first is not counted
-        for name, call in calls.items():
-            time.sleep(PAUSE)
-            start, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - start < REPEATS:
-                call()
-                count += 1
-            if number:
-                seconds[name].append((time.perf_counter() - start) / count)
-    return {name: tuple(times) for name, times in seconds.items()}

@@ -88,7 +88,19 @@ def test_writes_the_numbers(monkeypatch, tmp_path, capsys):
 
 
 def test_everything_is_what_is_measured_by_default():
-    every = {"peak", "train", "decode", "startup", "assisted", "moe", "costs", "drafters"}
+    every = {
+        "peak",
+        "kernels",
+        "train",
+        "decode",
+        "startup",
+        "assisted",
+        "moe",
+        "context",
+        "ssm",
+        "costs",
+        "drafters",
+    }
     assert program.select([]) == program.select(["all", "peak"]) == every
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from experiments.bench import moe
+from experiments.bench import moe, turns
 
 
 def test_measures_every_part_and_agrees_with_transformers(monkeypatch):
     pytest.importorskip("transformers", reason="the benchmark's peer needs the extra `parity`")
-    monkeypatch.setattr(moe, "PAUSE", 0.0)
+    monkeypatch.setattr(turns, "PAUSE", 0.0)
     monkeypatch.setattr(moe, "REPEATS", 0.0)
     lines = []
     # The run itself refuses outputs that differ from those of any implementation in transformers.

@@ -1,0 +1,56 @@
+"""Contenders in turns, and the row that compares two of them."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments.bench.contender import PAUSE
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Seconds of both sides, one of each for every round.
+
+    `ratio` compares medians and `best_ratio` the best rounds, baseline over ours: above 1 ours is faster.
+    """
+
+    kind: str
+    length: int
+    seconds: tuple[float, ...]
+    baseline: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.baseline) / statistics.median(self.seconds)
+
+    @property
+    def best_ratio(self) -> float:
+        return min(self.baseline) / min(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ratio": self.ratio, "best_ratio": self.best_ratio}
+
+    def line(self, other: str) -> str:
+        ours, theirs = (1e3 * statistics.median(x) for x in (self.seconds, self.baseline))
+        ratios = f"{self.ratio:.2f}x (best turns {self.best_ratio:.2f}x)"
+        return f"{self.kind} {self.length:>6}: {ours:9.2f} ms, {other} {theirs:9.2f} ms: {ratios}"
+
+
+def take_turns(
+    calls: dict[Any, Callable[[], Any]], rounds: int, at_least: float = 0.0
+) -> dict[Any, tuple[float, ...]]:
+    """Seconds a call of each, for every round, the first of which is not counted; in a round each is called for
+    `at_least` seconds, once if that is 0."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            time.sleep(PAUSE)
+            start, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - start < at_least:
+                call()
+                count += 1
+            if number:
+                seconds[name].append((time.perf_counter() - start) / count)
+    return {name: tuple(times) for name, times in seconds.items()}
