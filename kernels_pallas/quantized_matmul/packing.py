@@ -17,6 +17,40 @@ from kernels_pallas.common import Unsupported, pad_axis
 TILE = 1024  # rows of a tile, where there are as many
 
 
+def pack_codes(codes: jax.Array, bits: int, tile: int) -> jax.Array:
+    """Codes [..., K, N] of 0 .. 2**bits - 1 -> uint8[..., K * bits / 8, N]; K a multiple of tile, tile of 8 / bits.
+
+    Codes of 3 bits lie as 2 bits and then 1: a tile's planes of the low two bits, and behind them those of the third.
+    """
+    if bits == 3:
+        parts = [(codes & 3, 2), (codes >> 2, 1)]
+        packed = [_by_tile(pack_codes(part, width, tile), tile * width // 8) for part, width in parts]
+        return jnp.concatenate(packed, axis=-2).reshape(*codes.shape[:-2], -1, codes.shape[-1])
+    planes = codes.astype(jnp.uint8).reshape(
+        *codes.shape[:-2], -1, 8 // bits, tile * bits // 8, codes.shape[-1]
+    )
+    shifts = (bits * jnp.arange(8 // bits, dtype=jnp.uint8))[:, None, None]
+    packed = jnp.sum(planes << shifts, axis=-3, dtype=jnp.uint8)
+    return packed.reshape(*codes.shape[:-2], -1, codes.shape[-1])
+
+
+def unpack_codes(packed: jax.Array, bits: int, tile: int) -> jax.Array:
+    """The inverse of `pack_codes`: uint8[..., K, N]."""
+    lead, columns = packed.shape[:-2], packed.shape[-1]
+    if bits == 3:
+        tiles = _by_tile(packed, tile * 3 // 8)
+        low, high = tiles[..., : tile // 4, :], tiles[..., tile // 4 :, :]
+        parts = [unpack_codes(part.reshape(*lead, -1, columns), b, tile) for part, b in ((low, 2), (high, 1))]
+        return parts[0] | parts[1] << 2
+    shifts = (bits * jnp.arange(8 // bits, dtype=jnp.uint8))[:, None, None]
+    planes = _by_tile(packed, tile * bits // 8)[..., None, :, :] >> shifts
+    return (planes & (2**bits - 1)).reshape(*lead, -1, columns)
+
+
+def _by_tile(packed: jax.Array, rows: int) -> jax.Array:
+    return packed.reshape(*packed.shape[:-2], -1, rows, packed.shape[-1])
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -74,19 +108,14 @@ def pack(
     if tile < 1 or tile % unit:
         raise Unsupported(f"tile={tile}: {bits} bits in groups of {group} need a multiple of {unit}")
     padded = -(-rows // tile) * tile
-    planes = pad_axis(codes.astype(jnp.uint8), 0, padded).reshape(-1, 8 // bits, tile * bits // 8, columns)
-    shifts = (bits * jnp.arange(8 // bits, dtype=jnp.uint8))[:, None, None]
-    packed = jnp.sum(planes << shifts, axis=1, dtype=jnp.uint8).reshape(-1, columns)
+    packed = pack_codes(pad_axis(codes, 0, padded), bits, tile)
     scale, zero = (pad_axis(array, 0, padded // group) for array in (scale, zero))
     return Packed(packed, scale, zero, bits, group, tile, rows)
 
 
 def unpack(weights: Packed) -> jax.Array:
     """The codes, uint8[K, N]."""
-    columns = weights.shape[1]
-    shifts = (weights.bits * jnp.arange(weights.planes, dtype=jnp.uint8))[:, None, None]
-    tiles = weights.codes.reshape(-1, 1, weights.plane, columns) >> shifts
-    return (tiles & (2**weights.bits - 1)).reshape(-1, columns)[: weights.rows]
+    return unpack_codes(weights.codes, weights.bits, weights.tile)[: weights.rows]
 
 
 def dequantize(weights: Packed) -> jax.Array:

@@ -6,18 +6,21 @@ from typing import Any
 
 import jax
 
+from research.nn.weights import Weight, stored_bits
+
 PyTree = Any
 
 
 def count_parameters(params: PyTree) -> int:
-    """Number of array elements in a parameter tree (arrays or shapes)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """Numbers stored in a parameter tree (arrays or shapes): array elements, a packed code being one."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_weight))
 
 
 def count_active_parameters(model: Any, params: PyTree) -> int:
     """Elements that a token meets, see `active_share`; for a model that is no stack of blocks, all of them."""
     share = active_share(model)
-    return round(sum(leaf.size * share(_name(path)) for path, leaf in jax.tree.leaves_with_path(params)))
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_weight)
+    return round(sum(leaf.size * share(_name(path)) for path, leaf in leaves))
 
 
 def active_share(model: Any) -> Callable[[str], float]:
@@ -29,6 +32,10 @@ def active_share(model: Any) -> Callable[[str], float]:
         return next((part for pattern, part in shares if pattern.search(path)), 1.0)
 
     return share
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -52,8 +59,8 @@ def _expert_shares(model: Any, prefix: str = "^") -> list[tuple[re.Pattern[str],
 
 
 def count_bytes(params: PyTree) -> int:
-    """Bytes that the arrays of a tree take in memory."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    """Bytes that the arrays of a tree take in memory, structured weights by their `stored_bits`."""
+    return stored_bits(params) // 8
 
 
 def count_flops(function: Callable[..., Any], *args: PyTree) -> float:

@@ -5,11 +5,16 @@ Every projection of every model multiplies through `dot(x, kernel)`. The kernel 
 in the parameter tree by such values and the models never know.
 """
 
-from typing import Protocol, runtime_checkable
+import math
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+Spec = tuple[
+    Any, ...
+]  # what the last dimensions of an array are divided by, see research.training.partitioning
 
 
 @runtime_checkable
@@ -36,6 +41,17 @@ class Weight(Protocol):
         Stacked kernels [layers, in, out] are cut alike.
         """
 
+    @property
+    def size(self) -> int:
+        """Numbers that are stored, a packed code being one."""
+
+    def stored_bits(self) -> int:
+        """Bits of everything that is stored: what the leaves take in memory, counted from what they mean."""
+
+    def leaf_specs(self, spec: Spec) -> list[Spec]:
+        """How the leaves are divided, in their order, where the kernel is divided by `spec` (not empty, of its last
+        dimensions)."""
+
 
 Kernel = jax.Array | Weight
 
@@ -61,6 +77,17 @@ def narrow(kernel: Kernel, inputs: int | None = None, outputs: int | None = None
     return kernel[..., :inputs, :outputs]
 
 
+def array_bits(array: jax.Array) -> int:
+    """Bits that an array (or its shape) takes."""
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize * 8
+
+
+def stored_bits(tree: Any) -> int:
+    """Bits of all arrays and structured weights of a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Weight))
+    return sum(leaf.stored_bits() if isinstance(leaf, Weight) else array_bits(leaf) for leaf in leaves)
+
+
 class LowRank(struct.PyTreeNode):
     """The product of two thin matrices: down [in, rank] times up [rank, out]."""
 
@@ -84,6 +111,19 @@ class LowRank(struct.PyTreeNode):
     def narrow(self, inputs: int | None, outputs: int | None) -> "LowRank":
         return LowRank(self.down[..., :inputs, :], self.up[..., :outputs])
 
+    @property
+    def size(self) -> int:
+        return self.down.size + self.up.size
+
+    def stored_bits(self) -> int:
+        return array_bits(self.down) + array_bits(self.up)
+
+    def leaf_specs(self, spec: Spec) -> list[Spec]:
+        # The rank is divided by nothing.
+        lead, outputs = spec[:-2], spec[-1]
+        inputs = spec[-2] if len(spec) > 1 else None
+        return [(*lead, inputs, None), (*lead, None, outputs)]
+
 
 class Sum(struct.PyTreeNode):
     """The sum of several kernels of one shape, such as a base plus a low-rank correction."""
@@ -106,3 +146,14 @@ class Sum(struct.PyTreeNode):
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "Sum":
         return Sum(tuple(narrow(term, inputs, outputs) for term in self.terms))
+
+    @property
+    def size(self) -> int:
+        return sum(term.size for term in self.terms)
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.terms)
+
+    def leaf_specs(self, spec: Spec) -> list[Spec]:
+        nested = (term.leaf_specs(spec) if isinstance(term, Weight) else [spec] for term in self.terms)
+        return [leaf for specs in nested for leaf in specs]
