@@ -1,0 +1,269 @@
+"""Rounding with the error fed back, weighted low-rank fits and budgets, against NumPy, by hand and by search."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.compression.allocation import allocate
+from research.compression.lowrank import alternate, low_rank, root
+from research.compression.rounding import (
+    Affine,
+    CodeBook,
+    Ternary,
+    Uniform,
+    feed_back,
+    fit,
+    normal_float,
+    round_to_nearest,
+)
+from research.errors import UserError
+
+
+def example(inputs=12, outputs=5, seed=0):
+    """w [in, out] and the Gram matrix of correlated inputs."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(4 * inputs, inputs)) @ rng.normal(size=(inputs, inputs))
+    return rng.normal(size=(inputs, outputs)), x.T @ x
+
+
+def plain_gptq(w, gram, bits, group, damp, order=False, refit=False):
+    """Error feedback as the paper states it: H^-1 as such, one row at a time. -> codes, values."""
+    w, inputs, top = w.copy(), len(w), 2**bits - 1
+    places = np.argsort(-np.diag(gram), kind="stable") if order else np.arange(inputs)
+    hessian = (gram + damp * np.diag(gram).mean() * np.eye(inputs))[np.ix_(places, places)]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+
+    def parameters(rows):
+        low, high = np.minimum(rows.min(0), 0), np.maximum(rows.max(0), 0)
+        scale = ((high - low) / top).astype(np.float32).astype(np.float64)  # as it is stored
+        return scale, np.clip(np.round(-low / scale), 0, top)
+
+    fitted = {g: parameters(w[g * group : (g + 1) * group]) for g in range(-(-inputs // group))}
+    codes, values = np.zeros(w.shape), np.zeros(w.shape)
+    for j, place in enumerate(places):
+        if refit and place % group == 0:
+            fitted[place // group] = parameters(w[place : place + group])
+        scale, zero = fitted[place // group]
+        codes[place] = np.clip(np.round(w[place] / scale + zero), 0, top)
+        values[place] = scale * (codes[place] - zero)
+        error = (w[place] - values[place]) / upper[j, j]
+        w[places[j:]] -= np.outer(upper[j, j:], error)
+    return codes, values
+
+
+def quadratic(w, values, gram):
+    """(w - q)^T H (w - q) of each output."""
+    rest = np.asarray(w, np.float64) - np.asarray(values, np.float64)
+    return np.einsum("io,ij,jo->o", rest, np.asarray(gram, np.float64), rest)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(group=3, refit=True), dict(group=5, order=True)], ids=["refit", "order"]
+)
+def test_feeding_back_is_the_algorithm_of_the_paper(options):
+    """Over two experts at once, 12 inputs in blocks of 4 (refit: 3, the groups): the last group of 5 has 2 inputs."""
+    grid, pairs = Uniform(3), [example(seed=seed) for seed in (0, 1)]
+    w, gram = (np.stack(each) for each in zip(*pairs, strict=True))
+    with jax.enable_x64(True):
+        found = feed_back(jnp.asarray(w), jnp.asarray(gram), grid, damp=0.02, block=4, **options)
+        values = np.asarray(found.values(grid))
+    assert not found.nearest.any()
+    for i in range(2):
+        codes, expected = plain_gptq(w[i], gram[i], 3, damp=0.02, **options)
+        np.testing.assert_array_equal(found.codes[i], codes)
+        np.testing.assert_allclose(values[i], expected, rtol=0, atol=1e-12)
+        # What is fed back is the quadratic error itself: sum_j e_j^2 = (w - q)^T H (w - q).
+        damp = gram[i] + 0.02 * np.diag(gram[i]).mean() * np.eye(12)
+        np.testing.assert_allclose(found.error[i], quadratic(w[i], values[i], damp), rtol=1e-9)
+
+
+def test_two_inputs_by_hand():
+    """w = (0.4, 0.4), values 0, 1, ..., H = [[2, 1], [1, 2]]: q_1 = 0. Minimised over w_2, the error (0.4, d) has
+    2 d + 0.4 = 0, so d = -0.2 and w_2 becomes 0.6, which is rounded to 1. Error (0.4, -0.6): 2 (0.16 + 0.36) - 2 0.24
+    = 0.56, and 2 (0.16 + 0.16) + 2 0.16 = 0.96 if both are rounded to 0."""
+    w, gram = jnp.full((2, 1), 0.4), jnp.asarray([[2.0, 1.0], [1.0, 2.0]])
+    unit, grid = Affine(jnp.ones((1, 1)), jnp.zeros((1, 1))), Uniform(2)
+    found = feed_back(w, gram, grid, fitted=unit, damp=0.0)
+    assert found.codes.tolist() == [[0], [1]]
+    assert found.error.tolist() == pytest.approx([0.56], rel=1e-6)
+    nearest = round_to_nearest(w, grid, fitted=unit)
+    assert nearest.codes.tolist() == [[0], [0]]
+    assert quadratic(w, nearest.values(grid), gram).tolist() == pytest.approx([0.96], rel=1e-6)
+    # Inputs that do not meet, or never came: nothing to feed back. [[1, 1], [1, 1]] has no factor without damping.
+    for same in (jnp.diag(jnp.asarray([3.0, 0.5])), jnp.zeros((2, 2)), jnp.ones((2, 2))):
+        found = feed_back(w, same, grid, fitted=unit, damp=0.0)
+        assert found.codes.tolist() == [[0], [0]]
+        assert found.nearest == bool((same == 1).all())
+
+
+@pytest.mark.parametrize("grid", [Uniform(4, symmetric=True, store="bfloat16"), normal_float(3), Ternary()])
+def test_a_diagonal_gram_rounds_every_grid_to_nearest(grid):
+    w, gram = (jnp.asarray(each, jnp.float32) for each in example())
+    nearest = round_to_nearest(w, grid)
+    found = feed_back(w, jnp.diag(jnp.arange(1.0, 13.0)), grid)
+    np.testing.assert_array_equal(found.codes, nearest.codes)
+    values, correlated = (np.asarray(r.values(grid)) for r in (nearest, feed_back(w, gram, grid)))
+    assert quadratic(w, correlated, gram).sum() < quadratic(w, values, gram).sum()
+    # No value of the grid is nearer than the one chosen.
+    if isinstance(grid, Ternary):
+        low, high = nearest.fitted.low, nearest.fitted.high
+        every = np.stack([low, 0 * low, high])
+    else:
+        scale = nearest.fitted.scale
+        every = (np.arange(-7, 8) if isinstance(grid, Uniform) else np.array(grid.values))[
+            :, None, None
+        ] * scale
+    distance = np.abs(np.asarray(w) - every).min(0)
+    np.testing.assert_allclose(np.abs(np.asarray(w) - values), distance, rtol=1e-5, atol=1e-6)
+    if isinstance(grid, Uniform):  # 8 bits of scale: the lower 16 of float32 are 0
+        assert not (np.asarray(scale).view(np.uint32) & 0xFFFF).any()
+
+
+def test_grids_and_their_errors():
+    # Range -0.5 ... 1 in steps of 0.5 with zero = 1; a group of zeros has scale 1.
+    fitted = fit(jnp.asarray([[-0.5, 0.0], [1.0, 0.0]]), Uniform(2))
+    assert (fitted.scale.tolist(), fitted.zero.tolist()) == ([[0.5, 1.0]], [[1.0, 0.0]])
+    # The values that the paper of NormalFloat's two-bit case gives.
+    assert normal_float(2).values == pytest.approx((-1.0, 0.0, 0.3379, 1.0), abs=1e-4)
+    # Row 0 -> the ends -1 and 3; 1.5 is not beyond half of 3, -0.5 not beyond half of -1.
+    ternary = round_to_nearest(jnp.asarray([[-1.0], [3.0], [1.5], [-0.5], [1.6], [-0.6]]), Ternary())
+    assert ternary.codes[:, 0].tolist() == [1, 2, 0, 0, 2, 1]
+    # Groups of 4 in 9 inputs: 4, 4 and 1. Three bits hold 0 ... 7 exactly, and each group has its own zero.
+    w = jnp.asarray([[0, 7, 3, 1, 5, 0, 7, 2, 1]], jnp.float32).T
+    assert round_to_nearest(w, Uniform(3), group=4).values(Uniform(3)).tolist() == w.tolist()
+    w, gram = jnp.ones((4, 2)), jnp.eye(4)
+    for match, call in {
+        "bits=9": lambda: Uniform(9),
+        "bits=1": lambda: normal_float(1),
+        "ascending": lambda: CodeBook((1.0, 0.0)),
+        "group=0": lambda: fit(w, Uniform(2), 0),
+        "float32 or float64": lambda: feed_back(w.astype(jnp.bfloat16), gram, Uniform(2)),
+        r"takes a Gram matrix \(4, 4\)": lambda: feed_back(w, jnp.eye(3), Uniform(2)),
+        "scatters": lambda: feed_back(w, gram, Uniform(2), 2, order=True, refit=True),
+        "given": lambda: feed_back(w, gram, Uniform(2), 2, fitted=fit(w, Uniform(2), 2), refit=True),
+        r"parameters \(2, 2\)": lambda: feed_back(w, gram, Uniform(2), 2, fitted=fit(w, Uniform(2))),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            call()
+
+
+def test_low_rank_is_the_best_fit_of_the_outputs():
+    w, gram = example(8, 6)
+    values = np.linalg.svd(w, compute_uv=False)
+    plain = low_rank(w, 2)
+    left, _, right = np.linalg.svd(w)
+    np.testing.assert_allclose(plain.product(), left[:, :2] * values[:2] @ right[:2], atol=1e-12)
+    assert plain.error == pytest.approx(np.sqrt(np.square(values[2:]).sum()), rel=1e-12)
+    # Gram matrix c I: the same product. A ridge on top changes it no more.
+    for same in (root(4 * np.eye(8)), root(np.eye(8), "whole", ridge=2.0), 3 * np.ones(8)):
+        np.testing.assert_allclose(low_rank(w, 2, same).product(), plain.product(), atol=1e-12)
+    weighting = root(gram)
+    assert weighting.unseen == 0 and weighting.note is None
+    errors = []
+    for rank in range(1, 7):
+        found = low_rank(w, rank, weighting)
+        rest = w - found.product()
+        # |X (W - L)|^2 = tr (W - L)^T G (W - L) = the squares of the values that were dropped.
+        squares = np.trace(rest.T @ gram @ rest)
+        assert squares == pytest.approx(np.square(found.values[rank:]).sum(), rel=1e-9, abs=1e-8)
+        assert found.error**2 == pytest.approx(squares, rel=1e-9, abs=1e-8)
+        errors.append(found.error)
+        # The optimum is stationary and no other fit is better.
+        for other in (low_rank(w, rank), low_rank(w, rank, np.sqrt(np.diag(gram)))):
+            other = w - other.product()
+            assert squares <= np.trace(other.T @ gram @ other) + 1e-8
+    np.testing.assert_allclose(found.product(), w, atol=1e-10)
+    assert errors == sorted(errors, reverse=True)
+    # The gradient of the error is 0 in both factors.
+    found = low_rank(w, 2, weighting)
+    rest = gram @ (w - found.product())
+    np.testing.assert_allclose(found.down.T @ rest, 0, atol=1e-9)
+    np.testing.assert_allclose(rest @ found.up.T, 0, atol=1e-9)
+    # CorDA: weighted by G itself; top and bottom together are the whole, and |G B A|^2 the squares of those chosen.
+    top, bottom = (
+        low_rank(w, r, root(gram, "whole"), which=which) for r, which in ((4, "top"), (2, "bottom"))
+    )
+    np.testing.assert_allclose(top.product() + bottom.product(), w, atol=1e-9)
+    part = np.linalg.norm(gram @ bottom.product())
+    assert part == pytest.approx(np.linalg.norm(bottom.values[-2:]), rel=1e-9)
+    assert bottom.error == pytest.approx(np.linalg.norm(top.values[:4]), rel=1e-12)
+    # Rows and columns: the truncated decomposition of diag(a) W diag(b).
+    a, b = np.arange(1.0, 9.0), np.arange(1.0, 7.0)
+    both = low_rank(w, 2, a, b)
+    dropped = np.linalg.svd(a[:, None] * w * b, compute_uv=False)[2:]
+    assert np.linalg.norm(a[:, None] * (w - both.product()) * b) == pytest.approx(
+        np.linalg.norm(dropped), rel=1e-9
+    )
+    np.testing.assert_allclose(both.weight().materialize(), both.product(), atol=1e-5)
+
+
+def test_singular_grams_and_wrong_ranks_are_told():
+    w, _ = example(6, 4)
+    x = np.random.default_rng(2).normal(size=(3, 6))
+    weighting = root(x.T @ x)
+    assert weighting.unseen == 3 and "in 3 of 6 directions" in weighting.note
+    # Three tokens: rank 3 makes all their outputs right, and a fourth component has nothing to do.
+    found = low_rank(w, 4, weighting)
+    np.testing.assert_allclose(x @ found.product(), x @ w, atol=1e-10)
+    assert not found.down[:, 3].any() and found.error == 0.0
+    assert root(x.T @ x, ridge=0.01).unseen == 0
+    for match, call in {
+        "rank=5: a matrix of 6 by 4": lambda: low_rank(w, 5),
+        "saw no tokens": lambda: root(np.zeros((6, 6))),
+        "not symmetric": lambda: root(np.triu(np.ones((6, 6)))),
+        "not finite": lambda: root(np.full((6, 6), np.nan)),
+        "below 0": lambda: root(-np.eye(6)),
+        r"\[in, in\]": lambda: root(w),
+        "finite matrix": lambda: low_rank(w * np.nan, 1),
+        "of 3 inputs, for a matrix of 6": lambda: low_rank(w, 1, root(np.eye(3))),
+        "6 finite weights": lambda: low_rank(w, 1, np.zeros(6)),
+        "steps=0": lambda: alternate(w, 1, np.round, 0),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            call()
+
+
+def test_alternating_returns_its_best_step():
+    w = np.random.default_rng(3).normal(size=(16, 12)) * 2.0 ** -np.arange(12)
+
+    def quantize(w):
+        scale = np.abs(w).max(0)
+        return scale * np.round(w / scale)
+
+    quantized, found, errors = alternate(w, 3, quantize, 20)
+    assert np.linalg.norm(w - quantized - found.product()) == min(errors)
+    assert errors[:-1] == sorted(errors[:-1], reverse=True)
+    one = low_rank(w, 3)
+    assert errors[0] == np.linalg.norm(w - one.product() - quantize(w - one.product()))
+    # LoftQ's first step compensates what rounding w itself leaves.
+    _, loft, errors = alternate(w, 3, quantize, 1, first="quantized")
+    assert errors == [pytest.approx(low_rank(w - quantize(w), 3).error)]
+
+
+def test_allocation_is_exhaustive_search():
+    rng = np.random.default_rng(4)
+    options = [
+        list(zip(rng.integers(1, 9, n).tolist(), rng.random(n).tolist(), strict=True)) for n in (3, 4, 2, 4)
+    ]
+    every = [list(choice) for choice in itertools.product(*(range(len(choices)) for choices in options))]
+    bits = np.array([sum(options[i][o][0] for i, o in enumerate(choice)) for choice in every])
+    loss = np.array([sum(options[i][o][1] for i, o in enumerate(choice)) for choice in every])
+    for budget in range(bits.min(), bits.max() + 1, 3):
+        chosen, total, used = allocate(options, budget)
+        assert used <= budget and total == pytest.approx(loss[bits <= budget].min(), rel=1e-6)
+        assert (total, used) == (loss[every.index(chosen)], bits[every.index(chosen)])
+    # Losses of 1e-9 over bits of 1e9, and a budget that one bit more would break.
+    large = [[(4e9, 1e-9), (8e9, 1e-10)], [(4e9, 3e-9), (8e9 + 1, 1e-10)]]
+    assert allocate(large, 12e9)[0] == [1, 0]
+    assert allocate(large, 12e9 + 1)[0] == [0, 1]
+    for match, call in {
+        r"fits 2 bits: .* need 4": lambda: allocate([[(4, 0.0), (5, 0.0)]], 2),
+        "there are none": lambda: allocate([], 1),
+        "layer 1 has no option": lambda: allocate([[(1, 0.0)], []], 1),
+        "layer 0: its options need finite": lambda: allocate([[(1, float("nan"))]], 1),
+    }.items():
+        with pytest.raises(UserError, match=match):
+            call()
