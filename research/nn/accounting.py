@@ -6,20 +6,20 @@ from typing import Any
 
 import jax
 
-from research.nn.weights import Weight, stored_bits
+from research.nn.weights import StoredWeight, stored_bits
 
 PyTree = Any
 
 
 def count_parameters(params: PyTree) -> int:
     """Numbers stored in a parameter tree (arrays or shapes): array elements, a packed code being one."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_weight))
+    return sum(leaf.size for leaf in jax.tree.leaves(params, is_leaf=_is_stored))
 
 
 def count_active_parameters(model: Any, params: PyTree) -> int:
     """Elements that a token meets, see `active_share`; for a model that is no stack of blocks, all of them."""
     share = active_share(model)
-    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_weight)
+    leaves = jax.tree.leaves_with_path(params, is_leaf=_is_stored)
     return round(sum(leaf.size * share(_name(path)) for path, leaf in leaves))
 
 
@@ -34,8 +34,8 @@ def active_share(model: Any) -> Callable[[str], float]:
     return share
 
 
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, Weight)
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, StoredWeight)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-Spec = tuple[
-    Any, ...
-]  # what the last dimensions of an array are divided by, see research.training.partitioning
+# What the last dimensions of an array are divided by: axes of a mesh, see research.training.partitioning.
+Spec = tuple[Any, ...]
 
 
 @runtime_checkable
@@ -40,6 +39,11 @@ class Weight(Protocol):
 
         Stacked kernels [layers, in, out] are cut alike.
         """
+
+
+@runtime_checkable
+class StoredWeight(Weight, Protocol):
+    """A structured kernel that parameter trees keep; a wrapper that only lives while a model runs is no such."""
 
     @property
     def size(self) -> int:
@@ -84,8 +88,8 @@ def array_bits(array: jax.Array) -> int:
 
 def stored_bits(tree: Any) -> int:
     """Bits of all arrays and structured weights of a tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Weight))
-    return sum(leaf.stored_bits() if isinstance(leaf, Weight) else array_bits(leaf) for leaf in leaves)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, StoredWeight))
+    return sum(leaf.stored_bits() if isinstance(leaf, StoredWeight) else array_bits(leaf) for leaf in leaves)
 
 
 class LowRank(struct.PyTreeNode):
@@ -155,5 +159,5 @@ class Sum(struct.PyTreeNode):
         return stored_bits(self.terms)
 
     def leaf_specs(self, spec: Spec) -> list[Spec]:
-        nested = (term.leaf_specs(spec) if isinstance(term, Weight) else [spec] for term in self.terms)
+        nested = (term.leaf_specs(spec) if isinstance(term, StoredWeight) else [spec] for term in self.terms)
         return [leaf for specs in nested for leaf in specs]

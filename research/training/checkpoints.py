@@ -21,6 +21,7 @@ from research.errors import UserError, nearest
 from research.training import checkpoint_files as files
 from research.training.checkpoint_files import REPLACED, STATE
 from research.training.paths import PyTree, named_leaves, nested
+from research.training.structures import structures
 
 Position = dict[str, int | str]
 Abstract = PyTree | Callable[[int], PyTree]
@@ -98,6 +99,7 @@ class Checkpoints:
             "position": {name: v if isinstance(v, str) else int(v) for name, v in position.items()},
             "metrics": metrics,
             "leaves": {name: files.leaf_entry(leaf) for name, leaf in leaves.items()},
+            "structures": structures(state),
         }
         # Orbax takes neither typed keys nor empty arrays: the key data and the manifest stand in for them.
         arrays = {name: _data(leaf) for name, leaf in leaves.items() if leaf.size}
@@ -263,6 +265,14 @@ class Checkpoints:
         wanted = named_leaves(abstract_state)
         if difference := files.mismatches(files.stored_leaves(manifest), wanted, "the checkpoint"):
             raise UserError(f"checkpoint {path} does not fit this run: {difference}")
+        # Codes of other bits or in another order can have the same shape.
+        stored, here = manifest.get("structures", {}), structures(abstract_state)
+        for name in sorted(stored.keys() | here.keys()):
+            if stored.get(name) != here.get(name):
+                raise UserError(
+                    f"checkpoint {path} does not fit this run: {name} is {stored.get(name)} in the checkpoint "
+                    f"but {here.get(name)} here"
+                )
         arrays = files.read_arrays(path, manifest, wanted)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in wanted])
         return state, manifest["position"]

@@ -1,7 +1,8 @@
 """A model directory: one trained model as plain files that any tool can read.
 
     config.json          the model's config, as `research.config.to_json` writes it
-    model.safetensors    the parameters, float32 or bfloat16, named by `/`-joined path
+    model.safetensors    the parameters, float32 or bfloat16, named by `/`-joined path; of structured weights the
+                         parts, exactly, and what they are parts of in its metadata (`research.training.structures`)
     tokenizer.json       of the `tokenizers` library, where the model reads text
     README.md            the model card, where there is one
     experiment.json      the config of the run it was trained by, where it is known
@@ -27,8 +28,10 @@ from ml_collections import ConfigDict
 
 from research import config as configs
 from research.errors import UserError
+from research.nn.weights import Weight
 from research.training import checkpoint_files as files
-from research.training.paths import PyTree, named_leaves, nested, path_of
+from research.training.paths import PyTree, named_leaves, path_of
+from research.training.structures import structures, with_structures
 
 if TYPE_CHECKING:
     from research.data.tokenizer import Tokenizer
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 EXPERIMENT = "experiment.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+# Of the parts of structured weights.
+STRUCTURED = {"F16": "float16", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16"}
+STRUCTURED |= {"I32": "int32", "U32": "uint32"}
 TOKENS = (jax.ShapeDtypeStruct((1, 2), jnp.int32),)
 
 
@@ -80,7 +86,7 @@ def load_tokenizer(directory: Path) -> "Tokenizer | None":
 
 
 def load_model_directory(directory: Path) -> Loaded:
-    """Reads what `save_model` wrote; bfloat16 becomes float32, exactly.
+    """Reads what `save_model` wrote; plain bfloat16 parameters become float32, exactly.
 
     Raises `UserError` for a config that builds no model, a damaged file, and a tensor that is missing, not
     expected, or of another shape than the model's; the tensor is named with both shapes.
@@ -101,23 +107,28 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
     try:
         # Checks the header's length, the offsets and the sizes against the file before anything is read.
         with safetensors.safe_open(path, framework="numpy") as file:
-            inputs = _inputs(path, file.metadata() or {})
+            metadata = file.metadata() or {}
+            inputs = _inputs(path, metadata)
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
             found = {name: _Header(tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-            expected = _expected(path, model, inputs)
-            if difference := files.mismatches(found, named_leaves(expected), WEIGHTS, dtypes=False):
+            expected = with_structures(_expected(path, model, inputs), _described(path, metadata), str(path))
+            wanted, exact = named_leaves(expected), _structured(expected)
+            if difference := files.mismatches(found, wanted, WEIGHTS, dtypes=False):
                 raise UserError(f"{path} does not fit its config: {difference}")
-            for name, header in found.items():
-                if header.dtype not in DTYPES.values():
-                    raise UserError(
-                        f"{path}: {name} has type {header.dtype}; {' or '.join(DTYPES)} is expected"
-                    )
-            arrays = {name: jnp.asarray(file.get_tensor(name).astype(np.float32)) for name in found}
+            arrays = []
+            for name, leaf in wanted.items():
+                stored = found[name].dtype
+                if name in exact and stored != str(leaf.dtype):
+                    raise UserError(f"{path}: {name} has type {stored}; {leaf.dtype} is described")
+                if name not in exact and stored not in DTYPES.values():
+                    raise UserError(f"{path}: {name} has type {stored}; {' or '.join(DTYPES)} is expected")
+                array = file.get_tensor(name)
+                arrays.append(jnp.asarray(array if name in exact else array.astype(np.float32)))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file: {error}") from None
-    return inputs, nested(arrays)
+    return inputs, jax.tree.unflatten(jax.tree.structure(expected), arrays)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class _Header:
 
     @property
     def dtype(self) -> str:
-        return DTYPES.get(self.stored, self.stored)
+        return (DTYPES | STRUCTURED).get(self.stored, self.stored)
 
 
 def _expected(path: Path, model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...]) -> PyTree:
@@ -136,6 +147,27 @@ def _expected(path: Path, model: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, 
     except Exception as error:
         # The values of a config can contradict each other in ways that only building finds.
         raise UserError(f"{path.with_name(CONFIG)}: its model cannot be initialised: {error}") from error
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, object]:
+    try:
+        described = json.loads(metadata.get("structures", "{}"))
+    except (ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise UserError(f"{path}: its `structures` are malformed: {metadata['structures'][:80]!r}")
+    return described
+
+
+def _structured(tree: PyTree) -> set[str]:
+    """The paths of the leaves of structured weights."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, Weight))
+    return {
+        f"{path_of(keys)}/{name}"
+        for keys, node in nodes
+        if isinstance(node, Weight)
+        for name in named_leaves(node)
+    }
 
 
 def _inputs(path: Path, metadata: Mapping[str, str]) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -165,8 +197,9 @@ def save_model(
 ) -> None:
     """Writes a model directory, complete or not at all; an older model directory there is replaced.
 
-    params: nested dict of floating arrays, as `model.init` makes them for `inputs` (tokens by default). card:
-    the text of README.md. experiment: the config of the run that trained it.
+    params: nested dict of floating arrays, as `model.init` makes them for `inputs` (tokens by default), and structured
+    weights in their places; `dtype` is that of the arrays, while structured weights are written as they are. card: the
+    text of README.md. experiment: the config of the run that trained it.
 
     Raises `UserError` if the directory holds anything that is not part of a model directory, if the parameters
     do not fit the config, or if they can't be written.
@@ -177,19 +210,21 @@ def save_model(
         raise UserError(f"dtype {dtype} is not one of {', '.join(DTYPES.values())}")
     model = configs.build(model_config)
     _check_plain(params)
-    leaves = named_leaves(params)
-    if difference := files.mismatches(
-        leaves, named_leaves(abstract_params(model, inputs)), "the tree", dtypes=False
-    ):
+    leaves, described, exact = named_leaves(params), structures(params), _structured(params)
+    expected = with_structures(abstract_params(model, inputs), described, "the parameters to save")
+    if difference := files.mismatches(leaves, named_leaves(expected), "the tree", dtypes=False):
         raise UserError(f"the parameters to save do not fit their config: {difference}")
-    arrays = {name: np.asarray(leaf).astype(jnp.dtype(dtype)) for name, leaf in leaves.items()}
+    arrays = {
+        name: np.asarray(leaf).astype(leaf.dtype if name in exact else jnp.dtype(dtype))
+        for name, leaf in leaves.items()
+    }
     saving = target.with_name(f".{target.name}.saving-{os.getpid()}")
     try:
         saving.mkdir(parents=True)
         texts = {CONFIG: configs.to_json(model_config), CARD: card}
         if experiment is not None:
             texts[EXPERIMENT] = configs.to_json(experiment)
-        _write(saving, texts, arrays, tokenizer, inputs)
+        _write(saving, texts, arrays, tokenizer, inputs, described)
         _replace(saving, target)
     except Exception as error:
         shutil.rmtree(saving, ignore_errors=True)
@@ -203,6 +238,7 @@ def _write(
     arrays: Mapping[str, np.ndarray],
     tokenizer: "Tokenizer | None",
     inputs: Sequence[jax.ShapeDtypeStruct],
+    described: Mapping[str, object],
 ) -> None:
     import safetensors.numpy
 
@@ -211,6 +247,8 @@ def _write(
             (directory / name).write_text(text, encoding="utf-8")
     shapes = json.dumps([[str(x.dtype), list(x.shape)] for x in inputs])
     metadata = {"format": "flax", "inputs": shapes}
+    if described:
+        metadata["structures"] = json.dumps(described)
     (directory / WEIGHTS).touch()
     mode = (directory / WEIGHTS).stat().st_mode
     safetensors.numpy.save_file(dict(arrays), directory / WEIGHTS, metadata=metadata)
@@ -237,10 +275,12 @@ def _check_replaceable(target: Path) -> None:
 def _check_plain(params: PyTree) -> None:
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: not isinstance(node, dict))[0]
     for keys, node in nodes:
+        if isinstance(node, Weight):
+            continue
         if not jax.tree_util.all_leaves([node]):
             kind = type(node).__name__
             raise UserError(
-                f"{path_of(keys)} is a {kind}; a model directory holds arrays: materialize it first"
+                f"{path_of(keys)} is a {kind}; a model directory holds arrays and structured weights"
             )
         if not jnp.issubdtype(node.dtype, jnp.floating):
             raise UserError(

@@ -15,7 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.errors import UserError, nearest
-from research.training.paths import first_match, map_named, named_leaves
+from research.nn.weights import StoredWeight
+from research.training.paths import first_match, map_named, named_leaves, path_of
 
 PyTree = Any
 Axis = str | tuple[str, ...] | None
@@ -87,7 +88,9 @@ def parameter_shardings(
 ) -> PyTree:
     """The tree of `NamedSharding`s of `params` (shapes suffice).
 
-    The run's own `rules` are tried before `DEFAULT_RULES`. Raises `UserError` if one of `rules` matches no
+    The run's own `rules` are tried before `DEFAULT_RULES`. A structured weight is divided like the kernel whose place
+    it takes: a rule for that path says how, and its codes, factors and scales follow; a dimension of scales that the
+    axes do not divide is not divided. Raises `UserError` if one of `rules` matches no
     parameter, if no rule matches a leaf of at least `replicate_below` elements (smaller ones are replicated),
     or if a spec does not fit a leaf: too many entries, an unknown axis, a dimension that is not divisible.
     """
@@ -96,10 +99,15 @@ def parameter_shardings(
     first_match(paths, [pattern for pattern, _ in rules], "rules")
     everything = [*rules, *DEFAULT_RULES]
     # The defaults cover several families of models, so not each of them must match.
-    found = first_match(paths, [pattern for pattern, _ in everything], "rules", strict=False)
+    patterns = [pattern for pattern, _ in everything]
+    found = first_match(paths, patterns, "rules", strict=False)
+    of_kernels = _of_kernels(params, everything, mesh)
     shardings = []
     for (path, leaf), index in zip(leaves.items(), found, strict=True):
-        if index is not None:
+        kernel, spec = of_kernels.get(path, (None, ()))
+        if kernel is not None and (index is None or kernel <= index):
+            spec = _fit(path, leaf.shape, spec, mesh)
+        elif index is not None:
             spec = _fit(path, leaf.shape, everything[index][1], mesh)
         elif math.prod(leaf.shape) < replicate_below:
             spec = PartitionSpec()
@@ -110,6 +118,42 @@ def parameter_shardings(
             )
         shardings.append(NamedSharding(mesh, spec))
     return jax.tree.unflatten(jax.tree.structure(params), shardings)
+
+
+def _of_kernels(params: PyTree, rules: Rules, mesh: Mesh) -> dict[str, tuple[int, tuple[Axis, ...]]]:
+    """{path of a leaf: (number of the rule of its kernel, spec)} of the leaves of structured weights."""
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, StoredWeight))
+    kernels = {path_of(keys): node for keys, node in nodes if isinstance(node, StoredWeight)}
+    found = first_match(list(kernels), [pattern for pattern, _ in rules], "rules", strict=False)
+    specs = {}
+    for (path, kernel), index in zip(kernels.items(), found, strict=True):
+        if index is None:
+            continue
+        spec = tuple(rules[index][1])
+        leaves = named_leaves(kernel)
+        divided = kernel.leaf_specs(spec) if spec else [()] * len(leaves)
+        most = max(math.prod(leaf.shape) for leaf in leaves.values())
+        for (name, leaf), own in zip(leaves.items(), divided, strict=True):
+            if math.prod(leaf.shape) < most:
+                own = _without_odd(leaf.shape, kernel.shape, own, mesh)
+            specs[f"{path}/{name}"] = index, own
+    return specs
+
+
+def _without_odd(
+    shape: tuple[int, ...], kernel: tuple[int, ...], spec: tuple[Axis, ...], mesh: Mesh
+) -> tuple[Axis, ...]:
+    """The spec of scales, with None for what a kernel has more of than they and the axes do not divide."""
+
+    def keeps(size: int, whole: int, axis: Axis) -> bool:
+        names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+        return size == whole or size % math.prod(mesh.shape.get(name, 1) for name in names) == 0
+
+    count = len(spec)
+    if len(shape) != len(kernel) or count > len(shape):
+        return spec
+    parts = zip(shape[-count:], kernel[-count:], spec, strict=True)
+    return tuple(axis if keeps(size, whole, axis) else None for size, whole, axis in parts)
 
 
 def _fit(path: str, shape: tuple[int, ...], spec: Sequence[Axis], mesh: Mesh) -> PartitionSpec:

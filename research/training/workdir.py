@@ -34,6 +34,7 @@ from research.training.model_directory import (
     save_model,
 )
 from research.training.paths import PyTree, named_leaves
+from research.training.structures import with_structures
 
 __all__ = [
     "Loaded",
@@ -251,8 +252,9 @@ def read_checkpoint(
 ) -> tuple[PyTree, int]:
     """One part of the state that a run saved, shaped like `abstract`, and the step it is of.
 
-    The newest intact checkpoint, or that of `step`; a damaged one is named on standard error. Raises `UserError`
-    if there is none, or if it lacks the part or holds another tree.
+    Kernels that were saved as structured weights are read as such, where `abstract` has arrays of their shape. The
+    newest intact checkpoint, or that of `step`; a damaged one is named on standard error. Raises `UserError` if there
+    is none, or if it lacks the part or holds another tree.
     """
     checkpoints = directory / "checkpoints"
     if step is not None:
@@ -266,6 +268,12 @@ def read_checkpoint(
     stored = {n: leaf for n, leaf in files.stored_leaves(manifest).items() if n.startswith(prefix)}
     if not stored:
         raise UserError(f"checkpoint {path} has no {part}: the run keeps no moving average of its parameters")
+    described = {
+        name.removeprefix(prefix): entry
+        for name, entry in manifest.get("structures", {}).items()
+        if name.startswith(prefix)
+    }
+    abstract = with_structures(abstract, described, f"checkpoint {path}")
     wanted = {f"{prefix}{name}": leaf for name, leaf in named_leaves(abstract).items()}
     if difference := files.mismatches(stored, wanted, "the checkpoint"):
         raise UserError(f"checkpoint {path} does not fit the config of its run: {difference}")

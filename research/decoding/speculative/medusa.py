@@ -33,7 +33,7 @@ from research.decoding.speculative.trees import Guess, RankTree
 from research.decoding.verify import Draft
 from research.errors import UserError
 from research.nn.linear import Linear
-from research.nn.weights import LowRank, Spec, Sum, materialize
+from research.nn.weights import LowRank, Sum, materialize
 from research.training.task import Batch, Metrics, PyTree
 
 
@@ -205,7 +205,7 @@ class Medusa2(Medusa):
 
 
 class Dropped(struct.PyTreeNode):
-    """A kernel with dropout on its input: in training only, so it is never sliced nor stored."""
+    """A kernel with dropout on its input: in training only, so it is never sliced."""
 
     kernel: LowRank
     key: jax.Array
@@ -228,16 +228,6 @@ class Dropped(struct.PyTreeNode):
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "Dropped":
         return self.replace(kernel=self.kernel.narrow(inputs, outputs))
-
-    @property
-    def size(self) -> int:
-        return self.kernel.size
-
-    def stored_bits(self) -> int:
-        return self.kernel.stored_bits()
-
-    def leaf_specs(self, spec: Spec) -> list[Spec]:
-        return [*self.kernel.leaf_specs(spec), ()]
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
