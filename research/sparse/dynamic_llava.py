@@ -23,6 +23,7 @@ where answers below `least` tokens are kept whole and add nothing to the last te
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -58,8 +59,10 @@ from research.training.task import (
     cast_floats,
     dropout_rngs,
     language_metrics,
+    saved_parameters,
 )
 
+PREDICTORS = ("image_predictor", "text_predictor")
 _NEVER = jnp.iinfo(jnp.int32).max
 
 
@@ -467,7 +470,7 @@ def dynamic(model: LayerStack, params: Any, key: jax.Array, sparsity: Sparsity) 
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.init}
     made = DynamicLM(**(fields | dict(sparsity=sparsity, parent=None, name=None)))
     drawn = jax.jit(made.init)(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    return made, params | {name: drawn[name] for name in ("image_predictor", "text_predictor")}
+    return made, params | {name: drawn[name] for name in PREDICTORS}
 
 
 @functools.lru_cache(maxsize=16)
@@ -522,6 +525,20 @@ class DynamicTraining(LanguageModelling):
     def init(self, key: jax.Array) -> Any:
         """The model's parameters and, beside them, how many updates they have had."""
         return {"model": super().init(key), "updates": jnp.zeros((), jnp.int32)}
+
+    @property
+    def start(self) -> Callable[[jax.Array], Any]:
+        """From the parameters of a decoder without predictors, which are drawn."""
+        if self.start_from is None:
+            raise AttributeError("start")
+
+        def begin(key: jax.Array) -> Any:
+            fresh = self.init(key)
+            decoder = {name: x for name, x in fresh["model"].items() if name not in PREDICTORS}
+            saved = saved_parameters(self.start_from, jax.eval_shape(lambda: decoder))
+            return fresh | {"model": fresh["model"] | saved}
+
+        return begin
 
     def remember(self, params: Any, metrics: Metrics) -> Any:
         return params | {"updates": params["updates"] + 1}

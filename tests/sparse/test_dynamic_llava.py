@@ -32,9 +32,7 @@ NEVER = np.iinfo(np.int32).max
 
 
 def plain(rule=Causal()) -> DecoderLM:  # noqa: B008
-    block = Block(
-        Attention(num_heads=2, head_dim=4, num_kv_heads=1, rotary=Rotary(), rule=rule), GatedMLP(16)
-    )
+    block = Block(Attention(num_heads=2, head_dim=4, num_kv_heads=1, rotary=Rotary(), rule=rule), None)
     return DecoderLM(vocab_size=VOCAB, width=8, max_length=LENGTH, blocks=(block,), num_layers=2)
 
 
@@ -42,7 +40,9 @@ def plain(rule=Causal()) -> DecoderLM:  # noqa: B008
 def made():
     """A decoder and what it becomes, with kernels large enough that tokens matter to each other."""
     model = plain()
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 8**0.5, x.dtype), shapes)
     sparse, own = dynamic(model, params, jax.random.key(1), SPARSITY)
     return model, params, sparse, jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, own)
 
@@ -142,15 +142,17 @@ def test_a_pruned_cache_by_hand():
 
 def test_nothing_dropped_is_the_dense_model():
     model, params, sparse, own = made()
-    kept = jnp.ones((2, IMAGE[1])), jnp.ones((2, LENGTH))
-    run = jax.jit(
-        lambda *x: sparse.apply(
-            {"params": own}, *x, image_keep=kept[0], text_keep=kept[1], method="policy_logits"
-        )
-    )
-    dense = jax.jit(lambda x: model.apply({"params": {k: own[k] for k in params}}, x))(rows()[0])
-    np.testing.assert_allclose(run(*rows())[0], dense, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(jax.jit(lambda x: sparse.apply({"params": own}, x))(rows()[0]), dense)
+    kept = dict(image_keep=jnp.ones((2, IMAGE[1])), text_keep=jnp.ones((2, LENGTH)))
+
+    @jax.jit
+    def run(tokens, *places):
+        policed = sparse.apply({"params": own}, tokens, *places, **kept, method="policy_logits")[0]
+        dense = model.apply({"params": {name: own[name] for name in params}}, tokens)
+        return policed, sparse.apply({"params": own}, tokens), dense
+
+    policed, called, dense = run(*rows())
+    np.testing.assert_allclose(policed, dense, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(called, dense)
 
 
 def test_a_dropped_token_reaches_itself_alone():
@@ -245,7 +247,7 @@ def test_the_loss_and_the_temperature_by_hand():
         drawn = sparse.apply({"params": own}, *places, method="policy_logits")
         return jax.value_and_grad(loss, has_aux=True)(own), drawn
 
-    ((_, metrics), gradient), (_, image, text) = run(own)
+    ((_, metrics), gradient), (_, image, text) = jax.tree.map(np.asarray, run(own))
     mean = {name: float(total / weight) for name, (total, weight) in metrics.items()}
     image_rate = 100 * np.mean((0.4 - image.mean(axis=1)) ** 2)
     text_rate = 100 * (0.5 - text[0, PROMPT:].mean()) ** 2 / 2
