@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from scipy.stats import norm
 
 from research.errors import UserError
 
@@ -66,11 +65,11 @@ class Ends(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Equidistant values.
+    """Equidistant values, codes 0 ... 2^bits - 1 as `research.nn.quantized` packs them.
 
-    symmetric: codes -(2^(bits-1) - 1) ... 2^(bits-1) - 1 around zero = 0. Otherwise codes 0 ... 2^bits - 1 over the
-    range of the group and 0, which has a code of its own. store: the dtype that scales are stored in; weights are
-    rounded to the grid of the stored scale. Raises UserError for bits outside 2 ... 8.
+    symmetric: the largest weight has the last code, and zero is 2^(bits-1). Otherwise codes span the range of the group
+    and 0, which has a code of its own. store: the dtype that scales are stored in; weights are rounded to the grid of
+    the stored scale. Raises UserError for bits outside 2 ... 8.
     """
 
     bits: int
@@ -81,25 +80,18 @@ class Uniform:
         if self.bits not in range(2, 9):
             raise UserError(f"bits={self.bits}: uniform grids have 2 to 8 bits")
 
-    @property
-    def low(self) -> int:
-        return -self.high if self.symmetric else 0
-
-    @property
-    def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
-
     def fit(self, w: jax.Array) -> Affine:
         if self.symmetric:
-            scale = self._stored(jnp.max(jnp.abs(w), axis=0) / self.high)
-            return Affine(scale, jnp.zeros_like(scale))
+            middle = 2 ** (self.bits - 1)
+            scale = self._stored(jnp.max(jnp.abs(w), axis=0) / (middle - 1))
+            return Affine(scale, jnp.full_like(scale, middle))
         least, most = jnp.minimum(jnp.min(w, axis=0), 0), jnp.maximum(jnp.max(w, axis=0), 0)
-        scale = self._stored((most - least) / self.high)
-        return Affine(scale, jnp.clip(jnp.round(-least / scale), 0, self.high))
+        scale = self._stored((most - least) / (2**self.bits - 1))
+        return Affine(scale, jnp.clip(jnp.round(-least / scale), 0, 2**self.bits - 1))
 
     def encode(self, w: jax.Array, fitted: Affine) -> jax.Array:
         codes = jnp.round(w / fitted.scale + fitted.zero)
-        return jnp.clip(codes, self.low, self.high).astype(jnp.int32)
+        return jnp.clip(codes, 0, 2**self.bits - 1).astype(jnp.int32)
 
     def decode(self, codes: jax.Array, fitted: Affine) -> jax.Array:
         return fitted.scale * (codes - fitted.zero)
@@ -110,7 +102,7 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class CodeBook:
-    """Any ascending values within [-1, 1] times the group's largest weight, such as `normal_float`."""
+    """Ascending values within [-1, 1] times the group's largest weight: `research.nn.normal_float.code_book` is one."""
 
     values: tuple[float, ...]
     store: str = "float32"
@@ -149,18 +141,6 @@ class Ternary:
 
     def decode(self, codes: jax.Array, fitted: Ends) -> jax.Array:
         return jnp.where(codes == 2, fitted.high, jnp.where(codes == 1, fitted.low, 0.0))
-
-
-def normal_float(bits: int, store: str = "float32") -> CodeBook:
-    """Quantiles of the normal distribution, 0 and both ends among them (arXiv 2305.14314; 2 and 3 bits: 2311.12023).
-
-    Raises UserError for bits outside 2 ... 8.
-    """
-    if bits not in range(2, 9):
-        raise UserError(f"bits={bits}: NormalFloat has 2 to 8 bits")
-    end, half = 0.9677083, 2 ** (bits - 1)
-    places = np.concatenate([np.linspace(1 - end, 0.5, half)[:-1], np.linspace(0.5, end, half + 1)])
-    return CodeBook(tuple((norm.ppf(places) / norm.ppf(end)).tolist()), store)
 
 
 class Rounded(struct.PyTreeNode):

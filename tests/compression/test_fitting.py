@@ -16,10 +16,11 @@ from research.compression.rounding import (
     Uniform,
     feed_back,
     fit,
-    normal_float,
     round_to_nearest,
 )
 from research.errors import UserError
+from research.nn.normal_float import code_book
+from research.nn.quantized import Quantized, quantize
 
 
 def example(inputs=12, outputs=5, seed=0):
@@ -99,7 +100,9 @@ def test_two_inputs_by_hand():
         assert found.nearest == bool((same == 1).all())
 
 
-@pytest.mark.parametrize("grid", [Uniform(4, symmetric=True, store="bfloat16"), normal_float(3), Ternary()])
+@pytest.mark.parametrize(
+    "grid", [Uniform(4, symmetric=True, store="bfloat16"), CodeBook(code_book(3)), Ternary()]
+)
 def test_a_diagonal_gram_rounds_every_grid_to_nearest(grid):
     w, gram = (jnp.asarray(each, jnp.float32) for each in example())
     nearest = round_to_nearest(w, grid)
@@ -118,16 +121,17 @@ def test_a_diagonal_gram_rounds_every_grid_to_nearest(grid):
         ] * scale
     distance = np.abs(np.asarray(w) - every).min(0)
     np.testing.assert_allclose(np.abs(np.asarray(w) - values), distance, rtol=1e-5, atol=1e-6)
-    if isinstance(grid, Uniform):  # 8 bits of scale: the lower 16 of float32 are 0
-        assert not (np.asarray(scale).view(np.uint32) & 0xFFFF).any()
+    if isinstance(grid, Uniform):  # the grid of packed kernels, and what they hold
+        packed = quantize(w, 4, scale_dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(packed.unpacked(), nearest.codes)
+        again = Quantized.from_codes(found.codes.astype(jnp.uint8), scale.astype(jnp.bfloat16), None, 4)
+        np.testing.assert_array_equal(again.materialize(), values)
 
 
 def test_grids_and_their_errors():
     # Range -0.5 ... 1 in steps of 0.5 with zero = 1; a group of zeros has scale 1.
     fitted = fit(jnp.asarray([[-0.5, 0.0], [1.0, 0.0]]), Uniform(2))
     assert (fitted.scale.tolist(), fitted.zero.tolist()) == ([[0.5, 1.0]], [[1.0, 0.0]])
-    # The values that the paper of NormalFloat's two-bit case gives.
-    assert normal_float(2).values == pytest.approx((-1.0, 0.0, 0.3379, 1.0), abs=1e-4)
     # Row 0 -> the ends -1 and 3; 1.5 is not beyond half of 3, -0.5 not beyond half of -1.
     ternary = round_to_nearest(jnp.asarray([[-1.0], [3.0], [1.5], [-0.5], [1.6], [-0.6]]), Ternary())
     assert ternary.codes[:, 0].tolist() == [1, 2, 0, 0, 2, 1]
@@ -137,7 +141,6 @@ def test_grids_and_their_errors():
     w, gram = jnp.ones((4, 2)), jnp.eye(4)
     for match, call in {
         "bits=9": lambda: Uniform(9),
-        "bits=1": lambda: normal_float(1),
         "ascending": lambda: CodeBook((1.0, 0.0)),
         "group=0": lambda: fit(w, Uniform(2), 0),
         "float32 or float64": lambda: feed_back(w.astype(jnp.bfloat16), gram, Uniform(2)),
