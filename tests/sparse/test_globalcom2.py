@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
+from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.masks import Full
 from research.nn.mlp import MLP
 from research.nn.norm import LayerNorm
+from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from research.sparse.crop_reading import read, views
 from research.sparse.globalcom2 import (
     GlobalCom2,
     Layout,
@@ -191,6 +194,32 @@ def test_the_class_token_of_an_encoder():
     np.testing.assert_allclose(shares, expected.mean(axis=1)[:, 1:], atol=1e-6)
     with pytest.raises(UserError, match="asks the class token, and this ViT has pool='mean'"):
         encode(model.clone(pool="mean"), params, images)
+
+
+def test_a_reader_sees_no_padding():
+    """Views of a picture by hand; tokens, padding, question: the logits of tokens and question alone."""
+    image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    parts = views(image, 2)[0, ..., 0]
+    # Means of 2 x 2 pixels, then the crops row by row.
+    assert parts[0].tolist() == [[2.5, 4.5], [10.5, 12.5]]
+    assert parts[2].tolist() == [[2, 3], [6, 7]] and parts[3].tolist() == [[8, 9], [12, 13]]
+    model = DecoderLM(
+        vocab_size=5,
+        width=8,
+        max_length=8,
+        blocks=(Block(Attention(num_heads=2, head_dim=4, rotary=Rotary()), None),),
+        num_layers=1,
+    )
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    tokens = jax.random.normal(jax.random.key(1), (1, 4, 8))
+
+    @jax.jit
+    def answers(tokens, question):
+        padded = model.apply(params, tokens, jnp.asarray([[True, True, True, False]]), question, method=read)
+        short = model.apply(params, tokens[:, :3], jnp.ones((1, 3), bool), question, method=read)
+        return padded, short
+
+    np.testing.assert_allclose(*answers(tokens, jnp.asarray([2])), atol=1e-6)
 
 
 @pytest.mark.parametrize(
