@@ -65,9 +65,8 @@ def without_cache(model, params, prompt: list[int], count: int) -> list[int]:
 
 CASES = {
     "plain": dict(),
-    "grouped": dict(num_kv_heads=1, query_norm=RMSNorm(), key_norm=RMSNorm()),
+    "grouped, soft cap": dict(num_kv_heads=1, query_norm=RMSNorm(), key_norm=RMSNorm(), softcap=5.0),
     "window": dict(blocks=2),
-    "softcap": dict(softcap=5.0),
     "scanned": dict(scan=True),
 }
 
@@ -112,9 +111,10 @@ class Guess:
         return state
 
 
-@pytest.mark.parametrize("case", ["plain", "window"])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.7, top_p=0.9, repetition_penalty=1.2)], ids=["greedy", "sampled"]
+    "case, sampling",
+    [("plain", Sampling()), ("window", Sampling(0.7, top_p=0.9, repetition_penalty=1.2))],
+    ids=["greedy", "sampled, window"],
 )
 def test_tree_drafts_give_the_tokens_of_plain_decoding(case, sampling):
     model, params = make_model(**CASES[case])
