@@ -287,6 +287,9 @@ def _feed_back(
         own = jax.tree.map(lambda leaf: leaf[owner[start + j]], fitted)
         code = grid.encode(rows[j], own)
         error = (rows[j] - grid.decode(code, own)) / factor[j, j]
+        error = jnp.where(
+            start + j < inputs, error, 0
+        )  # a grid need not have the 0 that rows are padded with
         return rows - factor[j][:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
 
     def one_block(start: jax.Array, fitted: PyTree, carry: Any) -> Any:

@@ -19,7 +19,6 @@ from research.compression.rounding import (
     round_to_nearest,
 )
 from research.errors import UserError
-from research.nn.normal_float import code_book
 from research.nn.quantized import Quantized, quantize
 
 
@@ -101,14 +100,16 @@ def test_two_inputs_by_hand():
 
 
 @pytest.mark.parametrize(
-    "grid", [Uniform(4, symmetric=True, store="bfloat16"), CodeBook(code_book(3)), Ternary()]
+    "grid", [Uniform(4, symmetric=True, store="bfloat16"), CodeBook((-1.0, -0.3, 0.3, 1.0)), Ternary()]
 )
 def test_a_diagonal_gram_rounds_every_grid_to_nearest(grid):
     w, gram = (jnp.asarray(each, jnp.float32) for each in example())
     nearest = round_to_nearest(w, grid)
-    found = feed_back(w, jnp.diag(jnp.arange(1.0, 13.0)), grid)
+    found = feed_back(w, jnp.diag(jnp.arange(1.0, 13.0)), grid, block=8)  # 12 inputs: 4 rows of padding
+    damped = np.diag(np.arange(1, 13) + 0.01 * 6.5)
+    np.testing.assert_allclose(found.error, quadratic(w, found.values(grid), damped), rtol=1e-5)
     np.testing.assert_array_equal(found.codes, nearest.codes)
-    values, correlated = (np.asarray(r.values(grid)) for r in (nearest, feed_back(w, gram, grid)))
+    values, correlated = (np.asarray(r.values(grid)) for r in (nearest, feed_back(w, gram, grid, block=8)))
     assert quadratic(w, correlated, gram).sum() < quadratic(w, values, gram).sum()
     # No value of the grid is nearer than the one chosen.
     if isinstance(grid, Ternary):
