@@ -18,11 +18,11 @@ from research.nn.transformer import Block
 from research.sparse.dynamic_llava import (
     DynamicTraining,
     PolicyAttention,
-    PrunedCache,
     Sparsity,
     decode_without_cache,
     dynamic,
 )
+from research.sparse.pruned_cache import PrunedCache
 from research.sparse.tokens import hard_gumbel_keep, select_tokens, take_tokens
 from research.training.stepwise import stepwise_logits
 
