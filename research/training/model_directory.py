@@ -121,7 +121,9 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
                 if name in exact and stored != str(leaf.dtype):
                     raise UserError(f"{path}: {name} has type {stored}; {leaf.dtype} is described")
                 if name not in exact and stored not in DTYPES.values():
-                    raise UserError(f"{path}: {name} has type {found[name].stored}; {' or '.join(DTYPES)} is expected")
+                    raise UserError(
+                        f"{path}: {name} has type {found[name].stored}; {' or '.join(DTYPES)} is expected"
+                    )
                 array = file.get_tensor(name)
                 arrays.append(jnp.asarray(array if name in exact else array.astype(np.float32)))
     except FileNotFoundError:
