@@ -1,5 +1,7 @@
 """The encoder-decoder: what each side sees, decoding through the engine, its cache, its task."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,17 +159,16 @@ def test_the_cache_keeps_the_source(made):
     """Roll-back forgets tokens and never the source; commit takes a path; select takes both along."""
     model, params = made
     variables = {"params": params}
-    _, states, fresh = model.apply(variables, *padded(SOURCES), method="prefill")
+    apply = jax.jit(functools.partial(model.apply, variables), static_argnames="method")
+    _, states, fresh = apply(*padded(SOURCES), method="prefill")
     assert states.shape == (3, SOURCE, 16)
     lengths = padded(SOURCES)[1]
     start = model.init_cache(3, 16).commit(fresh, None, lengths)
     assert start.length.tolist() == [1, 1, 1] and start.source.sum(1).tolist() == [3, 20, 1]
     tokens = jax.random.randint(jax.random.key(2), (3, 4), 0, VOCAB)
-    logits, _, rows = model.apply(variables, tokens, start, method="extend")
+    logits, _, rows = apply(tokens, start, method="extend")
     # The whole target at once gives the same.
-    whole = model.apply(
-        variables, *padded(SOURCES), jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=model.bos)
-    )
+    whole = apply(*padded(SOURCES), jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=model.bos))
     np.testing.assert_allclose(logits, whole[:, 1:], atol=2e-5)
 
     long = start.commit(rows, None, jnp.asarray([4, 2, 0]))
@@ -176,12 +177,12 @@ def test_the_cache_keeps_the_source(made):
         jax.tree.map(np.testing.assert_array_equal, layer.memory, before.memory)
     back = long.rollback(jnp.asarray([1, 1, 1]))
     np.testing.assert_array_equal(back.source, start.source)
-    again, _, _ = model.apply(variables, tokens, back, method="extend")
+    again, _, _ = apply(tokens, back, method="extend")
     np.testing.assert_array_equal(again, logits)
     chosen = long.select(jnp.asarray([2, 0]))
     assert chosen.length.tolist() == [1, 5] and chosen.source.sum(1).tolist() == [1, 3]
-    moved, _, _ = model.apply(variables, tokens[jnp.asarray([2, 0])], chosen, method="extend")
-    there, _, _ = model.apply(variables, tokens, long, method="extend")
+    moved, _, _ = apply(tokens[jnp.asarray([2, 0])], chosen, method="extend")
+    there, _, _ = apply(tokens, long, method="extend")
     np.testing.assert_allclose(moved, there[jnp.asarray([2, 0])], atol=1e-5)
 
 

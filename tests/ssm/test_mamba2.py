@@ -111,22 +111,21 @@ def test_prefill_of_unequal_lengths():
 def test_a_tree_scores_every_path_and_commits_one():
     """Behind two tokens: 0 -> 1 -> 3 and 0 -> 2 -> 4; the second path is kept."""
     model, params = hybrid()
-    _, _, fresh = model.apply({"params": params}, TOKENS[:1, :2], jnp.array([2]), method="prefill")
+    apply = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="method")
+    _, _, fresh = apply(TOKENS[:1, :2], jnp.array([2]), method="prefill")
     cache = model.init_cache(1, 16).commit(fresh, None, jnp.array([2]))
     paths = {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 1, 3], 4: [0, 2, 4]}
     tree, nodes = np.zeros((5, 5), bool), jnp.array([[3, 6, 1, 0, 9]])
     for node, path in paths.items():
         tree[node, path] = True
     depth = jnp.array([0, 1, 1, 2, 2])
-    logits, _, fresh = model.apply(
-        {"params": params}, nodes, cache, jnp.asarray(tree), depth, method="extend"
-    )
+    logits, _, fresh = apply(nodes, cache, jnp.asarray(tree), depth, method="extend")
     for node, path in paths.items():
         row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array(path)]], axis=1)
         close(logits[:, node], whole(row)[:, -1])
     kept = cache.commit(fresh, jnp.array([[0, 2, 4]]), jnp.array([3]))
     row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array([0, 2, 4])], jnp.array([[5]])], axis=1)
-    close(model.apply({"params": params}, row[:, -1:], kept, method="extend")[0], whole(row)[:, -1:])
+    close(apply(row[:, -1:], kept, method="extend")[0], whole(row)[:, -1:])
 
 
 def test_drafts_change_no_token():
