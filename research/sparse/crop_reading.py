@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.language.decoder import DecoderLM
 from research.nn.attention import Context
+from research.nn.transformer import LayerStack
 from research.sparse.globalcom2 import GlobalCom2, Kept, Layout, assemble, compress, encode
 from research.training.task import Batch, Metrics, classification_metrics
-from research.vision.vit import ViT
 
 Chooser = Callable[..., Kept]
 """(thumbnail [n, d], crops [m, n, d], thumbnail scores [n], crop scores [m, n], newline [d], key) -> Kept."""
@@ -45,7 +44,7 @@ def keep_all(layout: Layout, thumbnail, crops, scores, crop_scores, newline, key
     )
 
 
-def read(decoder: DecoderLM, embedded: jax.Array, there: jax.Array, question: jax.Array) -> jax.Array:
+def read(decoder: LayerStack, embedded: jax.Array, there: jax.Array, question: jax.Array) -> jax.Array:
     """To be called as a method of a bound decoder: embedded [B, T, D], of which some are `there` bool [B, T], then the
     question int32[B], a token -> float32 logits [B, V] behind it."""
     asked = decoder.embed(question[:, None]).astype(embedded.dtype)
@@ -63,15 +62,15 @@ class CropReading:
 
     Args:
         encoder: a ViT with a class token and a class for each shape; patches as its own.
-        decoder: its vocabulary has the shapes, as questions, and then the colours, as answers.
+        decoder: a DecoderLM, whose vocabulary has the shapes, as questions, and then the colours, as answers.
         grid: crops along each side.
         side: pixels of a picture along each side.
         rule: what drops tokens in evaluation; None: nothing.
         softmaxed: scores are shares of attention, see `encode`.
     """
 
-    encoder: ViT
-    decoder: DecoderLM
+    encoder: LayerStack
+    decoder: LayerStack
     grid: int = 2
     side: int = 96
     rule: GlobalCom2 | None = None
@@ -89,7 +88,7 @@ class CropReading:
         return Layout((self.grid, self.grid), self.side // self.grid // self.encoder.patch)
 
     @property
-    def model(self) -> ViT:
+    def model(self) -> LayerStack:
         """What a run is known by: the encoder."""
         return self.encoder
 

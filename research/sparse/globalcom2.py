@@ -35,9 +35,8 @@ from flax import struct
 
 from research.errors import UserError
 from research.nn.attention_kernels import AttentionKernel
-from research.nn.transformer import unscan_layers
+from research.nn.transformer import LayerStack, unscan_layers
 from research.sparse.tokens import compact, keep_best
-from research.vision.vit import ViT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +263,7 @@ class _Scores:
 
 
 def encode(
-    model: ViT, params: Any, images: jax.Array, softmaxed: bool = False
+    model: LayerStack, params: Any, images: jax.Array, softmaxed: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """images [B, h, w, c] -> features that enter the last layer [B, n, d], scores float32 [B, n] of the class token
     there, and the logits of the class head.
