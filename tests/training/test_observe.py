@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.compression.observe import Tapped, _zero_tap, collect_fisher, collect_grams, short
 from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.moe.layer import MoE
@@ -16,6 +15,7 @@ from research.nn.linear import Linear
 from research.nn.mlp import GatedMLP
 from research.nn.transformer import Block, unscan_layers
 from research.nn.weights import LowRank
+from research.training.observe import Tapped, _zero_tap, collect_fisher, collect_grams, short
 
 WIDTH, EXPERTS, VOCAB = 8, 3, 16
 SEGMENTS = np.array([[1] * 9 + [0] * 3, [1] * 4 + [2] * 8], np.int32)
