@@ -51,6 +51,8 @@ def few_steps(config: ConfigDict, target: str) -> ConfigDict:
     for name in ("target", "teacher"):
         if short.task.get(name) == "package:language/base":
             short.task[name] = target
+    if "start_from" in short.task:
+        short.task.start_from = None  # its model is not this narrow one
     for stage in short.stages:
         stage.steps, stage.batch_size = STEPS, 8
         # Warm-ups are longer than that.

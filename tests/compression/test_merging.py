@@ -109,7 +109,9 @@ def test_fisher_and_regmean_by_hand():
     found = merging.regmean([{"k": jnp.asarray(v, jnp.float32)} for v in w], grams, off_diagonal=0.999999)[
         "k"
     ]
-    expected = np.linalg.lstsq(x.reshape(40, 4), np.concatenate([a @ v for a, v in zip(x, w, strict=True)]), rcond=None)[0]
+    expected = np.linalg.lstsq(
+        x.reshape(40, 4), np.concatenate([a @ v for a, v in zip(x, w, strict=True)]), rcond=None
+    )[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
