@@ -29,7 +29,7 @@ STEPS, BATCH, LENGTH, RATE = 40, 8, 128, 5e-4
 ROWS = 16  # of held-out text of each domain
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9, 0.99)
 MASKS = 5
-MERGE_RATES = (0.5, 0.9)
+MERGE_RATES = (0.9,)
 SCALES = (0.5, 1.0)
 METHODS = ("average", "task arithmetic", "TIES", "Fisher", "RegMean")
 
@@ -77,7 +77,7 @@ def sparse(how: str, tuned: Any, base: Any, change: merging.Difference, rate: fl
 
 
 def merge(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) -> dict[str, Any]:
-    """Loss of merged models, mean of the two domains, without DARE and with it at each rate."""
+    """Loss of merged models, mean of the two domains, without DARE and with it."""
     model, base = shipped()
     changes = [merging.difference(tuned_params(needs, domain), base) for domain in SOURCES]
     observed = {}
@@ -227,7 +227,7 @@ def figure(results: Results, path: Path) -> None:
     names = ["without DARE", *(f"{rate:.0%} dropped" for rate in MERGE_RATES)]
     for i, name in enumerate(names):
         heights = [np.mean(results["merged"][method], axis=0)[i] for method in METHODS]
-        panels[2].bar(np.arange(len(METHODS)) + 0.25 * (i - 1), heights, 0.23, label=name)
+        panels[2].bar(np.arange(len(METHODS)) + 0.4 * (i - 0.5), heights, 0.38, label=name)
     panels[2].set(
         xticks=range(len(METHODS)), xticklabels=METHODS, ylabel="nats, mean of both domains", title="merged"
     )
