@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from research.errors import UserError
+
 # What the last dimensions of an array are divided by: axes of a mesh, see research.training.partitioning.
 Spec = tuple[Any, ...]
 
@@ -93,10 +95,11 @@ def stored_bits(tree: Any) -> int:
 
 
 class LowRank(struct.PyTreeNode):
-    """The product of two thin matrices: down [in, rank] times up [rank, out]."""
+    """Scale times the product of two thin matrices, down [in, rank] times up [rank, out]: arrays, or structured."""
 
-    down: jax.Array
-    up: jax.Array
+    down: Kernel
+    up: Kernel
+    scale: float = struct.field(pytree_node=False, default=1.0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,26 +110,39 @@ class LowRank(struct.PyTreeNode):
         return self.down.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return dot(dot(x, self.down), self.up)
+        y = dot(dot(x, self.down), self.up)
+        return y if self.scale == 1.0 else y * jnp.asarray(self.scale, y.dtype)
 
     def materialize(self) -> jax.Array:
-        return self.down @ self.up
+        product = materialize(self.down) @ materialize(self.up)
+        return product if self.scale == 1.0 else product * jnp.asarray(self.scale, product.dtype)
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "LowRank":
-        return LowRank(self.down[..., :inputs, :], self.up[..., :outputs])
+        return self.replace(down=narrow(self.down, inputs, None), up=narrow(self.up, None, outputs))
+
+    def check(self) -> None:
+        """Raise `UserError` unless the parts belong together."""
+        down, up = self.down.shape, self.up.shape
+        if len(down) < 2 or down[:-2] != up[:-2] or down[-1] != up[-2]:
+            raise UserError(f"{tuple(down)} times {tuple(up)} is no product of two thin matrices")
+        if type(self.scale) is not float or not math.isfinite(self.scale):
+            raise UserError(f"scale={self.scale!r} is no finite number")
 
     @property
     def size(self) -> int:
         return self.down.size + self.up.size
 
     def stored_bits(self) -> int:
-        return array_bits(self.down) + array_bits(self.up)
+        return stored_bits((self.down, self.up))
 
     def leaf_specs(self, spec: Spec) -> list[Spec]:
         # The rank is divided by nothing.
         lead, outputs = spec[:-2], spec[-1]
         inputs = spec[-2] if len(spec) > 1 else None
-        return [(*lead, inputs, None), (*lead, None, outputs)]
+        return [
+            *_leaf_specs(self.down, (*lead, inputs, None)),
+            *_leaf_specs(self.up, (*lead, None, outputs)),
+        ]
 
 
 class Sum(struct.PyTreeNode):
@@ -159,5 +175,8 @@ class Sum(struct.PyTreeNode):
         return stored_bits(self.terms)
 
     def leaf_specs(self, spec: Spec) -> list[Spec]:
-        nested = (term.leaf_specs(spec) if isinstance(term, StoredWeight) else [spec] for term in self.terms)
-        return [leaf for specs in nested for leaf in specs]
+        return [leaf for term in self.terms for leaf in _leaf_specs(term, spec)]
+
+
+def _leaf_specs(kernel: Kernel, spec: Spec) -> list[Spec]:
+    return kernel.leaf_specs(spec) if isinstance(kernel, StoredWeight) else [spec]

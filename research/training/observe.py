@@ -28,11 +28,14 @@ from research.training.task import cross_entropy
 PyTree = Any
 Batch = Mapping[str, np.ndarray]
 
+PLACES = ("tokens", "segments", "positions")  # what a model is given of a batch
+
 
 class Tap(struct.PyTreeNode):
-    """Zeros whose cotangents are what is observed: gram float32[..., in, in] and count float32[...]."""
+    """Zeros whose cotangents are what is observed: gram float32[..., in, in], magnitude [..., in] and count [...]."""
 
     gram: jax.Array
+    magnitude: jax.Array
     count: jax.Array
 
 
@@ -73,7 +76,8 @@ class Tapped(struct.PyTreeNode):
         raise UserError(f"{self.path} is not multiplied through `dot`, so it can't be observed; leave it out")
 
     def narrow(self, inputs: int | None, outputs: int | None) -> "Tapped":
-        tap = self.tap.replace(gram=self.tap.gram[..., :inputs, :inputs])
+        gram, magnitude = self.tap.gram[..., :inputs, :inputs], self.tap.magnitude[..., :inputs]
+        tap = self.tap.replace(gram=gram, magnitude=magnitude)
         return self.replace(kernel=weights.narrow(self.kernel, inputs, outputs), tap=tap)
 
 
@@ -94,7 +98,8 @@ def _observed_backward(saved: Any, cotangent: jax.Array) -> tuple[jax.Array, Tap
     gram = jax.lax.dot_general(
         x, x, contract, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    return cotangent, Tap(gram, jnp.sum(jnp.any(x != 0, axis=-1), dtype=jnp.float32)), None
+    magnitude = jnp.sum(jnp.abs(x), axis=0, dtype=jnp.float32)
+    return cotangent, Tap(gram, magnitude, jnp.sum(jnp.any(x != 0, axis=-1), dtype=jnp.float32)), None
 
 
 _observed.defvjp(_observed_forward, _observed_backward)
@@ -105,12 +110,13 @@ class Gram:
     """The inputs of one kernel.
 
     total float32[..., in, in]: X^T X summed over tokens, not centred. count float32[...]: tokens that were not 0
-    throughout. The leading axes are those of the kernel, over layers of a scanned model and over experts. Kernels of
-    the same inputs have the same object.
+    throughout. magnitude float32[..., in]: |X| summed over tokens, where it was observed. The leading axes are those of
+    the kernel, over layers of a scanned model and over experts. Kernels of the same inputs have the same object.
     """
 
     total: np.ndarray
     count: np.ndarray
+    magnitude: np.ndarray | None = None
 
     @property
     def width(self) -> int:
@@ -150,16 +156,21 @@ def collect_grams(
         UserError: there is no token; a kernel's inputs never arrive, or aren't finite; or, unless `accept_short`, a
             kernel has more inputs than there were tokens. Of experts that is not an error: `short` lists them.
     """
-    paths, model = kernel_paths(params, select), _dropping_nothing(model)
+    paths, model = kernel_paths(params, select), dropping_nothing(model)
     sums = None
     for seen, batch in enumerate(batches, start=1):
-        batch = {name: batch[name] for name in ("tokens", "segments", "positions") if name in batch}
+        batch = {name: batch[name] for name in PLACES if name in batch}
         found = _grams(model, paths, params, batch)
-        sums = found if sums is None else _add(sums, found)
+        sums = found if sums is None else add(sums, found)
         tell(seen)
+    return checked(sums, accept_short)
+
+
+def checked(sums: dict[str, Tap] | None, accept_short: bool) -> dict[str, Gram]:
+    """What was summed over all batches, on the host. Raises `UserError` as `collect_grams` does."""
     if sums is None:
         raise UserError("the calibration data is empty: it has no batch")
-    grams = {path: Gram(np.asarray(tap.gram), np.asarray(tap.count)) for path, tap in sums.items()}
+    grams = {path: Gram(*map(np.asarray, (tap.gram, tap.count, tap.magnitude))) for path, tap in sums.items()}
     if not any(gram.count.any() for gram in grams.values()):
         raise UserError("the calibration data is empty: all its tokens are padding")
     for path, gram in grams.items():
@@ -198,7 +209,7 @@ def collect_fisher(
     Raises:
         UserError: there is no target; a kernel is not an array; a gradient is not finite, or 0 throughout a kernel.
     """
-    paths, model = kernel_paths(params, select), _dropping_nothing(model)
+    paths, model = kernel_paths(params, select), dropping_nothing(model)
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     for path in paths:
         if isinstance(flat[path], Weight):
@@ -209,7 +220,7 @@ def collect_fisher(
     sums, weight = None, 0.0
     for seen, batch in enumerate(batches, start=1):
         found = _fisher(model, paths, params, {name: batch[name] for name in names if name in batch})
-        sums = found if sums is None else _add(sums, found)
+        sums = found if sums is None else add(sums, found)
         weight += float(np.sum(batch["weights"]))
         tell(seen)
     if not weight > 0:
@@ -223,8 +234,17 @@ def collect_fisher(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _grams(model: nn.Module, paths: tuple[str, ...], params: PyTree, batch: Batch) -> dict[str, Tap]:
+    return observed(lambda params: _logits(model, params, batch), params, paths, real_tokens(batch))
+
+
+def observed(
+    run: Callable[[PyTree], jax.Array], params: PyTree, paths: tuple[str, ...], mask: jax.Array
+) -> dict[str, Tap]:
+    """{path: `Tap` of what the kernel there is multiplied with} in `run(params)`, whose output nobody computes.
+
+    mask bool[B, T]: the tokens that count.
+    """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    mask = batch["segments"] > 0 if "segments" in batch else jnp.ones(batch["tokens"].shape, bool)
     taps = {path: _zero_tap(flat[path].shape) for path in paths}
 
     def output(taps: dict[str, Tap]) -> jax.Array:
@@ -233,9 +253,14 @@ def _grams(model: nn.Module, paths: tuple[str, ...], params: PyTree, batch: Batc
             shape = flat[path].shape
             own = None if _is_expert(path, len(shape)) else jnp.broadcast_to(mask, shape[:-2] + mask.shape)
             tapped[path] = Tapped(flat[path], tap, own, path)
-        return jnp.sum(_logits(model, traverse_util.unflatten_dict(tapped, sep="/"), batch))
+        return jnp.sum(run(traverse_util.unflatten_dict(tapped, sep="/")))
 
     return jax.grad(output)(taps)
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+    """bool[B, T]: the tokens of a batch that are not padding."""
+    return batch["segments"] > 0 if "segments" in batch else jnp.ones(batch["tokens"].shape, bool)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -258,7 +283,8 @@ def _fisher(model: nn.Module, paths: tuple[str, ...], params: PyTree, batch: Bat
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _add(sums: PyTree, found: PyTree) -> PyTree:
+def add(sums: PyTree, found: PyTree) -> PyTree:
+    """Their sums, in the memory of the first."""
     return jax.tree.map(jnp.add, sums, found)
 
 
@@ -268,7 +294,7 @@ def _logits(model: nn.Module, params: PyTree, batch: Batch) -> jax.Array:
 
 
 def _zero_tap(shape: tuple[int, ...]) -> Tap:
-    return Tap(jnp.zeros((*shape[:-2], shape[-2], shape[-2])), jnp.zeros(shape[:-2]))
+    return Tap(jnp.zeros((*shape[:-2], shape[-2], shape[-2])), jnp.zeros(shape[:-1]), jnp.zeros(shape[:-2]))
 
 
 def _is_expert(path: str, axes: int) -> bool:
@@ -276,16 +302,16 @@ def _is_expert(path: str, axes: int) -> bool:
     return axes > 2 + is_stacked(path)
 
 
-def _dropping_nothing(module: Any) -> Any:
+def dropping_nothing(module: Any) -> Any:
     """The module with every dispatch of tokens to experts "sorted": no expert sees tokens that aren't its own, as the
     slots of other backends would make it, and every one sees all its tokens."""
     if isinstance(module, tuple):
-        return tuple(_dropping_nothing(part) for part in module)
+        return tuple(dropping_nothing(part) for part in module)
     if not isinstance(module, nn.Module):
         return module
     names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
     values = {name: getattr(module, name) for name in names}
-    changed = {name: _dropping_nothing(value) for name, value in values.items()}
+    changed = {name: dropping_nothing(value) for name, value in values.items()}
     if "dispatch" in changed:
         sorted_ = {"dispatch": "sorted", "capacity_factor": None, "grouped_dot": None}
         changed |= {name: value for name, value in sorted_.items() if name in changed}

@@ -79,18 +79,19 @@ def test_grams_are_those_of_every_kernels_own_inputs():
     def found(path):
         layer, _, rest = path.partition("/")
         if not layer.startswith("layer_"):
-            return scanned[path].total, scanned[path].count
+            return scanned[path].total, scanned[path].count, scanned[path].magnitude
         gram, place = scanned[f"layers/layer_0/{rest}"], int(layer[-1])
-        return gram.total[place], gram.count[place]
+        return gram.total[place], gram.count[place], gram.magnitude[place]
 
     linear = [path for path in seen if not path.endswith("/mlp")]
     # Four projections and the shared FFN's three of two layers, and the head.
     assert len(linear) == 2 * (4 + 3) + 1
     for path in linear:
-        total, count = found(f"{path}/kernel")
+        total, count, magnitude = found(f"{path}/kernel")
         x = seen[path][real]
         # Products of order 10 are summed in float32, over inputs that are themselves computed in another order.
         np.testing.assert_allclose(total, x.T @ x, rtol=2e-5, atol=2e-4, err_msg=path)
+        np.testing.assert_allclose(magnitude, np.abs(x).sum(0), rtol=2e-5, atol=2e-4, err_msg=path)
         assert count == real.sum() == 2 * 21
     for layer in ("layer_0", "layer_1"):
         experts = flat[layer]["mlp"]["experts"]
@@ -103,7 +104,7 @@ def test_grams_are_those_of_every_kernels_own_inputs():
             )
             hidden = gate / (1 + np.exp(-gate)) * up
             for name, rows in (("gate", x), ("up", x), ("down", hidden)):
-                total, count = found(f"{layer}/mlp/experts/{name}/kernel")
+                total, count, _ = found(f"{layer}/mlp/experts/{name}/kernel")
                 np.testing.assert_allclose(total[e], rows.T @ rows, rtol=5e-5, atol=5e-4)
                 assert count[e] == len(x)
     # The same inputs have one Gram matrix, others their own.
