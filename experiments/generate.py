@@ -262,7 +262,7 @@ def choose_drafter(loaded: "Loaded") -> str | None:
         UserError: nothing was measured for this model.
     """
     from research.decoding.cost import Costs, choose, default_path
-    from research.decoding.speculative.loading import fingerprint
+    from research.training.model_directory import fingerprint
 
     choice = choose(Costs.load(default_path(fingerprint(loaded.params))))
     for reason in choice.reasons:

@@ -20,7 +20,6 @@ from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build
 from research.data.recall import Recall
 from research.data.text import TokenDataset
-from research.decoding.speculative.loading import fingerprint
 from research.language import BASE
 from research.nn.accounting import count_bytes
 from research.nn.attention_kernels import DenseAttention
@@ -31,6 +30,7 @@ from research.sparse.moa.plan import Plan, Shape, apply_plan
 from research.sparse.moa.planner import Planner, Profile
 from research.sparse.moa.rules import Rule
 from research.training.evaluators import means
+from research.training.model_directory import fingerprint
 from research.training.probes import ByPosition
 from research.training.workdir import load_model, open_workdir
 

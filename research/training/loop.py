@@ -15,12 +15,14 @@ import optax
 
 from research.errors import UserError
 from research.nn.accounting import active_share, count_parameters
+from research.training import checkpoint_files as files
 from research.training import partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
 from research.training.metrics import MetricsWriter
 from research.training.monitor import Diverged, Monitor, Pending
+from research.training.partial import kept
 from research.training.partitioning import REPLICATE_BELOW, Axis
 from research.training.paths import named_leaves
 from research.training.progress import Progress, human, peak_flops
@@ -28,6 +30,7 @@ from research.training.stages import Stage, split
 from research.training.state import State, init_key, initial_state
 from research.training.step import make_step
 from research.training.task import Task
+from research.training.workdir import read_checkpoint
 
 PyTree = Any
 
@@ -187,9 +190,7 @@ class _Run:
         self.shown = progress and self.main
         self.progress = Progress(trainer.steps, 0, shown=self.shown)
         task = trainer.task
-        self.shapes = (
-            jax.eval_shape(task.init, jax.random.key(0)) if params is None else jax.eval_shape(lambda: params)
-        )
+        self.shapes = self._shapes()
         self.shardings = partitioning.parameter_shardings(
             self.shapes, self.mesh, trainer.rules, replicate_below=trainer.replicate_below
         )
@@ -212,6 +213,25 @@ class _Run:
             )
 
     # What is going to happen, checked before anything does.
+
+    def _shapes(self) -> PyTree:
+        """Shapes of the parameters. A task that recalls some says with what it saved, or begins with, what they are."""
+        task = self.trainer.task
+        if self._given is None and hasattr(task, "recall"):
+            saved = (
+                None
+                if self.directory is None
+                else files.newest_intact(self.directory / "checkpoints", self._warn)
+            )
+            if saved is not None:
+                params = task.recall(read_checkpoint(self.directory, None, saved[1]["step"])[0])
+                return jax.eval_shape(lambda: params)
+            self._given = task.start(init_key(self.trainer.seed))
+        return (
+            jax.eval_shape(task.init, jax.random.key(0))
+            if self._given is None
+            else jax.eval_shape(lambda: self._given)
+        )
 
     def _plan(self) -> Iterator[_Plan]:
         step = shared = 0
@@ -299,20 +319,36 @@ class _Run:
             return None
         # The stage decides what an optimizer state looks like, and the step decides the stage.
         if step is None:
-            found = self.checkpoints.restore_latest(lambda step: self.plan_of(step).abstract)
+            found = self.checkpoints.restore_latest(lambda step: self.kept(self.plan_of(step).abstract))
             if found is None:
                 return None
             state, position = found
             step = int(state.step)
         else:
-            state, position = self.checkpoints.restore(step, self.plan_of(step).abstract)
+            state, position = self.checkpoints.restore(step, self.kept(self.plan_of(step).abstract))
         expected = {"records": self.records(step), "stage": self.plan_of(step).index}
         if step > self.trainer.steps or position != expected:
             raise UserError(
                 f"{self.directory}: the checkpoint of step {step} stands at {position}, but the config's "
                 f"stages put that step at {expected}; give the config it was trained with, or another workdir"
             )
+        if hasattr(self.trainer.task, "recall"):
+            state = self.recalled(state)
         return self.rearrange(state, None)
+
+    def kept(self, state: State) -> State:
+        """What is saved of a state."""
+        task = self.trainer.task
+        ema = None if state.ema is None else kept(task, state.ema)
+        return state.replace(params=kept(task, state.params), ema=ema)
+
+    def recalled(self, state: State) -> State:
+        """A state of which a part was saved, whole again."""
+
+        def whole(saved: PyTree) -> PyTree:
+            return jax.device_put(self.trainer.task.recall(saved), self.shardings)
+
+        return state.replace(params=whole(state.params), ema=None if state.ema is None else whole(state.ema))
 
     def rearrange(self, state: State, step: int | None) -> State:
         """The state after `step`, or at the start of a run, as a task that moves its parameters wants it."""
@@ -376,7 +412,9 @@ class _Run:
             scores = self._evaluate(step, state, again=True) if evaluated else {}
             if saved:
                 position = {"records": self.records(step), "stage": plan.index}
-                self.checkpoints.save(step, state, position, scores if self.best in scores else None)
+                self.checkpoints.save(
+                    step, self.kept(state), position, scores if self.best in scores else None
+                )
             if evaluated or saved:
                 clock.restart(step)
             if stop:

@@ -11,6 +11,7 @@ Nothing in it is code: the config builds only what `research.config` allows, the
 safetensors library, and no pickle is ever opened.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -59,6 +60,17 @@ class Loaded:
     config: ConfigDict
     step: int | None
     inputs: tuple[jax.ShapeDtypeStruct, ...]
+
+
+def fingerprint(params: PyTree) -> str:
+    """16 hex digits that change when any bit, shape or name of the parameters does. Taken of parameters as they
+    were loaded, before anything fuses or casts them."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
 
 
 def read_config(path: Path) -> ConfigDict:

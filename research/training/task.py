@@ -38,6 +38,8 @@ class Task(Protocol):
         rearrange(state, mesh, step) -> state   on the host, after step `step` and with None when a run starts: may
                                                 move values between devices; the state it is given is used up
         unpack(params) -> params                the tree of the wrapped task, where its own is another
+
+    One that saves only a part of its parameters has `recalled` and `recall`: see `research.training.partial`.
     """
 
     def init(self, key: jax.Array) -> PyTree:

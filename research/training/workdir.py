@@ -33,6 +33,7 @@ from research.training.model_directory import (
     read_config,
     save_model,
 )
+from research.training.partial import ADAPTER, described_tree, load_adapter
 from research.training.paths import PyTree, named_leaves
 from research.training.structures import with_structures
 
@@ -198,7 +199,7 @@ def find_task(config: ConfigDict) -> tuple[str, ConfigDict]:
 
 
 def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool = False) -> Loaded:
-    """The model of a workdir or of a model directory, ready to use.
+    """The model of a workdir, of a model directory or of an adapter directory, ready to use.
 
     Of a workdir it reads the newest intact checkpoint, or that of `step`; only the parameters, or their
     moving average with `ema`. A damaged checkpoint is named on standard error and the one before is used.
@@ -210,6 +211,13 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
     """
     inside = str(path).removeprefix("package:")
     directory = files.local_directory(path if inside == str(path) else PACKAGE / inside)
+    if (directory / ADAPTER).exists():
+        if step is not None or ema:
+            raise UserError(f"{directory} is an adapter directory, with one set of parameters")
+        config, saved = load_adapter(directory)
+        where, task_config = find_task(config)
+        task = configs.build(task_config, where)
+        return _loaded(task, task_config, task.recall(saved), load_tokenizer(directory), None)
     if (directory / WEIGHTS).exists():
         if step is not None or ema:
             wanted = "moving average" if ema else f"step {step}"
@@ -229,12 +237,29 @@ def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
     task = configs.build(task_config, where)
     outer = _packing_task(config, where, task)
     saved = task if outer is None else outer
-    params, step = read_checkpoint(directory, jax.eval_shape(saved.init, jax.random.key(0)), step, part)
+    recalls = hasattr(saved, "recall")
+    abstract = None if recalls else jax.eval_shape(saved.init, jax.random.key(0))
+    params, step = read_checkpoint(directory, abstract, step, part)
+    params = saved.recall(params) if recalls else params
+    return _loaded(task, task_config, params, load_tokenizer(directory), step, outer)
+
+
+def _loaded(
+    task: Any,
+    task_config: ConfigDict,
+    params: PyTree,
+    tokenizer: Any,
+    step: int | None,
+    outer: Any = None,
+) -> Loaded:
+    """What was trained; a task that recalls a base has its tokenizer too."""
+    outer = task if outer is None and hasattr(task, "unpack") else outer
     params = params if outer is None else jax.jit(outer.unpack)(params)
     shape = getattr(task, "image_shape", None)
     inputs = TOKENS if shape is None else (jax.ShapeDtypeStruct((1, *shape), jax.numpy.float32),)
     made = task_config.get("model") or task.model_config
-    return Loaded(task.model, params, load_tokenizer(directory), made, step, inputs)
+    tokenizer = getattr(task, "tokenizer", None) if tokenizer is None else tokenizer
+    return Loaded(task.model, params, tokenizer, made, step, inputs)
 
 
 def _packing_task(config: ConfigDict, where: str, task: Any) -> Any:
@@ -248,9 +273,9 @@ def _packing_task(config: ConfigDict, where: str, task: Any) -> Any:
 
 
 def read_checkpoint(
-    directory: Path, abstract: PyTree, step: int | None = None, part: str = "params"
+    directory: Path, abstract: PyTree | None, step: int | None = None, part: str = "params"
 ) -> tuple[PyTree, int]:
-    """One part of the state that a run saved, shaped like `abstract`, and the step it is of.
+    """One part of the state that a run saved, shaped like `abstract` (None: as it was saved), and the step it is of.
 
     Kernels that were saved as structured weights are read as such, where `abstract` has arrays of their shape. The
     newest intact checkpoint, or that of `step`; a damaged one is named on standard error. Raises `UserError` if there
@@ -273,7 +298,11 @@ def read_checkpoint(
         for name, entry in manifest.get("structures", {}).items()
         if name.startswith(prefix)
     }
-    abstract = with_structures(abstract, described, f"checkpoint {path}")
+    if abstract is None:
+        leaves = {name.removeprefix(prefix): leaf for name, leaf in stored.items()}
+        abstract = described_tree(leaves, described, f"checkpoint {path}")
+    else:
+        abstract = with_structures(abstract, described, f"checkpoint {path}")
     wanted = {f"{prefix}{name}": leaf for name, leaf in named_leaves(abstract).items()}
     if difference := files.mismatches(stored, wanted, "the checkpoint"):
         raise UserError(f"checkpoint {path} does not fit the config of its run: {difference}")

@@ -1,6 +1,5 @@
 """Attention spans of MoA with the other parts."""
 
-from research.decoding.speculative.loading import fingerprint
 from research.moe.layer import MoE
 from research.nn.attention import Attention
 from research.nn.cache import HeadGroups
@@ -9,6 +8,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.sparse.moa.plan import Plan, Shape, apply_plan
 from research.sparse.moa.rules import Grid, Rule
+from research.training.model_directory import fingerprint
 
 from .cells import HIDDEN, decoder, drafted_as_plain, init, louder, refused, runs
 

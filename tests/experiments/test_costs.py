@@ -10,11 +10,11 @@ from experiments.bench.shapes import Shape
 from research.config import build, of
 from research.data.tokenizer import train as train_tokenizer
 from research.decoding.cost import Candidate, Costs, choose, default_path
-from research.decoding.speculative.loading import fingerprint
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.transformer import Block
+from research.training.model_directory import fingerprint
 from research.training.workdir import load_model, save_model
 
 

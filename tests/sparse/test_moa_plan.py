@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from research.data.recall import Recall
-from research.decoding.speculative.loading import fingerprint
 from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
@@ -23,6 +22,7 @@ from research.sparse.moa.calibration import draw_rows, own_answers
 from research.sparse.moa.plan import Plan, Shape, apply_plan, permute_heads
 from research.sparse.moa.planner import Planner
 from research.sparse.moa.rules import DENSE, Grid, Rule
+from research.training.model_directory import fingerprint
 from research.training.paths import named_leaves
 
 GRID = Grid(sinks=2, block=2)

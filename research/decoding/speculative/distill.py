@@ -24,9 +24,8 @@ from research.data.storage import data_dir, publish
 from research.data.text import TokenDataset
 from research.decoding.generator import Generator
 from research.decoding.sampling import Sampling
-from research.decoding.speculative.loading import fingerprint
 from research.errors import UserError
-from research.training.model_directory import Loaded
+from research.training.model_directory import Loaded, fingerprint
 from research.training.workdir import load_model
 
 _LAYOUT = 1  # of the files; a change makes every cache a new one

@@ -9,7 +9,6 @@ but it would guess badly and nobody would know why: so it is refused.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -30,7 +29,7 @@ from research.decoding.speculative.training import DrafterTraining
 from research.errors import UserError, nearest
 from research.nn.transformer import unscan_layers
 from research.training import checkpoint_files as files
-from research.training.model_directory import CONFIG, Loaded, read_config
+from research.training.model_directory import CONFIG, Loaded, fingerprint, read_config
 from research.training.paths import PyTree, named_leaves
 from research.training.workdir import load_model, read_checkpoint
 
@@ -76,17 +75,6 @@ class LoadedDrafter:
         if hasattr(self.proposer, "tuned"):
             return self.proposer.tuned(self.params, Target(target.params, target.model))
         return target.params
-
-
-def fingerprint(params: PyTree) -> str:
-    """16 hex digits that change when any bit, shape or name of the parameters does. Taken of parameters as they
-    were loaded, before `prepare` fuses or casts them."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(named_leaves(params).items()):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
 
 
 def save_drafter(

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.decoding.speculative.loading import fingerprint
 from research.errors import UserError
 from research.nn.masks import Window
 from research.nn.transformer import LayerStack, unscan_layers
 from research.nn.weights import Weight
 from research.sparse.moa.influence import planned_layers, with_attention
 from research.sparse.moa.rules import Grid, Rule
+from research.training.model_directory import fingerprint
 from research.training.paths import PyTree
 
 FORMAT = 1

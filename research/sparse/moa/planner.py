@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from research.data.pipeline import Dataset
-from research.decoding.speculative.loading import fingerprint
 from research.errors import UserError
 from research.nn.transformer import LayerStack
 from research.sparse.moa.calibration import draw_rows, own_answers
@@ -24,6 +23,7 @@ from research.sparse.moa.influence import profile
 from research.sparse.moa.plan import Plan, Shape
 from research.sparse.moa.rules import Grid, candidates, densities, losses
 from research.sparse.moa.solve import Program, pareto_front
+from research.training.model_directory import fingerprint
 
 PyTree = Any
 Tell = Callable[[str], None]

@@ -13,12 +13,13 @@ from research.config import build, of, to_json
 from research.data.text import TokenDataset
 from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generator
-from research.decoding.speculative.loading import find_drafter, fingerprint, load_drafter, save_drafter
+from research.decoding.speculative.loading import find_drafter, load_drafter, save_drafter
 from research.decoding.speculative.medusa import Medusa
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.speculative.trees import RankTree, chain_paths
 from research.errors import UserError
 from research.training.loop import Trainer
+from research.training.model_directory import fingerprint
 from research.training.optimizers import adamw, constant
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
