@@ -1,4 +1,4 @@
-"""A stack of blocks, walked from the first to the last: what each block's kernels see, once the blocks before it are done.
+"""A stack of blocks, walked from the first to the last: what a block's kernels see, once those before it are done.
 
 The hidden states of all calibration tokens stand before one block at a time. Its Gram matrices come from them, by
 whatever parameters a method has for it so far; then they go through the block as the method leaves it, and stand before
@@ -54,11 +54,22 @@ def replace(tree: PyTree, kernels: Mapping[str, Kernel]) -> PyTree:
     return traverse_util.unflatten_dict(flat | dict(kernels), sep="/")
 
 
+def kernels_at(block: PyTree, paths: Sequence[str]) -> dict[str, Kernel]:
+    """{path: kernel} of a block."""
+    found = {}
+    for path in paths:
+        node = block
+        for part in path.split("/"):
+            node = node[part]
+        found[path] = node
+    return found
+
+
 def quantize_arrays(
     method: str, params: PyTree, quantizer: Callable[[jax.Array], Kernel], select: str
 ) -> PyTree:
     """`quantize_kernels`. Raises `UserError` where a kernel that is selected is no array any more."""
-    for path in _selected(params, select):
+    for path in selected(params, select):
         check_array(method, path, _flat(params)[path])
     return quantize_kernels(params, quantizer, select)
 
@@ -67,8 +78,8 @@ def check_array(method: str, path: str, kernel: Kernel) -> None:
     """Raises `UserError` for a kernel that something has been made of already."""
     if isinstance(kernel, Weight):
         raise UserError(
-            f"{method} rounds arrays, and {path} is {type(kernel).__name__} already: name it first in the chain, or start "
-            "from the model as it was"
+            f"{method} rounds arrays, and {path} is {type(kernel).__name__} already: name it first in the chain, or "
+            "start from the model as it was"
         )
 
 
@@ -85,8 +96,8 @@ class Walk:
     def __init__(self, model: nn.Module, params: PyTree, batches: Sequence[Batch], select: str = SELECT):
         if not isinstance(model, LayerStack) or not hasattr(model, "embed"):
             raise UserError(
-                f"a {type(model).__name__} is not a stack of blocks behind an embedding, so it can't be walked block by "
-                "block; methods that need no data (finequant, round_to_nearest) take any model"
+                f"a {type(model).__name__} is not a stack of blocks behind an embedding, so it can't be walked block "
+                "by block; methods that need no data (finequant, round_to_nearest) take any model"
             )
         if "store" in params:
             raise UserError("experts of this model lie in a store; unpack it first (experiments.convert)")
@@ -97,7 +108,7 @@ class Walk:
         self._blocks = dropping_nothing(model.blocks)
         self.layers, self.index = model.num_layers, 0
         self._select = compile_pattern(select, "select")
-        _selected(params, select)
+        selected(params, select)
         self._places = [{name: jnp.asarray(b[name]) for name in PLACES if name in b} for b in batches]
         entry = {name: value for name, value in params.items() if not name.startswith("layer_")}
         self._streams = [_enter(model, entry, place) for place in self._places]
@@ -283,7 +294,8 @@ def _kernels(block: PyTree) -> Kernels:
     }
 
 
-def _selected(params: PyTree, select: str) -> list[str]:
+def selected(params: PyTree, select: str) -> list[str]:
+    """The paths of a tree that the pattern is found in. Raises `UserError` where there are none."""
     pattern = compile_pattern(select, "select")
     found = [path for path in _flat(params) if pattern.search(path)]
     if not found:

@@ -109,8 +109,8 @@ class Chain:
         rows = max(self.tokens // length, 1)
         if rows > len(data):
             raise UserError(
-                f"calibration data too short: {self.sources} has {len(data)} rows of {length} tokens, and {rows} are asked "
-                f"for; ask for at most {len(data) * length} tokens"
+                f"calibration data too short: {self.sources} has {len(data)} rows of {length} tokens, and {rows} are "
+                f"asked for; ask for at most {len(data) * length} tokens"
             )
         starts = range(0, rows, self.batch_size)
         found = [data.take(np.arange(at, min(at + self.batch_size, rows))) for at in starts]
@@ -143,11 +143,13 @@ class Chain:
             params
         ):
             raise UserError(
-                f"{name_of(self.methods[0])} repairs what was compressed before, and nothing was: name another method first"
+                f"{name_of(self.methods[0])} repairs what was compressed before, and nothing was: name another method "
+                "first"
             )
         if self.needs_data and not batches:
             raise UserError("the calibration data is empty: it has no batch")
-        for method, key in zip(self.methods, jax.random.split(jax.random.key(self.seed), len(self.methods))):
+        keys = jax.random.split(jax.random.key(self.seed), len(self.methods))
+        for method, key in zip(self.methods, keys, strict=True):
             begun = time.perf_counter()
             own = batches if method.needs_data else ()
             params, notes = method.compress(model, original, params, own, key, tell)

@@ -1,0 +1,413 @@
+"""decoupleQ: integers and floats of a uniform grid as two blocks of unknowns (arXiv 2404.12759).
+
+A kernel becomes w = s c + z, with integers c of -2^(b-1) ... 2^(b-1) - 1 and floating s, z for each output and group of
+inputs. With H = X^T X / T + 0.01 mean(diag) I of the layer's inputs, for each output by itself,
+
+    minimise (w - w0)^T H (w - w0)   over c with s, z fixed (GPTQ), and over s, z with c fixed:
+    (D^T H D) [s; z] = D^T H w0,     D = [c by groups | 1 by groups]      in float64
+
+in turns; each side's answer is taken by an output only where its error falls. The zero z is a float of its own: it is
+not rounded to an integer, and nothing is read off the range of the weights again. It begins with min-max grids that
+contain 0, by rounding and by GPTQ, and before the first turn the range is clipped to what rounds best under H.
+
+Blocks in sequence, and in a block the kernels of one input together (query, key, value; output; gate, up; down), each
+with H from the block as compressed so far. Then the integers are frozen and all s, z and norms of the block are tuned:
+its outputs should be those of the original block on the same inputs, which come from the compressed blocks before it.
+
+Errors are always those of s and z as they are stored. The solver of the integers is GPTQ, as in the paper's language
+models; that of its image models, projected gradient descent, is not here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.compression.baselines import clip_parts
+from research.compression.blocks import (
+    SELECT,
+    Notes,
+    Walk,
+    check_array,
+    each,
+    kernels_at,
+    plain,
+    replace,
+    through,
+)
+from research.compression.chain import PyTree, Tell
+from research.compression.rounding import Affine, Uniform, feed_back
+from research.errors import UserError
+from research.nn.packed import check_bits, check_group
+from research.nn.quantized import Quantized
+from research.nn.transformer import Stream
+from research.training.observe import Batch, real_tokens
+from research.training.paths import named_leaves
+
+DAMP = 0.01  # of H, in the paper's code
+RETRIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the factorisation
+STOP = 1e-4  # the share of outputs below which improvements are not worth another turn
+SOLVED = 1 << 23  # float64s of the systems that are solved together
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoupleQ:
+    """Integers, then floats, in turns; then all floats of a block together.
+
+    Args:
+        turns: how often integers are solved for at most, GPTQ at the beginning included; 1 is GPTQ where that beats
+            rounding. The paper's max_iter_num.
+        clips: parts of the range that are tried before the first turn.
+        epochs: of tuning each block; 0: none. rate: its learning rate, of Adam with betas 0.9 and 0.99.
+        store: what s and the zero, 2^(b-1) - z / s in units of codes, are stored in.
+    """
+
+    bits: int = 2
+    group: int | None = None
+    turns: int = 4
+    clips: int = 160
+    epochs: int = 4
+    rate: float = 1e-5
+    store: str = "float16"
+    select: str = SELECT
+
+    name: ClassVar[str] = "decoupleq"
+    needs_data: ClassVar[bool] = True
+    needs_compressed: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        clip_parts(self.clips)
+        if self.turns < 1 or self.epochs < 0 or not self.rate >= 0:
+            raise UserError(
+                f"decoupleq takes turns of at least 1, epochs and a rate of at least 0, not turns={self.turns}, "
+                f"epochs={self.epochs}, rate={self.rate}"
+            )
+
+    def compress(
+        self,
+        model: nn.Module,
+        original: PyTree,
+        params: PyTree,
+        batches: Sequence[Batch],
+        key: jax.Array,
+        tell: Tell,
+    ) -> tuple[PyTree, list[str]]:
+        walk, notes = Walk(model, params, batches, self.select), Notes()
+        params = dict(params)
+        before, after = [], []
+        for key_ in jax.random.split(key, walk.layers):
+            name = walk.name
+            tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
+            block, grids = params[name], {}
+            for stage in walk.stages(block):
+                grams = walk.grams(block, stage)
+                notes.unseen(name, grams)
+                for path, kernel in kernels_at(block, stage).items():
+                    check_array(self.name, f"{name}/{path}", kernel)
+                    try:
+                        grids[path] = self.solve(np.asarray(kernel), grams[path].mean())
+                    except UserError as error:
+                        raise UserError(f"{name}/{path}: {error}") from None
+                block = replace(block, {path: grids[path].kernel() for path in stage})
+            if self.epochs and grids:
+                block, loss = tune(
+                    walk, original[name], block, grids, self.bits, self.epochs, self.rate, key_
+                )
+                before.append(loss[0])
+                after.append(loss[-1])
+            params[name] = replace(block, {path: grids[path].packed(self.bits) for path in grids})
+            walk.advance(params[name])
+        if before:
+            shares = ", ".join(f"{b / a:.3f}" for a, b in zip(before, after, strict=True))
+            notes.found[f"squared error of the outputs after tuning, of that before: {shares}"] = ["blocks"]
+        return params, notes.lines()
+
+    def solve(self, w: np.ndarray, gram: np.ndarray) -> "Stored":
+        """w [..., in, out] and the means gram [..., in, in] of its inputs -> the grid and its integers."""
+
+        def one(w: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, ...]:
+            found = decouple(w, gram, self.bits, self.group, self.turns, self.clips, self.store)[0]
+            return found.codes, found.scale, found.zero
+
+        return Stored(*each(one, np.asarray(w, np.float64), gram))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """w = scale (code - zero): codes uint8[..., in, out] of 0 ... 2^b - 1, scale and zero [..., groups, out]."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray
+
+    def kernel(self) -> jax.Array:
+        """float32[..., in, out]."""
+        return jnp.asarray(_values(self.codes, self.scale.astype(np.float32), self.zero.astype(np.float32)))
+
+    def packed(self, bits: int) -> Quantized:
+        return Quantized.from_codes(
+            jnp.asarray(self.codes), jnp.asarray(self.scale), jnp.asarray(self.zero), bits
+        )
+
+
+def decouple(
+    w: np.ndarray,
+    gram: np.ndarray,
+    bits: int,
+    group: int | None,
+    turns: int,
+    clips: int,
+    store: str = "float32",
+) -> tuple[Stored, list[np.ndarray]]:
+    """Steps 1 to 3 for one kernel w float64[in, out]: the grid, and the errors [out] after every step that was accepted
+    or not, which never rise."""
+    inputs = w.shape[0]
+    group = check_group(inputs, group)
+    size = np.trace(gram) / inputs
+    # An input that saw nothing has no say: then all are alike, and weights are rounded to nearest.
+    hessian = gram + DAMP * size * np.eye(inputs) if size > 0 else np.eye(inputs)
+    steps: list[np.ndarray] = []
+
+    def better(best: Stored | None, other: Stored) -> Stored:
+        error = _error(w, hessian, other)
+        wins = np.ones(w.shape[1], bool) if best is None else error < steps[-1]
+        steps.append(error if best is None else np.where(wins, error, steps[-1]))
+        if best is None:
+            return other
+        return Stored(
+            *(np.where(wins, new, old) for new, old in zip(_parts(other), _parts(best), strict=True))
+        )
+
+    ends = _ends(w, group)
+    scale, zero = _rounded(*_range(ends, 1.0, bits), bits, store)
+    best = better(None, _nearest(w, scale, zero, bits))
+    best = better(best, _gptq(w, hessian, scale, zero, bits, group))
+    for turn in range(turns - 1):
+        reached = steps[-1]
+        scale, zero = best.scale, best.zero
+        if turn == 0:
+            part = _search(w, hessian, ends, clips, bits, store)
+            start = _nearest(w, *_rounded(*_range(ends, part, bits), bits, store), bits)
+            scale, zero = _rounded(*floats(w, hessian, start.codes, group, bits), bits, store)
+        best = better(best, _gptq(w, hessian, scale, zero, bits, group))
+        solved = _rounded(*floats(w, hessian, best.codes, group, bits), bits, store)
+        best = better(best, Stored(best.codes, *solved))
+        if np.mean(steps[-1] < reached) < STOP:
+            break
+    return best, steps
+
+
+def floats(
+    w: np.ndarray, hessian: np.ndarray, codes: np.ndarray, group: int, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The s and z [groups, out] of the least error for integers codes [in, out]: step 3c, float64.
+
+    Where all integers of a group are equal, s and z can't be told apart: 1 % of the mean diagonal is added there.
+    """
+    inputs, outputs = w.shape
+    groups = inputs // group
+    owner = np.arange(inputs) // group
+    ones = (owner[:, None] == np.arange(groups)).astype(np.float64)  # [in, groups]
+    by_group = hessian @ ones  # [in, groups]
+    between = ones.T @ by_group  # [groups, groups]
+    target = hessian @ w  # [in, out]
+    signed = codes.astype(np.float64) - 2 ** (bits - 1)
+    solution = np.empty((2 * groups, outputs))
+    width = max(SOLVED // max(4 * groups * groups, inputs * groups), 1)
+    for at in range(0, outputs, width):
+        c = signed[:, at : at + width]
+        count = c.shape[1]
+        split = c.reshape(groups, group, count)
+        # D = [c by groups | ones by groups]: the four quarters of D^T H D.
+        weighted = np.stack(
+            [hessian[:, owner == b] @ c[owner == b] for b in range(groups)]
+        )  # [groups, in, n]
+        squares = np.einsum("bagn,agn->nab", weighted.reshape(groups, groups, group, count), split)
+        mixed = np.einsum("agn,agb->nab", split, by_group.reshape(groups, group, groups))
+        system = np.empty((count, 2 * groups, 2 * groups))
+        system[:, :groups, :groups] = squares
+        system[:, :groups, groups:] = mixed
+        system[:, groups:, :groups] = mixed.swapaxes(1, 2)
+        system[:, groups:, groups:] = between
+        own = target[:, at : at + width].reshape(groups, group, count)
+        right = np.concatenate([np.einsum("agn,agn->na", split, own), own.sum(1).T], axis=1)
+        equal = (split.max(1) == split.min(1)).any(0)
+        ridge = 0.01 * np.einsum("nii->n", system) / (2 * groups)
+        system += np.where(equal, ridge, 0.0)[:, None, None] * np.eye(2 * groups)
+        solution[:, at : at + width] = np.linalg.solve(system, right[..., None])[..., 0].T
+    return solution[:groups], solution[groups:]
+
+
+def tune(
+    walk: Walk,
+    original: PyTree,
+    block: PyTree,
+    grids: dict[str, Stored],
+    bits: int,
+    epochs: int,
+    rate: float,
+    key: jax.Array,
+) -> tuple[PyTree, list[float]]:
+    """Step 4: s and z of all `grids`, which are replaced there, and the norms, by Adam on single sequences.
+
+    The floats that are kept are those of the epoch with the least error over all sequences, which may be the beginning.
+    Returns the block and the errors before and after, means of squares.
+    """
+    wanted = walk.outputs(original)
+    rows = _rows([(stream, place, out.x) for (stream, place), out in zip(walk.inputs(), wanted, strict=True)])
+    start = plain(block)
+    middle = 2 ** (bits - 1)
+    codes = {path: jnp.asarray(grid.codes.astype(np.int8) - middle) for path, grid in grids.items()}
+    scales = {path: jnp.asarray(grid.scale, jnp.float32) for path, grid in grids.items()}
+    shifts = {
+        path: scales[path] * (middle - jnp.asarray(grid.zero, jnp.float32)) for path, grid in grids.items()
+    }
+    norms = kernels_at(start, [path for path in named_leaves(start) if path.endswith("norm/scale")])
+    free = {"scale": scales, "shift": shifts, "norm": norms}
+    state, count = _adam(rate).init(free), jax.tree.leaves(rows)[0].shape[0]
+    measure = lambda free: float(_mean_error(walk.block, free, codes, start, rows))  # noqa: E731
+    best, first = free, measure(free)
+    least = first
+    for own in jax.random.split(key, epochs):
+        order = jax.random.permutation(own, count)
+        free, state = _epoch(walk.block, rate, free, state, codes, start, rows, order)
+        if (error := measure(free)) < least:
+            best, least = free, error
+    for path, grid in grids.items():
+        scale, shift = (np.asarray(best[name][path], np.float64) for name in ("scale", "shift"))
+        stored = (scale.astype(grid.scale.dtype), (middle - shift / scale).astype(grid.zero.dtype))
+        grids[path] = Stored(grid.codes, *stored)
+    return replace(block, best["norm"]), [first, least]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _epoch(
+    block: nn.Module,
+    rate: float,
+    free: PyTree,
+    state: PyTree,
+    codes: PyTree,
+    start: PyTree,
+    rows: Any,
+    order: jax.Array,
+) -> tuple[PyTree, PyTree]:
+    def step(carry: tuple[PyTree, PyTree], row: jax.Array) -> tuple[tuple[PyTree, PyTree], None]:
+        free, state = carry
+        gradient = jax.grad(_row_error, argnums=1)(
+            block, free, codes, start, jax.tree.map(lambda x: x[row], rows)
+        )
+        updates, state = _adam(rate).update(gradient, state, free)
+        return (optax.apply_updates(free, updates), state), None
+
+    return jax.lax.scan(step, (free, state), order)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_error(block: nn.Module, free: PyTree, codes: PyTree, start: PyTree, rows: Any) -> jax.Array:
+    return jnp.mean(jax.lax.map(lambda row: _row_error(block, free, codes, start, row), rows))
+
+
+def _row_error(block: nn.Module, free: PyTree, codes: PyTree, start: PyTree, row: Any) -> jax.Array:
+    """The mean square, over tokens and channels of one sequence, of what the block's outputs are off."""
+    stream, place, wanted = row
+    kernels = {
+        path: _spread(free["scale"][path], c) * c + _spread(free["shift"][path], c)
+        for path, c in codes.items()
+    }
+    out = through(block, replace(start, kernels | free["norm"]), stream, place).x
+    real = real_tokens(place)[..., None]
+    return jnp.sum(jnp.where(real, jnp.square(out - wanted), 0)) / jnp.maximum(
+        jnp.sum(real) * out.shape[-1], 1
+    )
+
+
+def _adam(rate: float) -> optax.GradientTransformation:
+    return optax.adamw(rate, 0.9, 0.99, eps=2e-5, weight_decay=1e-6)
+
+
+def _rows(batches: list[tuple[Stream, Batch, jax.Array]]) -> Any:
+    """Batches [B, T, ...] -> single sequences, leaves [rows, 1, T, ...]."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:, None], *batches)
+
+
+def _spread(fitted: Any, codes: Any) -> Any:
+    """[..., groups, out] -> [..., in, out]."""
+    repeat = np.repeat if isinstance(fitted, np.ndarray) else jnp.repeat
+    return repeat(fitted, codes.shape[-2] // fitted.shape[-2], axis=-2)
+
+
+def _values(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    return _spread(scale, codes) * (codes.astype(scale.dtype) - _spread(zero, codes))
+
+
+def _parts(stored: Stored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return stored.codes, stored.scale, stored.zero
+
+
+def _error(w: np.ndarray, hessian: np.ndarray, stored: Stored) -> np.ndarray:
+    """(w - w0)^T H (w - w0) of every output, float64; infinite where the grid has no width or is not finite."""
+    scale, zero = stored.scale.astype(np.float64), stored.zero.astype(np.float64)
+    usable = (np.isfinite(scale) & np.isfinite(zero) & (scale != 0)).all(0)
+    difference = np.where(usable, _values(stored.codes, scale, np.where(usable, zero, 0)) - w, 0)
+    return np.where(usable, np.sum(difference * (hessian @ difference), axis=0), np.inf)
+
+
+def _ends(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest weight of every group, 0 among them: [groups, out] each."""
+    split = w.reshape(-1, group, w.shape[1])
+    return np.minimum(split.min(1), 0), np.maximum(split.max(1), 0)
+
+
+def _range(
+    ends: tuple[np.ndarray, np.ndarray], part: float | np.ndarray, bits: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """s and z of the grid that spans a part of the range; s = 1 where all weights are 0."""
+    least, most = (part * end for end in ends)
+    scale = (most - least) / (2**bits - 1)
+    return np.where(scale > 0, scale, 1.0), least + np.where(scale > 0, scale, 1.0) * 2 ** (bits - 1)
+
+
+def _rounded(scale: np.ndarray, shift: np.ndarray, bits: int, store: str) -> tuple[np.ndarray, np.ndarray]:
+    """s and z -> scale and zero, in units of codes of 0 ... 2^b - 1, as they are stored."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = scale.astype(jnp.dtype(store))
+        return scale, (2 ** (bits - 1) - shift / scale.astype(np.float64)).astype(jnp.dtype(store))
+
+
+def _nearest(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> Stored:
+    wide = [_spread(x.astype(np.float64), w) for x in (scale, zero)]
+    codes = np.clip(np.round(w / wide[0] + wide[1]), 0, 2**bits - 1)
+    return Stored(codes.astype(np.uint8), scale, zero)
+
+
+def _gptq(
+    w: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int, group: int
+) -> Stored:
+    """Integers for s and z by GPTQ, inputs of the largest moment first."""
+    fitted = Affine(jnp.asarray(scale, jnp.float32), jnp.asarray(zero, jnp.float32))
+    arrays = jnp.asarray(w, jnp.float32), jnp.asarray(hessian, jnp.float32)
+    for damp in RETRIES:
+        rounded = feed_back(*arrays, Uniform(bits), group, fitted, damp=damp, order=True)
+        if not rounded.nearest.any():
+            break
+    return Stored(np.asarray(rounded.codes).astype(np.uint8), scale, zero)
+
+
+def _search(
+    w: np.ndarray, hessian: np.ndarray, ends: tuple[np.ndarray, np.ndarray], clips: int, bits: int, store: str
+) -> np.ndarray:
+    """The part of its range [out] that each output is rounded to nearest with the least error under H."""
+    parts = clip_parts(clips)
+    errors = []
+    for part in parts:
+        errors.append(
+            _error(w, hessian, _nearest(w, *_rounded(*_range(ends, part, bits), bits, store), bits))
+        )
+    return np.asarray(parts)[np.argmin(errors, axis=0)]
