@@ -21,6 +21,7 @@ from research.nn.masks import Causal, Window
 from research.nn.mlp import ACTIVATIONS, MLP, GatedMLP
 from research.nn.transformer import scan_params
 from research.nn.weights import LowRank, materialize
+from tests.programs import call
 
 KEY = jax.random.key(0)
 
@@ -59,7 +60,7 @@ def test_masked_equals_sliced(cls, activation):
     hidden = act(linear("gate", x)) * linear("up", x) if cls is GatedMLP else act(linear("up", x))
     expected = linear("down", np.where(np.arange(8) < 5, hidden, 0.0))
     sliced = slice_mlp(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), 5)
-    y = cls(5, activation, use_bias=True).apply({"params": sliced}, jnp.asarray(x, jnp.float32))
+    y = call(cls(5, activation, use_bias=True), sliced, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-6)
 
 
@@ -101,8 +102,7 @@ def test_every_expert_is_cut():
         "experts": {**params["experts"], "down": {**cut["experts"]["down"], "kernel": masked}},
     }
     outputs = [
-        jax.jit(module.apply)({"params": tree}, x, places)
-        for module, tree in ((layer, masked), (layer.clone(hidden_dim=5), cut))
+        call(module, tree, x, places) for module, tree in ((layer, masked), (layer.clone(hidden_dim=5), cut))
     ]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 

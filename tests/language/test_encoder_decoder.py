@@ -22,6 +22,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.model_directory import load_model_directory, save_model
+from tests.programs import call
 
 VOCAB, SOURCE, TARGET = 53, 20, 24
 SOURCES = [[5, 9, 2], list(range(20, 40)), [7]]  # unequal lengths, the second as long as allowed
@@ -87,9 +88,8 @@ def padded(sources):
 def without_cache(model, params, source: list[int], count: int) -> list[int]:
     """Greedy decoding by a full forward pass for every token."""
     tokens = np.full((1, TARGET), model.bos, np.int32)
-    forward = jax.jit(lambda t: model.apply({"params": params}, *padded([source]), t))
     for at in range(count):
-        tokens[0, at + 1] = int(jnp.argmax(forward(tokens)[0, at]))
+        tokens[0, at + 1] = int(jnp.argmax(call(model, params, *padded([source]), tokens)[0, at]))
     return tokens[0, 1 : count + 1].tolist()
 
 
@@ -125,16 +125,16 @@ def test_what_each_side_sees(made):
     model, params = made
     source, lengths = padded([SOURCES[0]])
     tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, VOCAB)
-    logits = model.apply({"params": params}, source, lengths, tokens)
+    logits = call(model, params, source, lengths, tokens)
     # A later token of the target changes nothing before it, padding of the source nothing at all.
-    later = model.apply({"params": params}, source, lengths, tokens.at[0, 4].add(1))
+    later = call(model, params, source, lengths, tokens.at[0, 4].add(1))
     np.testing.assert_array_equal(later[:, :4], logits[:, :4])
     assert np.all(np.any(later[:, 4:] != logits[:, 4:], axis=-1))
-    other = model.apply({"params": params}, source.at[0, 3:].set(11), lengths, tokens)
+    other = call(model, params, source.at[0, 3:].set(11), lengths, tokens)
     np.testing.assert_array_equal(other, logits)
     # Every real token of the source, the last included, changes all.
     for place in range(3):
-        changed = model.apply({"params": params}, source.at[0, place].set(30), lengths, tokens)
+        changed = call(model, params, source.at[0, place].set(30), lengths, tokens)
         assert np.all(np.any(changed != logits, axis=-1))
 
 
@@ -158,8 +158,7 @@ def test_an_empty_source_decodes(made):
 def test_the_cache_keeps_the_source(made):
     """Roll-back forgets tokens and never the source; commit takes a path; select takes both along."""
     model, params = made
-    variables = {"params": params}
-    apply = jax.jit(functools.partial(model.apply, variables), static_argnames="method")
+    apply = functools.partial(call, model, params)
     _, states, fresh = apply(*padded(SOURCES), method="prefill")
     assert states.shape == (3, SOURCE, 16)
     lengths = padded(SOURCES)[1]
@@ -188,15 +187,14 @@ def test_the_cache_keeps_the_source(made):
 
 def test_a_tree_is_scored_as_its_paths(made):
     model, params = made
-    variables = {"params": params}
-    _, _, fresh = model.apply(variables, *padded(SOURCES[:1]), method="prefill")
+    _, _, fresh = call(model, params, *padded(SOURCES[:1]), method="prefill")
     cache = model.init_cache(1, 16).commit(fresh, None, jnp.asarray([3]))
     # Node 0, its children 1 and 2, and 3 below 2.
     tree = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
     tokens = jnp.asarray([[4, 8, 15, 16]])
-    logits, _, _ = model.apply(variables, tokens, cache, tree, jnp.asarray([0, 1, 1, 2]), method="extend")
+    logits, _, _ = call(model, params, tokens, cache, tree, jnp.asarray([0, 1, 1, 2]), method="extend")
     for path in ([0, 1], [0, 2, 3]):
-        alone, _, _ = model.apply(variables, tokens[:, jnp.asarray(path)], cache, method="extend")
+        alone, _, _ = call(model, params, tokens[:, jnp.asarray(path)], cache, method="extend")
         np.testing.assert_allclose(logits[:, jnp.asarray(path)], alone, atol=1e-5)
 
 
@@ -213,10 +211,10 @@ def test_a_decoder_with_a_full_rule_sees_both_ways():
     model, (_, params) = build(full), make()
     source, lengths = padded([SOURCES[0]])
     tokens = jnp.asarray([[1, 2, 3, 4, 5]])
-    logits = model.apply({"params": params}, source, lengths, tokens, jnp.asarray([4]))
-    later = model.apply({"params": params}, source, lengths, tokens.at[0, 3].set(9), jnp.asarray([4]))
+    logits = call(model, params, source, lengths, tokens, jnp.asarray([4]))
+    later = call(model, params, source, lengths, tokens.at[0, 3].set(9), jnp.asarray([4]))
     assert np.all(np.any(later[:, :4] != logits[:, :4], axis=-1))
-    beyond = model.apply({"params": params}, source, lengths, tokens.at[0, 4].set(9), jnp.asarray([4]))
+    beyond = call(model, params, source, lengths, tokens.at[0, 4].set(9), jnp.asarray([4]))
     np.testing.assert_array_equal(beyond[:, :4], logits[:, :4])
 
 
@@ -228,7 +226,7 @@ def test_the_task_by_hand(made):
     weights = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     batch = {"source": source, "source_lengths": lengths, "targets": targets, "weights": weights}
     np.testing.assert_array_equal(shift_right(targets, 1), [[1, 3, 4], [1, 6, 7]])
-    logits = model.apply({"params": params}, source, lengths, shift_right(targets, 1))
+    logits = call(model, params, source, lengths, shift_right(targets, 1))
     log_p = jax.nn.log_softmax(logits)
     nats = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     loss, weight = task.evaluate(params, batch)["loss"]

@@ -26,6 +26,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, LayerStack, scan_params
 from research.training.task import cast_floats
 from research.vision.vit import ViT
+from tests.programs import call
 
 VOCAB, WIDTH, LENGTH, LAYERS = 24, 8, 6, 2
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 1, VOCAB)
@@ -96,7 +97,7 @@ def test_heavy_ball_is_its_closed_form(mu, gamma):
     params = jax.jit(stack.init)(jax.random.key(1), x)["params"]
     u = outputs(params, 5)
     expected = np.asarray(x[0, 0]) + gamma * sum(mu ** (t - s) * u[s] for t in range(5) for s in range(t + 1))
-    close(jax.jit(stack.apply)({"params": params}, x)[0, 0], expected)
+    close(call(stack, params, x)[0, 0], expected)
 
 
 def test_dense_layers_pass_the_state_on():
@@ -108,7 +109,7 @@ def test_dense_layers_pass_the_state_on():
     x = jnp.ones((1, 2, 4))
     params = jax.jit(stack.init)(jax.random.key(2), x)["params"]
     u = outputs(params, 4)
-    close(jax.jit(stack.apply)({"params": params}, x)[0, 1], 1 + u[0] + u[1] + 0.5 * u[0] + u[2] + u[3])
+    close(call(stack, params, x)[0, 1], 1 + u[0] + u[1] + 0.5 * u[0] + u[2] + u[3])
 
 
 def test_robust_momentum_looks_ahead():
@@ -127,7 +128,7 @@ def test_robust_momentum_looks_ahead():
         y = new + alpha * (new - old)
         old, new = new, new + mu * (new - old) - gamma * stiffness * y
     stack = bare(cell, Springs(tuple(stiffness.tolist())), 6)
-    close(jax.jit(stack.apply)({}, jnp.ones((1, 1, 2)))[0, 0], new)
+    close(call(stack, {}, jnp.ones((1, 1, 2)))[0, 0], new)
     fastest = robust_momentum(kappa, smoothness)  # rho = 2/3: mu = rho^2 / (2 - rho), gamma = (1 + rho) / L
     close([fastest.mu, fastest.gamma], [1 / 3, 5 / 9])
 
@@ -141,7 +142,7 @@ def test_adam_is_adam():
     for u in outputs(params, 4):
         first, second = 0.8 * first + 0.2 * u, 0.9 * second + 0.1 * u**2
         expected = expected + 0.3 * first / np.sqrt(second + 1e-4) - 0.1 * expected
-    close(jax.jit(stack.apply)({"params": params}, x)[0, 0], expected)
+    close(call(stack, params, x)[0, 0], expected)
 
 
 def test_adam_first_then_heavy_ball():
@@ -155,9 +156,7 @@ def test_adam_first_then_heavy_ball():
     params = jax.jit(stack.init)(jax.random.key(4), x)["params"]
     u = outputs(params, 2)
     expected = 0.1 / np.sqrt(0.001) * np.sign(u[0]) + 0.5 * u[0] + u[1]
-    np.testing.assert_allclose(
-        jax.jit(stack.apply)({"params": params}, x)[0, 0], expected, rtol=1e-3
-    )  # epsilon
+    np.testing.assert_allclose(call(stack, params, x)[0, 0], expected, rtol=1e-3)  # epsilon
 
 
 def test_the_released_post_norm_layer():
@@ -174,7 +173,7 @@ def test_the_released_post_norm_layer():
     u = outputs(params, 2)
     first = (2 + (2 + u[0]) / 2) / 2
     h = first / 2
-    close(jax.jit(stack.apply)({"params": params}, x)[0, 0], (h + (h + 0.5 * u[0] + u[1]) / 2) / 2)
+    close(call(stack, params, x)[0, 0], (h + (h + 0.5 * u[0] + u[1]) / 2) / 2)
     with pytest.raises(UserError, match="post_norm_double has its own norms"):
         Stack((block.clone(post_norms=True),), 1).init(jax.random.key(5), x)
 
@@ -191,7 +190,7 @@ def test_the_boundary_of_stability(mu):
     exactly(np.asarray(radius) < 1, steps < boundary)
     springs = Springs(tuple((steps / gamma).tolist()))
     stack = bare(HeavyBall(mu, gamma), springs, 1500, scan_layers=True)
-    size = np.abs(jax.jit(stack.apply)({}, jnp.ones((1, 1, len(steps))))[0, 0])
+    size = np.abs(call(stack, {}, jnp.ones((1, 1, len(steps))))[0, 0])
     assert (size[steps < boundary] < 1e-3).all()
     assert (~(size[steps > boundary] < 1e3)).all()  # large, or infinite and not a number by now
 
@@ -217,11 +216,6 @@ def params_of(mlp=DENSE):
     return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "method"))
-def call(model, params, *args, method=None, **kwargs):
-    return model.apply({"params": params}, *args, method=method, **kwargs)
-
-
 # XLA may keep more bits than bfloat16 has inside a fusion, and then the bits depend on how it fuses.
 rounded = jax.jit(
     lambda model, params: model.apply({"params": params}, TOKENS),
@@ -235,7 +229,7 @@ def gradient(model, params):
     """-> gradient, logits."""
 
     def loss(params):
-        logits = model.apply({"params": params}, TOKENS)
+        logits = call(model, params, TOKENS)
         return jnp.sum(jnp.sin(logits)), logits
 
     return jax.grad(loss, has_aux=True)(params)

@@ -20,6 +20,7 @@ from research.nn.norm import RMSNorm
 from research.nn.reports import apply_reporting
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
+from tests.programs import call
 
 BATCH, LENGTH, WIDTH, SLICES, UNITS, K = 2, 8, 8, 4, 4, 2
 PLAIN = UoME(SLICES, K, UNITS)
@@ -79,7 +80,7 @@ def test_all_slices_are_the_dense_mlp(module):
     if module.use_bias:  # every slice has an output bias: the dense one is their sum
         close(dense["down"]["bias"], sliced["experts"]["down"]["bias"].sum(axis=0))
     apply = jax.jit(module.clone(k=SLICES, dispatch="dense").apply)
-    expected = jax.jit(whole.apply)({"params": dense}, tokens())
+    expected = call(whole, dense, tokens())
     close(apply({"params": sliced}, tokens(), places(WHOLE)), expected)
     cut = {"router": sliced["router"], "experts": slice_dense(dense, SLICES)}
     close(apply({"params": cut}, tokens(), places(WHOLE)), expected)

@@ -12,6 +12,7 @@ from research.nn.cross_attention import CrossAttention, CrossBlock, CrossContext
 from research.nn.fuse import fuse_projections
 from research.nn.mlp import MLP
 from research.nn.rotary import Rotary
+from tests.programs import call, init
 
 WIDTH, SOURCE, TARGET = 6, 5, 3
 
@@ -33,7 +34,7 @@ def test_a_head_of_one_by_hand():
     params = {"query": one, "output": one, "memory": {"key": one, "value": {"kernel": 10 * jnp.eye(1)}}}
     x, states = jnp.asarray([[[0.0], [1.0]]]), jnp.asarray([[[1.0], [2.0], [9.0]]])
     real = [[True, True, False]]
-    y, (key, value) = CrossAttention(1, 1).apply({"params": params}, x, context(states, real, 2))
+    y, (key, value) = call(CrossAttention(1, 1), params, x, context(states, real, 2))
     # Query 0: scores 0, 0: the mean of 10 and 20. Query 1: scores 1, 2: (10 e + 20 e^2) / (e + e^2).
     e = np.exp(1.0)
     np.testing.assert_allclose(y[0, :, 0], [15.0, (10 + 20 * e) / (1 + e)], rtol=1e-6)
@@ -45,32 +46,32 @@ def test_a_head_of_one_by_hand():
 def test_padding_of_the_source_changes_nothing(fields):
     layer = CrossAttention(2, 4, **fields)
     x, states = inputs()
-    params = layer.init(jax.random.key(2), x, context(states))
+    params = init(layer, jax.random.key(2), x, context(states))
     wrong = jnp.pad(states, ((0, 0), (0, 2), (0, 0)), constant_values=7.0)
     real = jnp.arange(SOURCE + 2) < jnp.asarray([[SOURCE], [SOURCE]])
-    short, _ = layer.apply(params, x, context(states))
-    padded, _ = layer.apply(params, x, context(wrong, real))
+    short, _ = call(layer, params, x, context(states))
+    padded, _ = call(layer, params, x, context(wrong, real))
     np.testing.assert_allclose(padded, short, atol=1e-6)
 
 
 def test_memory_is_what_the_states_give():
     layer = CrossAttention(2, 4, num_kv_heads=1, rotary=Rotary())
     x, states = inputs()
-    params = layer.init(jax.random.key(2), x, context(states))
-    assert set(params["params"]) == {"query", "output", "memory"}
-    expected, memory = layer.apply(params, x, context(states))
-    again, same = layer.apply(params, x, context(states).replace(states=None), memory)
+    params = init(layer, jax.random.key(2), x, context(states))
+    assert set(params) == {"query", "output", "memory"}
+    expected, memory = call(layer, params, x, context(states))
+    again, same = call(layer, params, x, context(states).replace(states=None), memory)
     np.testing.assert_array_equal(again, expected)
     jax.tree.map(np.testing.assert_array_equal, same, memory)
-    flat, _ = layer.apply(params, x.reshape(-1, WIDTH), context(states))  # the layout of a stack on CPU
+    flat, _ = call(layer, params, x.reshape(-1, WIDTH), context(states))  # the layout of a stack on CPU
     np.testing.assert_allclose(flat.reshape(x.shape), expected, atol=1e-6)
 
 
 def test_an_empty_source_adds_nothing():
     layer = CrossAttention(2, 4)
     x, states = inputs()
-    params = layer.init(jax.random.key(2), x, context(states))
-    y, _ = layer.apply(params, x, context(states, jnp.zeros((2, SOURCE), bool)))
+    params = init(layer, jax.random.key(2), x, context(states))
+    y, _ = call(layer, params, x, context(states, jnp.zeros((2, SOURCE), bool)))
     np.testing.assert_array_equal(y, jnp.zeros_like(x))
 
 
@@ -78,8 +79,8 @@ def test_rotary_depends_on_the_distance_alone():
     """Queries and keys that are one vector everywhere: the score of place s at t is a function of t - s."""
     layer = CrossAttention(1, 4, rotary=Rotary())
     x, states = jnp.ones((1, 4, WIDTH)), jnp.ones((1, 4, WIDTH))
-    params = layer.init(jax.random.key(2), x, context(states, count=4))
-    _, (key, _) = layer.apply(params, x, context(states, count=4))
+    params = init(layer, jax.random.key(2), x, context(states, count=4))
+    _, (key, _) = call(layer, params, x, context(states, count=4))
     # Relative phases of neighbouring keys are equal.
     scores = jnp.einsum("sd,td->st", key[0, 0], key[0, 0])
     np.testing.assert_allclose(jnp.diag(scores, 1), jnp.full(3, scores[0, 1]), rtol=1e-5)
@@ -98,7 +99,7 @@ def test_the_block_is_the_sum_of_its_branches():
         attention=Attention(2, 4), cross_attention=CrossAttention(2, 4), mlp=MLP(8, use_bias=False)
     )
     x, states = inputs()
-    params = block.init(jax.random.key(3), x, context(states))["params"]
+    params = init(block, jax.random.key(3), x, context(states))
 
     def run(*kept):
         outputs = {"attention": "output", "cross_attention": "output", "mlp": "down"}
@@ -107,23 +108,23 @@ def test_the_block_is_the_sum_of_its_branches():
             for branch, last in outputs.items()
             if branch not in kept
         }
-        return block.apply({"params": params | silent}, x, context(states))[0]
+        return call(block, params | silent, x, context(states))[0]
 
     np.testing.assert_array_equal(run(), x)
     assert not np.allclose(run("cross_attention"), x)
     # Another source shows in the cross-attention alone.
-    other = block.apply({"params": params}, x, context(states + 1.0))[0]
+    other = call(block, params, x, context(states + 1.0))[0]
     assert not np.allclose(other, run("attention", "cross_attention", "mlp"))
 
 
 def test_fused_projections_leave_cross_attention_alone():
     block = CrossBlock(attention=Attention(2, 4), cross_attention=CrossAttention(2, 4), mlp=MLP(8))
     x, states = inputs()
-    params = block.init(jax.random.key(3), x, context(states))["params"]
+    params = init(block, jax.random.key(3), x, context(states))
     fused = fuse_projections(params)
     assert "qkv" in fused["attention"] and set(fused["cross_attention"]) == {"query", "output", "memory"}
     assert set(fused["cross_attention"]["memory"]) == {"key", "value"}
-    expected, actual = (block.apply({"params": p}, x, context(states))[0] for p in (params, fused))
+    expected, actual = (call(block, p, x, context(states))[0] for p in (params, fused))
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 

@@ -144,7 +144,7 @@ def test_bad_input_is_named():
         (lambda: quantize(W, 5), "bits=5 is not supported: there are 2, 3, 4, 8"),
         (lambda: quantize(W, 4, 5), "group=5 does not divide the 32 inputs"),
         (lambda: quantize(W[:9], 3), "9 inputs cannot be packed at 3 bits: take a multiple of 8"),
-        (lambda: quantize_normal(W, 8), "NormalFloat of 8 bits is not supported: there are 2, 3, 4"),
+        (lambda: quantize_normal(W, 5), "NormalFloat of 5 bits is not supported: there are 2, 3, 4, 8"),
         (lambda: quantize_normal(W, 4, 8, scale_block=4), "scale_block=4 does not divide the 6 outputs"),
         (lambda: quantize_kernels({"a": {"kernel": W}}, lambda k: quantize(k, 4, 5)), "^a/kernel: group=5"),
         (lambda: quantize_kernels({"conv": {"kernel": W}}, lambda k: quantize(k, 4)), "no array to quantize"),

@@ -12,6 +12,7 @@ from research.nn.attention import Attention, Context
 from research.nn.mlp import GatedMLP
 from research.nn.reports import apply_reporting, report_loss, report_measurement
 from research.nn.transformer import Block, Stream, scan_params
+from tests.programs import call
 
 TOKENS = jnp.arange(10).reshape(2, 5)
 
@@ -68,7 +69,7 @@ def test_reports_are_counted_once_per_layer(scan, remat):
 def test_nothing_is_kept_unasked():
     decoder = model((block(mlp=Reporting()),))
     variables = decoder.init(jax.random.key(0), TOKENS)
-    assert isinstance(decoder.apply({"params": variables["params"]}, TOKENS), jax.Array)
+    assert isinstance(call(decoder, variables["params"], TOKENS), jax.Array)
 
 
 def test_a_name_is_used_once():
@@ -89,7 +90,7 @@ def test_depth_is_carried_past_blocks_without_it(layout):
     blocks = (block(Counting), block())
     counting = model(blocks, token_layout=layout)
     params = counting.init(jax.random.key(0), TOKENS)["params"]
-    logits = counting.apply({"params": params}, TOKENS)
+    logits = call(counting, params, TOKENS)
 
     plain = model((block(),), token_layout=layout)
 
@@ -100,12 +101,10 @@ def test_depth_is_carried_past_blocks_without_it(layout):
             return x + 1.0, fresh
 
     expected = model((block(), block(), block(Adding), block()), token_layout=layout)
-    np.testing.assert_array_equal(logits, expected.apply({"params": params}, TOKENS))
-    assert not np.array_equal(logits, plain.apply({"params": params}, TOKENS))
+    np.testing.assert_array_equal(logits, call(expected, params, TOKENS))
+    assert not np.array_equal(logits, call(plain, params, TOKENS))
     scanned = counting.clone(scan_layers=True)
-    np.testing.assert_allclose(
-        scanned.apply({"params": scan_params(params, 2)}, TOKENS), logits, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(call(scanned, scan_params(params, 2), TOKENS), logits, rtol=1e-5, atol=1e-5)
     cache = counting.init_cache(2, 8)
-    stepped = counting.apply({"params": params}, TOKENS, cache, method="extend")[0]
+    stepped = call(counting, params, TOKENS, cache, method="extend")[0]
     np.testing.assert_allclose(stepped, logits, rtol=1e-5, atol=1e-5)

@@ -32,6 +32,7 @@ from research.training.state import initial_state
 from research.training.task import Classification, LanguageModelling
 from research.training.workdir import load_model, open_workdir, save_model
 from research.vision.vit import ViT
+from tests.programs import call
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,7 +211,7 @@ def test_the_newest_or_the_named_checkpoint_of_a_workdir(tmp_path):
     assert_same(loaded.params, second)
     assert loaded.tokenizer.fingerprint == Tokenizer.load().fingerprint
     assert_same(load_model(tmp_path, step=1).params, first)
-    logits = jax.jit(loaded.model.apply)({"params": loaded.params}, jnp.array([[1, 2, 3]]))
+    logits = call(loaded.model, loaded.params, jnp.array([[1, 2, 3]]))
     assert logits.shape == (1, 3, 11)
     with pytest.raises(UserError, match="there is no checkpoint of step 5 in .*; there are: 1, 2"):
         load_model(tmp_path, step=5)
@@ -288,7 +289,7 @@ def test_a_vision_model_remembers_the_shape_of_its_images(tmp_path):
     assert_same(again.params, params)
     assert again.tokenizer is None and [x.shape for x in again.inputs] == [(1, 4, 6, 1)]
     images = jax.random.normal(jax.random.key(1), (2, 4, 6, 1))
-    logits = [jax.jit(x.model.apply)({"params": x.params}, images) for x in (loaded, again)]
+    logits = [call(x.model, x.params, images) for x in (loaded, again)]
     assert np.array_equal(*logits)
 
 

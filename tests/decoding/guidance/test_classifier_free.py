@@ -19,6 +19,7 @@ from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
+from tests.programs import call
 
 VOCAB, CONDITIONS, NONE = 12, (8, 11), 11
 PROMPTS = [[8], [3, 9, 2, 10]]  # unequal lengths, conditions at different places
@@ -43,7 +44,7 @@ def expected(prompt, scale, count):
         rows[1, len(prompt) :] = out  # what is decoded stays as it is
         padded = np.zeros((2, 16), np.int32)
         padded[:, : rows.shape[1]] = rows
-        logits = jax.jit(model.apply)({"params": params}, jnp.asarray(padded))[:, rows.shape[1] - 1]
+        logits = call(model, params, jnp.asarray(padded))[:, rows.shape[1] - 1]
         out.append(int(jnp.argmax(scale * (logits[0] - logits[1]) + logits[1])))
     return out
 
@@ -84,27 +85,26 @@ def test_logits_of_hidden_states_and_rows_of_a_tree():
     """`extend` after `prefill` gives what the formula gives over the whole sequence, at every node of a chain, shared
     or one for each row; `logits` of the hidden states gives it once more."""
     model, params = guided(*decoder(), 3.0, conditions=CONDITIONS, unconditional=NONE)
-    variables = {"params": params}
     prompts, lengths = jnp.asarray([[8, 0, 0, 0], [3, 9, 2, 10]]), jnp.asarray([1, 4])
-    _, _, fresh = model.apply(variables, prompts, lengths, method="prefill")
+    _, _, fresh = call(model, params, prompts, lengths, method="prefill")
     cache = model.init_cache(2, 24, jnp.float32, margin=4).commit(fresh, None, lengths)
     assert cache.length.tolist() == [1, 4]
     drafts = jnp.asarray([[5, 1, 7], [0, 6, 8]])
     tree = chain(3)
-    logits, hidden, _ = model.apply(
-        variables, drafts, cache, jnp.asarray(tree.mask), jnp.asarray(tree.depth), method="extend"
+    logits, hidden, _ = call(
+        model, params, drafts, cache, jnp.asarray(tree.mask), jnp.asarray(tree.depth), method="extend"
     )
     own = (
         jnp.broadcast_to(jnp.asarray(tree.mask), (2, 3, 3)),
         jnp.broadcast_to(jnp.asarray(tree.depth), (2, 3)),
     )
-    np.testing.assert_array_equal(model.apply(variables, drafts, cache, *own, method="extend")[0], logits)
+    np.testing.assert_array_equal(call(model, params, drafts, cache, *own, method="extend")[0], logits)
     np.testing.assert_allclose(Target(params, model).logits(hidden), logits, rtol=1e-5, atol=1e-5)
     plain, plain_params = decoder()
     for row, prompt in enumerate(PROMPTS):
         without = [NONE if CONDITIONS[0] <= t < CONDITIONS[1] else t for t in prompt]
         both = jnp.asarray([[*start, *drafts[row].tolist()] for start in (prompt, without)])
-        first, second = plain.apply({"params": plain_params}, both)[:, len(prompt) :]
+        first, second = call(plain, plain_params, both)[:, len(prompt) :]
         np.testing.assert_allclose(logits[row], 3 * (first - second) + second, rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ from research.decoding.speculative.clover import AttentionDecoder, Clover, cosin
 from research.decoding.speculative.training import Teacher
 from research.errors import UserError
 from research.nn.accounting import count_parameters
+from tests.programs import call
 
 from .members import WIDTH, Walks, tiny_target
 
@@ -67,7 +68,7 @@ def test_one_gate_a_head_by_hand():
     state, token = jnp.asarray([3.0, 4.0, 1.0, 0.0]), jnp.asarray([4.0, 3.0, 0.0, 5.0])
     # The norm scales the whole query, which no cosine notices. Head 0: 24 / 25 = 0.96; head 1: at right angles, 0.
     # (3, 4) + 0.96 * 2 * (4, 3) = (10.68, 9.76); (1, 0) stays.
-    out = AttentionDecoder(2).apply({"params": params}, state, token)
+    out = call(AttentionDecoder(2), params, state, token)
     np.testing.assert_allclose(out, [10.68, 9.76, 1.0, 0.0], rtol=1e-6)
 
 
@@ -80,7 +81,7 @@ def test_gates_do_not_depend_on_the_size_of_embeddings():
     assert np.array_equal(4 * merge(token), merge(4 * token)) and np.any(merge(token))
     # |a| <= 1: no head is longer than its value.
     values = (token @ params["value"]["kernel"]).reshape(50, 4, -1)
-    heads = AttentionDecoder(4).apply({"params": params}, state, token) - state
+    heads = call(AttentionDecoder(4), params, state, token) - state
     lengths = jnp.linalg.norm(heads.reshape(50, 4, -1), axis=-1)
     assert bool(jnp.all(lengths <= jnp.linalg.norm(values, axis=-1) * (1 + 1e-5)))
 
@@ -91,10 +92,10 @@ def test_without_values_the_regressive_connection_is_the_identity():
         params[name]["value"]["kernel"] *= 0.0
     network = DRAFTER.network(target())
     state, token, other = jax.random.normal(jax.random.key(0), (3, 1, 5, WIDTH))
-    after = network.apply({"params": params}, state, token, method="next")[0]
+    after = call(network, params, state, token, method="next")[0]
     assert np.array_equal(after, state)
-    assert np.array_equal(after, network.apply({"params": params}, state, other, method="next")[0])
-    assert np.array_equal(network.apply({"params": params}, state, token, method="merge"), state)
+    assert np.array_equal(after, call(network, params, state, other, method="next")[0])
+    assert np.array_equal(call(network, params, state, token, method="merge"), state)
 
 
 def test_what_it_starts_from():
@@ -138,10 +139,10 @@ def training_pass():
 
     @jax.jit
     def run(text):
-        hidden, _ = found.model.apply({"params": found.params}, text[:, : len(TEXT)], method="features")
+        hidden, _ = call(found.model, found.params, text[:, : len(TEXT)], method="features")
         tokens = [found.embed(text[:, k : k + len(TEXT)]) for k in range(1, DRAFTER.depth + 1)]
         places = jnp.arange(len(TEXT))[None], jnp.ones((1, len(TEXT)), jnp.int32)
-        guesses = network.apply({"params": params}, hidden, tokens, *places, method="forced")
+        guesses = call(network, params, hidden, tokens, *places, method="forced")
         return jnp.stack([jax.nn.log_softmax(found.logits(y[0, -1])) for y in guesses])
 
     return run
@@ -237,7 +238,7 @@ def test_loss_by_hand():
         tokens = [found.embed(batch["targets"]), found.embed(jnp.roll(batch["targets"], -1, axis=1))]
         places = batch["positions"], batch["segments"]
         network = drafter.network(found)
-        guesses = network.apply({"params": params}, teacher.hidden, tokens, *places, method="forced")
+        guesses = call(network, params, teacher.hidden, tokens, *places, method="forced")
         return drafter.loss(params, teacher, batch, None)["loss"], teacher.hidden[0], [y[0] for y in guesses]
 
     (total, weight), hidden, guesses = run(params)
