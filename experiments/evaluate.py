@@ -1,14 +1,15 @@
-"""Evaluates a trained run: every variant of its model, on the data of its evaluators.
+"""Evaluates a trained run or a model directory: every variant of its model, on the data of its evaluators.
 
     python -m experiments.evaluate --workdir=runs/matlm
     python -m experiments.evaluate --workdir=runs/matlm --step=400 --batches=50
     python -m experiments.evaluate --workdir=runs/matlm --split=test --json
     python -m experiments.evaluate --workdir=runs/matlm --widths=S,S,M,M --widths=M,M,L,L
+    python -m experiments.evaluate --workdir=runs/compressed
 
 One row for each variant (the granularities of a nested model, for instance): loss in nats, accuracy, bits per
 byte for text, parameters. `--widths` measures submodels of a nested model instead (Mix'n'Match). `--split`
 reads another split of the evaluators' data than the config names. The moving average is measured where the run
-keeps one, as in training.
+keeps one, as in training. A model directory is measured whole, on the data of the run it was trained by.
 """
 
 import json
@@ -19,10 +20,12 @@ from absl import flags
 from experiments import cli
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ml_collections import ConfigDict
 
 PROGRAM = cli.Program(__doc__)
-WORKDIR = PROGRAM.workdir_flag("The run to evaluate.", required=True)
+WORKDIR = PROGRAM.workdir_flag("The run or model directory to evaluate.", required=True)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint; the newest by default.", lower_bound=0
 )
@@ -48,34 +51,71 @@ JSON = PROGRAM.define(
 
 
 def main(arguments: list[str]) -> None:
-    from pathlib import Path
-
     from research.config import build
-    from research.errors import UserError
     from research.training.evaluators import Evaluation
-    from research.training.workdir import read_config
+    from research.training.model_directory import WEIGHTS
+    from research.training.workdir import directory_of
 
-    path = Path(WORKDIR.value).expanduser()
-    if not (path / "config.json").exists():
-        raise UserError(f"{path} is not a workdir: it has no config.json")
-    config = read_config(path / "config.json")
-    if not config.get("evaluators"):
-        raise UserError(f"{path / 'config.json'}: the run has no evaluators, so nothing says what to measure")
-    trainer = build(replaced(config, SPLIT.value, BATCHES.value))
-    state, mesh = trainer.restore(path, STEP.value)
-    params = state.params if state.ema is None else state.ema
-    evaluation = Evaluation(submodels(trainer.task, WIDTHS.value) if WIDTHS.value else trainer.task, mesh)
-    results = {evaluator.name: evaluation.run(evaluator, params) for evaluator in trainer.evaluators}
+    path = directory_of(WORKDIR.value)
+    if (path / WEIGHTS).exists():
+        evaluators, task, params, mesh, step = saved_model(path)
+    else:
+        trainer = build(replaced(read(path, "config.json"), SPLIT.value, BATCHES.value))
+        state, mesh = trainer.restore(path, STEP.value)
+        params, step = state.params if state.ema is None else state.ema, int(state.step)
+        task = submodels(trainer.task, WIDTHS.value) if WIDTHS.value else trainer.task
+        evaluators = trainer.evaluators
+    evaluation = Evaluation(task, mesh)
+    results = {evaluator.name: evaluation.run(evaluator, params) for evaluator in evaluators}
     if JSON.value:
-        print(json.dumps({"step": int(state.step), "results": results}, indent=2))
+        print(json.dumps({"step": step, "results": results}, indent=2))
         return
     rows = {
         f"{name}/{variant}" if variant else name: values
         for name, variants in results.items()
         for variant, values in variants.items()
     }
-    print(f"{path} after step {int(state.step)}")
+    print(path if step is None else f"{path} after step {step}")
     print_table(rows)
+
+
+def read(path: "Path", name: str) -> "ConfigDict":
+    """The config of the run, which has evaluators."""
+    from research.errors import UserError
+    from research.training.workdir import read_config
+
+    if not (path / name).exists():
+        what = "is not a workdir" if name == "config.json" else "does not say what it was trained on"
+        raise UserError(f"{path} {what}: it has no {name}")
+    config = read_config(path / name)
+    if not config.get("evaluators"):
+        raise UserError(f"{path / name}: the run has no evaluators, so nothing says what to measure")
+    return config
+
+
+def saved_model(path: "Path") -> tuple[Any, Any, Any, Any, None]:
+    """Evaluators, task, parameters, mesh and no step of a model directory, whose model may be another than that of the
+    run it came from: sliced, unrolled, compressed."""
+    import jax
+
+    from research.config import build
+    from research.errors import UserError
+    from research.training.model_directory import EXPERIMENT, load_model_directory
+    from research.training.partitioning import make_mesh
+    from research.training.task import LanguageModelling
+
+    if STEP.value is not None or WIDTHS.value:
+        flag = "--step" if STEP.value is not None else "--widths"
+        raise UserError(f"{path} is a model directory, with one set of parameters: no {flag}")
+    config = replaced(read(path, EXPERIMENT), SPLIT.value, BATCHES.value)
+    loaded = load_model_directory(path)
+    if loaded.inputs[0].dtype != "int32":
+        raise UserError(f"{path} holds a model of images; evaluate the run it came from")
+    for evaluator in config.evaluators:
+        if "tokenizer" in evaluator.data or loaded.tokenizer is not None:
+            evaluator.data.tokenizer = str(path)
+    evaluators = tuple(build(evaluator) for evaluator in config.evaluators)
+    return evaluators, LanguageModelling(loaded.model), loaded.params, make_mesh({}, jax.devices()[:1]), None
 
 
 def submodels(task: Any, widths: list[str]) -> Any:

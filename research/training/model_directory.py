@@ -2,7 +2,8 @@
 
     config.json          the model's config, as `research.config.to_json` writes it
     model.safetensors    the parameters, float32 or bfloat16, named by `/`-joined path; of structured weights the
-                         parts, exactly, and what they are parts of in its metadata (`research.training.structures`)
+                         parts, exactly, and what they are parts of in its metadata (`research.training.structures`);
+                         a CRC-32 of all of it is there too, and is checked when the file is read
     tokenizer.json       of the `tokenizers` library, where the model reads text
     README.md            the model card, where there is one
     experiment.json      the config of the run it was trained by, where it is known
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 EXPERIMENT = "experiment.json"
+CHECKSUM = "crc32"  # in the metadata of the weights; files that were written without one are read unchecked
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 # Of the parts of structured weights.
 STRUCTURED = {"F16": "float16", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16"}
@@ -127,7 +130,7 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
             wanted, exact = named_leaves(expected), _structured(expected)
             if difference := files.mismatches(found, wanted, WEIGHTS, dtypes=False):
                 raise UserError(f"{path} does not fit its config: {difference}")
-            arrays = []
+            arrays, summed = [], _checksum(metadata)
             for name, leaf in wanted.items():
                 stored = found[name].dtype
                 if name in exact and stored != str(leaf.dtype):
@@ -137,12 +140,29 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
                         f"{path}: {name} has type {found[name].stored}; {' or '.join(DTYPES)} is expected"
                     )
                 array = file.get_tensor(name)
+                summed = _checksum_array(name, array, summed)
                 arrays.append(jnp.asarray(array if name in exact else array.astype(np.float32)))
+            if metadata.get(CHECKSUM, f"{summed:08x}") != f"{summed:08x}":
+                raise UserError(
+                    f"{path} is damaged: its bytes have the checksum {summed:08x}, and {metadata[CHECKSUM]!r:.20} were "
+                    "saved; copy it again from where it came from"
+                )
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is not an intact safetensors file: {error}") from None
     return inputs, jax.tree.unflatten(jax.tree.structure(expected), arrays)
+
+
+def _checksum(metadata: Mapping[str, str]) -> int:
+    """Of everything else that the metadata says."""
+    said = {name: text for name, text in sorted(metadata.items()) if name != CHECKSUM}
+    return zlib.crc32(json.dumps(said).encode())
+
+
+def _checksum_array(name: str, array: np.ndarray, summed: int) -> int:
+    summed = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), summed)
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), summed)
 
 
 @dataclass(frozen=True)
@@ -263,6 +283,10 @@ def _write(
     metadata = {"format": "flax", "inputs": shapes}
     if described:
         metadata["structures"] = json.dumps(described)
+    summed = _checksum(metadata)
+    for name, array in arrays.items():
+        summed = _checksum_array(name, array, summed)
+    metadata[CHECKSUM] = f"{summed:08x}"
     (directory / WEIGHTS).touch()
     mode = (directory / WEIGHTS).stat().st_mode
     safetensors.numpy.save_file(dict(arrays), directory / WEIGHTS, metadata=metadata)

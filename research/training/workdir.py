@@ -209,8 +209,7 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
     Raises `UserError` if the path is neither kind of directory, if no checkpoint is intact, or if what is
     asked for is not there.
     """
-    inside = str(path).removeprefix("package:")
-    directory = files.local_directory(path if inside == str(path) else PACKAGE / inside)
+    directory = directory_of(path)
     if (directory / ADAPTER).exists():
         if step is not None or ema:
             raise UserError(f"{directory} is an adapter directory, with one set of parameters")
@@ -229,6 +228,12 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
             f"{directory} {what}: a workdir ({CONFIG}, checkpoints/) or a model directory ({WEIGHTS})"
         )
     return _load_from_run(directory, step, "ema" if ema else "params")
+
+
+def directory_of(path: str | os.PathLike[str]) -> Path:
+    """Where a workdir or model directory is; `package:...` is in this package."""
+    inside = str(path).removeprefix("package:")
+    return files.local_directory(path if inside == str(path) else PACKAGE / inside)
 
 
 def _load_from_run(directory: Path, step: int | None, part: str) -> Loaded:
