@@ -8,6 +8,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --drafter=runs/medusa
     python -m experiments.generate --prompt='def ' --drafter=auto
     python -m experiments.generate --prompt='def ' --plan=runs/plan.json
+    python -m experiments.generate --prompt='def ' --cache=gear:bits=2,rank=2,outliers=0.02
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     python -m experiments.generate --prompt='def ' --sparse=tidal:k=64,select=1,reselect=3 --sparse_correct=64
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
@@ -86,6 +87,13 @@ PLAN = PROGRAM.define(
     "plan",
     None,
     "A plan of attention spans for this model, as `python -m experiments.plan` writes it: less cache, other outputs.",
+)
+CACHE = PROGRAM.define(
+    flags.DEFINE_string,
+    "cache",
+    None,
+    "Compress the cache: gear:bits=2,rank=2,outliers=0.02,group=64,buffer=64 (GEAR), kivi:bits=4 (quantization alone), "
+    "tokens:bits=4 (keys by token as well): less cache, other outputs.",
 )
 CONTRAST = PROGRAM.define(
     flags.DEFINE_string,
@@ -186,6 +194,10 @@ def main(arguments: list[str]) -> None:
         encoded = Generator(model, params, loaded.tokenizer).encode(prompts)
         needed = min(max(map(len, encoded)) + MAX_NEW_TOKENS.value, model.max_length)
         model, params = apply_plan(model, params, plan, needed)
+    if CACHE.value is not None:
+        from research.compression.gear import parse_cache, with_cache
+
+        model, params = with_cache(model, params, parse_cache(CACHE.value))
     if CONTRAST.value is not None:
         from research.moe.scmoe import self_contrast
 

@@ -66,6 +66,7 @@ class MixtureOfAttention(nn.Module):
         scale: factor of the scores, default head_dim ** -0.5.
         output_bias: b, one for all experts.
         kernel, cached_kernel: how the product is computed without a cache, and with one.
+        cache_kind: how the tokens of a layer that sees all of them are kept, by default as they are.
         norm, dispatch, capacity_factor, noise, balance, balance_weight, z_weight: as of `research.moe.layer.MoE`.
             Queries of a slot that found no capacity are 0, and so is its output.
 
@@ -85,6 +86,7 @@ class MixtureOfAttention(nn.Module):
     output_bias: bool = True
     kernel: AttentionKernel = AutoAttention()
     cached_kernel: CachedKernel = PlainCachedAttention()
+    cache_kind: caches.CacheKind | None = None
     norm: Norm = "topk_softmax"
     dispatch: Backend = "auto"
     capacity_factor: float | None = None
@@ -154,4 +156,5 @@ class MixtureOfAttention(nn.Module):
 
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> caches.LayerCache:
         """As `empty_cache`: of the shared keys and values."""
-        return empty_cache(self.rule, batch, capacity, margin, self.num_kv_heads, self.head_dim, dtype)
+        sizes = (batch, capacity, margin, self.num_kv_heads, self.head_dim, dtype)
+        return empty_cache(self.rule, *sizes, kind=self.cache_kind)

@@ -49,6 +49,7 @@ class Attention(nn.Module):
         softcap: tanh soft cap of the scores (Gemma 2), or None.
         use_bias, output_bias: biases of query, key and value, and of the output.
         kernel, cached_kernel: how the product is computed without a cache, and with one.
+        cache_kind: how the tokens of a layer that sees all of them are kept, by default as they are.
 
     x is [B, T, width] or [B * T, width]; the output has the same leading axes. Returns the output and the
     new key and value rows, [B, Hkv, T, d] each.
@@ -67,6 +68,7 @@ class Attention(nn.Module):
     output_bias: bool = False
     kernel: AttentionKernel = AutoAttention()
     cached_kernel: CachedKernel = PlainCachedAttention()
+    cache_kind: caches.CacheKind | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -97,7 +99,8 @@ class Attention(nn.Module):
 
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> caches.LayerCache:
         """As `empty_cache`."""
-        return empty_cache(self.rule, batch, capacity, margin, self.kv_heads, self.head_dim, dtype)
+        sizes = (batch, capacity, margin, self.kv_heads, self.head_dim, dtype)
+        return empty_cache(self.rule, *sizes, kind=self.cache_kind)
 
 
 def project_heads(
@@ -195,9 +198,17 @@ def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tupl
 
 
 def empty_cache(
-    rule: MaskRule, batch: int, capacity: int, margin: int, kv_heads: int, head_dim: int, dtype: jnp.dtype
+    rule: MaskRule,
+    batch: int,
+    capacity: int,
+    margin: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    kind: caches.CacheKind | None = None,
 ) -> caches.LayerCache:
-    """A dense cache; for windowed rules a ring of the window plus `margin` rows behind the sinks, where that is less.
+    """A dense cache, or one of the kind; for windowed rules a ring of the window plus `margin` rows behind the sinks,
+    where that is less.
 
     Spans that differ between heads get a ring of their own for each run of key heads with the same span.
     """
@@ -209,6 +220,8 @@ def empty_cache(
         return caches.RingCache.empty(batch, slots, heads, head_dim, dtype, sinks)
 
     if not isinstance(rule, Window):
+        if kind is not None:
+            return kind.empty(batch, capacity, kv_heads, head_dim, margin, dtype)
         return caches.DenseCache.empty(batch, capacity, kv_heads, head_dim, dtype)
     runs = [(span, len(list(run))) for span, run in itertools.groupby(rule.key_spans(kv_heads))]
     parts = tuple(empty(span, rule.sinks, heads) for span, heads in runs)

@@ -15,6 +15,7 @@ import numpy as np
 from kernels_pallas.span_attention import span_attention
 from kernels_pallas.tree_attention import Unsupported, tree_attention
 from research.errors import UserError
+from research.nn.cache import Rows
 from research.nn.masks import Causal, Full, MaskRule, Window
 
 NEGATIVE = -1e30  # finite, so that a fully masked row gives a uniform distribution instead of NaN
@@ -265,8 +266,8 @@ class SpanAttention:
 class CachedKernel(Protocol):
     """Attention of N new tokens over a cached prefix of S slots and over each other.
 
-    query [B, H, N, d]; cached key and value [B, Hkv, S, d]; fresh key and value [B, Hkv, N, d]. The slots
-    before `length` int32[B] hold tokens; `cached_mask` bool [b, 1 or H, N, S] says which slots each new token
+    query [B, H, N, d]; cached key and value [B, Hkv, S, d], arrays or `Rows`; fresh key and value [B, Hkv, N, d]. The
+    slots before `length` int32[B] hold tokens; `cached_mask` bool [b, 1 or H, N, S] says which slots each new token
     sees, None for all that hold one; `fresh_mask` bool [b, 1 or H, N, N], where every token sees itself.
     """
 
@@ -304,7 +305,8 @@ def cached_scores(
         cached_mask = (jnp.arange(slots) < length[:, None])[:, None, None]
 
     def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
-        raw = cap(_product(rows, key.astype(rows.dtype), _QK) * scale, softcap)
+        product = key.scores(rows) if isinstance(key, Rows) else _product(rows, key.astype(rows.dtype), _QK)
+        raw = cap(product * scale, softcap)
         grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
         return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE)
 
@@ -321,7 +323,10 @@ def cached_values(
     top = jnp.maximum(jnp.max(old, axis=-1, keepdims=True), jnp.max(new, axis=-1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)
     total = jnp.sum(old, axis=-1, keepdims=True) + jnp.sum(new, axis=-1, keepdims=True)
-    out = _product(old.astype(dtype), cached_value.astype(dtype), _PV)
+    if isinstance(cached_value, Rows):
+        out = cached_value.mix(old.astype(dtype))
+    else:
+        out = _product(old.astype(dtype), cached_value.astype(dtype), _PV)
     out = out + _product(new.astype(dtype), fresh_value, _PV)
     return (out / total).astype(dtype).reshape(batch, kv_heads * groups, count, -1)
 
@@ -352,6 +357,10 @@ class TreeAttention:
     interpret: bool = False
 
     def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
+        if isinstance(cached[0], Rows):
+            raise UserError(
+                f"cached_kernel={self} reads arrays, not {type(cached[0]).__name__}: PlainCachedAttention reads both"
+            )
         try:
             return tree_attention(
                 query,

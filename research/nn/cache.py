@@ -5,7 +5,7 @@ cache and returns the new rows (`fresh`); only `commit` writes, so a rejected dr
 caches implement `LayerCache`; keys are stored after rotary embedding, so rows stay valid when they move.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,33 @@ class LayerCache(Protocol):
 
     def select(self, rows: jax.Array) -> "LayerCache":
         """The rows of the batch named by int32[B']."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Keys or values of all slots that are kept in another form than an array [B, Hkv, S, d], and multiply themselves.
+
+    A layer cache may `read` as two of these. Implementations are registered pytrees.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, Hkv, S, d)."""
+
+    def scores(self, query: jax.Array) -> jax.Array:
+        """query [B, Hkv, M, d] -> its products with the keys, float32[B, Hkv, M, S]."""
+
+    def mix(self, weights: jax.Array) -> jax.Array:
+        """weights [B, Hkv, M, S] -> the sums of values that they weight, float32[B, Hkv, M, d]."""
+
+
+class CacheKind(Protocol):
+    """How a layer that sees all tokens keeps them. Implementations are hashable."""
+
+    def empty(
+        self, batch: int, capacity: int, kv_heads: int, head_dim: int, margin: int, dtype: jnp.dtype
+    ) -> LayerCache:
+        """A cache without tokens, for `capacity` of them; `margin` is by how many it can be rolled back."""
 
 
 class DenseCache(struct.PyTreeNode):
