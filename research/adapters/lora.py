@@ -10,11 +10,14 @@
     LQ-LoRA   W - scale down up, rounded    by Fisher, bits by an integer program: `lq_lora`
 
 All go one way. `split` gives for every kernel its factors and what becomes of the kernel; `create` keeps of that what
-the base's own parameters don't tell, `frozen` makes W' of both, `assemble` puts the sums into the tree. Models never know.
+the base's own parameters don't tell, `frozen` makes W' of both, `assemble` puts the sums into the tree.
+Models never know.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -28,6 +31,7 @@ from research.nn import weights
 from research.nn.lowrank import Fit, alternate, low_rank
 from research.nn.normal_float import quantize_normal
 from research.nn.weights import Kernel, LowRank, Sum, Weight
+from research.training.feed import Dataset
 from research.training.paths import first_match
 
 PyTree = Any
@@ -145,7 +149,9 @@ class LoRA:
         return LowRank(down, jnp.zeros((*lead, self.rank, outputs), jnp.float32), self.scale)
 
     def rounded(self, path: str, kernel: Kernel) -> Weight | None:
-        return None if self.quantizer is None else self.quantizer(as_array(path, kernel, "rounding"))
+        if self.quantizer is None:
+            return None
+        return compiled(self.quantizer)(jnp.asarray(as_array(path, kernel, "rounding")))[0]
 
     # The adapter
 
@@ -228,11 +234,8 @@ class LoftQ(LoRA):
         self, model: nn.Module, params: PyTree, kernels: Mapping[str, Kernel], key: jax.Array
     ) -> dict[str, Split]:
         def fitted(w: np.ndarray) -> tuple[Weight, LowRank]:
-            quantized, fit, _ = alternate(
-                w, self.rank, rounding(self.quantizer), self.steps, first="quantized"
-            )
-            # Rounded values round to themselves.
-            return self.quantizer(jnp.asarray(quantized, jnp.float32)), scaled(fit, self.scale)
+            rounded, fit, _ = in_turns(w, self.rank, self.quantizer, self.steps, first="quantized")
+            return rounded, scaled(fit, self.scale)
 
         found = {path: by_matrix(fitted, as_array(path, kernel, "LoftQ")) for path, kernel in kernels.items()}
         return {path: Split(factors, kernel=kernel) for path, (kernel, factors) in found.items()}
@@ -313,6 +316,14 @@ def as_array(path: str, kernel: Kernel, what: str) -> np.ndarray:
 # Decompositions on the host
 
 
+def calibration(data: Dataset, rows: int, batch_size: int = 8) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the first `rows` records. Raises `UserError` where there are fewer, or none are asked for."""
+    if not 1 <= rows <= len(data):
+        raise UserError(f"samples={rows}: the calibration data has 1 to {len(data)} rows to give")
+    batch_size = min(batch_size, rows)
+    return itertools.islice(data.batches(0, batch_size), rows // batch_size)
+
+
 def by_matrix(fit: Callable[..., PyTree], *arrays: np.ndarray) -> PyTree:
     """`fit` of every matrix of stacks [.., in, out], its results stacked alike."""
     lead = arrays[0].shape[:-2]
@@ -327,10 +338,33 @@ def scaled(fit: Fit, scale: float) -> LowRank:
     return LowRank(*(jnp.asarray(part / np.sqrt(scale), jnp.float32) for part in (fit.down, fit.up)), scale)
 
 
-def rounding(quantizer: Callable[[jax.Array], Weight]) -> Callable[[np.ndarray], np.ndarray]:
-    """w -> the values of its rounding; compiled once a shape."""
-    values = jax.jit(lambda w: quantizer(w).materialize())
-    return lambda w: np.asarray(values(jnp.asarray(w, jnp.float32)), np.float64)
+Quantizer = Callable[[jax.Array], Weight]
+
+
+def in_turns(
+    w: np.ndarray, rank: int, quantizer: Quantizer, steps: int, **keywords: Any
+) -> tuple[Weight, Fit, list[float]]:
+    """`alternate`, with the rounded weight itself in the place of its values."""
+    made: list[tuple[np.ndarray, Weight]] = []
+
+    def quantize(rest: np.ndarray) -> np.ndarray:
+        weight, values = compiled(quantizer)(jnp.asarray(rest, jnp.float32))
+        made.append((np.asarray(values, np.float64), weight))
+        return made[-1][0]
+
+    values, fit, errors = alternate(w, rank, quantize, steps, **keywords)
+    return next(weight for found, weight in made if found is values), fit, errors
+
+
+@functools.cache
+def compiled(quantizer: Quantizer) -> Callable[[jax.Array], tuple[Weight, jax.Array]]:
+    """w -> (its rounding, that one's values)."""
+
+    def both(w: jax.Array) -> tuple[Weight, jax.Array]:
+        weight = quantizer(w)
+        return weight, weight.materialize()
+
+    return jax.jit(both)
 
 
 # Dropout
@@ -352,8 +386,7 @@ class Dropping(struct.PyTreeNode):
         return self.term.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
-        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
-        return weights.dot(jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x)), self.term)
+        return weights.dot(dropped(x, self.rate, self.key), self.term)
 
     def materialize(self) -> jax.Array:
         raise UserError("a kernel with dropout is not multiplied out: it belongs to one step")
@@ -362,10 +395,21 @@ class Dropping(struct.PyTreeNode):
         return self.replace(term=self.term.narrow(inputs, outputs))
 
 
+def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """x with a share of its elements 0 and the others larger, so that the mean stays."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def keys_like(key: jax.Array, number: int, shape: tuple[int, ...]) -> jax.Array:
+    """Keys of the kernel of that number: one, or one for each of a stack [.., in, out]."""
+    own = jax.random.fold_in(key, number)
+    return jax.random.split(own, shape[:-2]) if shape[:-2] else own
+
+
 def with_dropout(terms: Mapping[str, LowRank], rate: float, key: jax.Array) -> dict[str, Dropping]:
     """The terms, each with keys of its own."""
-    keys = jax.random.split(key, len(terms))
     return {
-        path: Dropping(term, jax.random.split(own, term.shape[:-2]) if term.shape[:-2] else own, rate)
-        for own, (path, term) in zip(keys, terms.items(), strict=True)
+        path: Dropping(term, keys_like(key, number, term.shape), rate)
+        for number, (path, term) in enumerate(terms.items())
     }

@@ -29,6 +29,8 @@ REPLICATE_BELOW = 2**16
 # (pattern, spec). A spec names the axes of a leaf's *last* dimensions, so that it also fits scanned models
 # and stacks of experts; leading dimensions are not divided. The first rule found in a path counts.
 DEFAULT_RULES: Rules = (
+    # Thin factors of adapters that are no low-rank kernels of their own: of LoRA experts, of a mask's mixing.
+    (r"^adapter/(mixing/|.*/experts_(down|up)$)", ()),
     # The experts of all layers in one store (research.moe.placement), divided among the nodes and in them.
     (r"(^|/)store/experts/(gate|up)/kernel$", (("fsdp", "expert"), None, "tensor")),
     (r"(^|/)store/experts/down/kernel$", (("fsdp", "expert"), "tensor", None)),

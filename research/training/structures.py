@@ -27,6 +27,8 @@ KINDS = {
     "Quantized": "research.nn.quantized",
     "NormalFloat": "research.nn.normal_float",
     "ByteScales": "research.nn.normal_float",
+    "PackedScales": "research.nn.normal_float",
+    "LoRAExperts": "research.adapters.mole",
 }
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 
