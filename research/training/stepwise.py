@@ -15,23 +15,29 @@ from research.training.task import Batch, LanguageModelling, Metrics, language_m
 PyTree = Any
 
 
-def stepwise_logits(model: Any, params: PyTree, tokens: jax.Array, prompt: int) -> jax.Array:
+def stepwise_logits(
+    model: Any, params: PyTree, tokens: jax.Array, prompt: int, block: int = 1, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """tokens int32[B, T], the first `prompt` read at once and the others one by one -> float32 logits
-    [B, T - prompt, V] behind each of the others. One compiled step, a scan."""
+    [B, T - prompt, V] behind each of the others. One compiled step, a scan.
+
+    block: how many of the others a call reads, a divisor of their number; the same for caches that keep rows as they
+    come in between. dtype: of the cache.
+    """
     batch, length = tokens.shape
     variables = {"params": params}
     given = jnp.full((batch,), prompt, jnp.int32)
     _, _, fresh = model.apply(variables, tokens[:, :prompt], given, method="prefill")
-    cache = model.init_cache(batch, length, jnp.float32, margin=1).commit(fresh, None, given)
+    cache = model.init_cache(batch, length, dtype, margin=1).commit(fresh, None, given)
 
-    def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
-        logits, _, fresh = model.apply(variables, token[:, None], cache, method="extend")
+    def step(cache: Any, new: jax.Array) -> tuple[Any, jax.Array]:
+        logits, _, fresh = model.apply(variables, new, cache, method="extend")
         # That the count depends on the logits orders the cache's write after its reads: it then happens in place.
-        count = 1 + jnp.minimum(jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), 0)
-        return cache.commit(fresh, None, count), logits[:, 0]
+        count = block + jnp.minimum(jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32), 0)
+        return cache.commit(fresh, None, count), logits
 
-    _, logits = jax.lax.scan(step, cache, tokens[:, prompt:].T)
-    return logits.swapaxes(0, 1)
+    _, logits = jax.lax.scan(step, cache, tokens[:, prompt:].reshape(batch, -1, block).swapaxes(0, 1))
+    return logits.swapaxes(0, 1).reshape(batch, length - prompt, -1)
 
 
 @dataclass(frozen=True)
