@@ -1,6 +1,7 @@
-"""Walks the catalogue: every system's tiny config builds, is saved exactly, and learns for a few steps, or decodes
-where nothing is trained."""
+"""Walks the catalogue: every system's tiny config builds, is saved exactly, and learns for a few steps, or decodes or
+compresses where nothing is trained."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,12 @@ from ml_collections import ConfigDict
 
 from configs import matlm
 from experiments.systems import System, read_catalogue
+from research.compression.blocks import plain
+from research.compression.chain import Chain
 from research.config import build, from_json, load_config, of, to_json
 from research.decoding.generator import Generator
 from research.decoding.speculative.loading import find_drafter
+from research.nn.weights import stored_bits
 from research.training.model_directory import save_model
 from research.training.optimizers import constant
 from research.training.task import LanguageModelling
@@ -70,12 +74,24 @@ def decodes(config: str, target: str) -> bool:
     return one.samples == other.samples and other.stats.drafted > 0
 
 
+def compresses(chain: Chain, target: str) -> bool:
+    """Whether a chain makes a model smaller, and leaves it finite."""
+    loaded = load_model(target)
+    short = dataclasses.replace(chain, tokens=512, length=64)
+    *_, last = short.run(loaded.model, loaded.params, short.batches(loaded.model, None))
+    finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(plain(last.params)))
+    return finite and stored_bits(last.params) < stored_bits(loaded.params)
+
+
 @pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
 def test_the_tiny_config_builds_and_trains(system: System, targets: Callable[[System], str], monkeypatch):
     monkeypatch.chdir(ROOT)
     config, target = load_config(f"{system.config}:tiny"), targets(system)
     assert load_config(system.config) == config  # `tiny` is the default
     assert from_json(to_json(config)) == config
+    if "methods" in config:
+        assert compresses(build(config), target)
+        return
     if "stages" not in config:
         assert decodes(f"{system.config}:tiny", target)
         return
