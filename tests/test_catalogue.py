@@ -23,6 +23,7 @@ from research.training.model_directory import save_model
 from research.training.optimizers import constant
 from research.training.task import LanguageModelling
 from research.training.workdir import load_model
+from tests.programs import drawn_like
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -37,7 +38,7 @@ def targets(tmp_path_factory) -> Callable[[System], str]:
         directory = tmp_path_factory.mktemp("catalogue") / f"target_{layers}"
         config = matlm.decoder(width=32, num_layers=layers, num_heads=4, hidden_dim=64, length=512)
         task = build(of(LanguageModelling, model=config))
-        save_model(directory, config, jax.jit(task.init)(jax.random.key(0)))
+        save_model(directory, config, drawn_like(lambda: task.init(jax.random.key(0))))
         return str(directory)
 
     # Hidden Transfer's maps stand after layer 4.
@@ -52,7 +53,7 @@ def few_steps(config: ConfigDict, target: str) -> ConfigDict:
     model = short.task.get("task", short.task).get("model", {})
     if "blocks" in model and "num_layers" in model:
         model.num_layers = len(model.blocks)
-    for name in ("target", "teacher"):
+    for name in ("target", "teacher", "base"):
         if short.task.get(name) == "package:language/base":
             short.task[name] = target
     if "start_from" in short.task:
@@ -97,7 +98,14 @@ def test_the_tiny_config_builds_and_trains(system: System, targets: Callable[[Sy
         return
     trainer = build(few_steps(config, target))
     # One device and no workdir: simulated devices and checkpoints have tests of their own, once.
-    state, metrics = trainer.train(progress=False, devices=jax.devices()[:1])
+    # Parameters are given where the task does not begin or end with its own: the program that draws them is the largest.
+    task = trainer.task
+    params = (
+        None
+        if hasattr(task, "start") or hasattr(task, "rearrange")
+        else drawn_like(lambda: task.init(jax.random.key(0)))
+    )
+    state, metrics = trainer.train(progress=False, devices=jax.devices()[:1], params=params)
     assert int(state.step) == STEPS * len(trainer.stages)
     assert np.isfinite(metrics["train/loss"])
     leaves = jax.tree.leaves(state.params)

@@ -32,6 +32,7 @@ from research.training.stages import Stage
 from research.training.state import initial_state
 from research.training.step import make_step
 from research.training.task import LanguageModelling
+from tests.programs import drawn
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "composition.md"
 VOCAB, WIDTH, HIDDEN, LENGTH, ROWS = 32, 8, 16, 6, 8
@@ -124,7 +125,7 @@ def make_batch() -> dict[str, jax.Array]:
 
 @functools.lru_cache(maxsize=4)
 def init(model):
-    return jax.jit(model.init)(KEY, jnp.zeros((1, 2), jnp.int32))["params"]
+    return drawn(model, jnp.zeros((1, 2), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -32,6 +32,7 @@ from research.training.stages import Stage
 from research.training.task import LanguageModelling
 from research.training.workdir import load_model, open_workdir
 from research.vision.vit import ViT
+from tests.programs import drawn
 
 from .cells import (
     HIDDEN,
@@ -298,6 +299,6 @@ def _(directory):
 def _(directory):
     block = Block(Attention(num_heads=2, head_dim=4, rule=Full()), MLP(HIDDEN))
     model = ViT(blocks=(block,), num_layers=2, num_classes=3, width=WIDTH, patch=2)
-    params = jax.jit(model.init)(KEY, jnp.zeros((1, 4, 4, 1)))["params"]
+    params = drawn(model, jnp.zeros((1, 4, 4, 1)))
     small, cut = extract(model, params, ElasticSpec((0, 1), (2, 2)))
     huggingface.save(small, {"params": cut}, directory / "export")

@@ -10,6 +10,7 @@ from research.sparse.dynamic_llava import Sparsity, dynamic
 from research.sparse.globalcom2 import encode
 from research.sparse.tidal import Tidal, tidal
 from research.vision.vit import ViT
+from tests.programs import drawn
 
 from .cells import KEY, decoder, drafted_as_plain, init, louder, refused, runs
 from .moe import momentum
@@ -64,7 +65,7 @@ def _(_):
         num_classes=2, width=8, patch=2, pool="class", blocks=(block,), num_layers=2, scan_layers=True
     )
     images = jax.random.normal(KEY, (1, 4, 4, 1))
-    params = jax.jit(model.init)(KEY, images)["params"]
+    params = drawn(model, images)
     scanned, unrolled = encode(model, params, images), encode(*unscan_layers(model, params), images)
     for one, other in zip(scanned, unrolled, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -23,6 +23,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from tests.programs import drawn
 
 VOCAB, CONTEXT = 97, 48
 PROMPTS = [[5, 9, 2], list(range(20, 41)), [7]]  # unequal lengths
@@ -44,7 +45,7 @@ def make_model(scan: bool = False, blocks: int = 1, **fields):
         logit_softcap=logit_softcap,
         tied_head=logit_softcap is not None,
     )
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
     return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: no near ties, outputs that vary
 
 
@@ -297,7 +298,7 @@ def test_stop_strings_of_a_batch():
     tokenizer = Tokenizer.load()
     model, params = make_model()
     model = model.clone(vocab_size=tokenizer.vocab_size)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
     generator = Generator(model, params, tokenizer)
     prompts = ["def f(", "x = 1\nimport os\n"]
     free = generator.generate(prompts, max_new_tokens=24)

@@ -21,7 +21,7 @@ from research.nn.masks import Causal, Window
 from research.nn.mlp import ACTIVATIONS, MLP, GatedMLP
 from research.nn.transformer import scan_params
 from research.nn.weights import LowRank, materialize
-from tests.programs import call
+from tests.programs import call, drawn
 
 KEY = jax.random.key(0)
 
@@ -90,7 +90,7 @@ def test_every_expert_is_cut():
     numbers and of zeros. Router, bias and the shared FFN stay."""
     layer = MoE(3, 2, 8, use_bias=True, shared=GatedMLP(4), output_bias=True)
     x, places = jax.random.normal(KEY, (1, 4, 6)), Context(jnp.arange(4)[None])
-    params = jax.jit(layer.init)(KEY, x, places)["params"]
+    params = drawn(layer, x, places)
     cut = slice_mlp(params, 5)
     assert shapes(cut["experts"])["up"] == {"kernel": (3, 6, 5), "bias": (3, 5)}
     assert shapes(cut["experts"])["down"] == {"kernel": (3, 5, 6), "bias": (3, 6)}

@@ -11,6 +11,7 @@ from research.elastic.slicing import ElasticSpec, slice_model, slice_params
 from research.interop import huggingface
 from research.interop.families import read_config
 from research.training.workdir import load_model, save_model
+from tests.programs import drawn
 
 ENTRIES = {
     "model_type": "qwen2",
@@ -28,7 +29,7 @@ ENTRIES = {
 def trained(tmp_path_factory):
     """A model directory with a tokenizer."""
     _, model = read_config(ENTRIES, "config.json")
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = drawn(model, np.zeros((1, 2), np.int32))
     directory = tmp_path_factory.mktemp("convert") / "trained"
     save_model(directory, capture(model), params, Tokenizer.load())
     return directory

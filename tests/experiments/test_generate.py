@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -25,6 +24,7 @@ from research.nn.transformer import Block
 from research.sparse.gathered import gathered
 from research.sparse.selectors import Newest
 from research.training.workdir import load_model, save_model
+from tests.programs import drawn
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def directory(tmp_path_factory) -> Path:
         width=8,
         max_length=32,
     )
-    params = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(build(config), jnp.zeros((1, 1), jnp.int32))
     save_model(path, config, params, tokenizer)
     return path
 
@@ -129,7 +129,7 @@ def test_contrast_of_a_mixture(tmp_path, capsys):
     config = of(
         DecoderLM, blocks=(block,), num_layers=1, vocab_size=tokenizer.vocab_size, width=8, max_length=32
     )
-    params = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(build(config), jnp.zeros((1, 1), jnp.int32))
     save_model(tmp_path / "mixture", config, params, tokenizer)
     base = [f"--workdir={tmp_path / 'mixture'}", "--prompt=import os", "--max_new_tokens=6"]
     assert call(*base, "--contrast=2", "--contrast_beta=0.9", "--drafter=prompt_lookup") == 0

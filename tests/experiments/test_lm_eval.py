@@ -23,6 +23,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.transformer import Block
 from research.training.task import LanguageModelling
 from research.training.workdir import load_model, save_model
+from tests.programs import drawn
 
 
 def call(*argv: str) -> int:
@@ -50,7 +51,7 @@ def directory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model"
     block = of(Block, attention=of(Attention, num_heads=2, head_dim=8), mlp=of(GatedMLP, hidden_dim=64))
     config = of(DecoderLM, blocks=(block,), num_layers=2, vocab_size=4096, width=16, max_length=64)
-    params = jax.jit(build(config).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(build(config), jnp.zeros((1, 2), jnp.int32), seed=1)
     params["embedding"]["table"] = params["embedding"]["table"] * 8
     save_model(path, config, params, Tokenizer.load())
     return path

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -18,6 +17,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.sparse.moa.plan import Plan, apply_plan
 from research.training.workdir import load_model, save_model
+from tests.programs import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +33,7 @@ def save(path: Path, seed: int) -> Path:
         width=8,
         max_length=32,
     )
-    params = jax.jit(build(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(build(config), jnp.zeros((1, 1), jnp.int32), seed=seed)
     save_model(path, config, params, tokenizer)
     return path
 

@@ -21,6 +21,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra `eval`)")
 from lm_eval.api.instance import Instance  # noqa: E402
 
 from research.interop.lm_eval import HarnessModel, adds_bos, generation_options  # noqa: E402
+from tests.programs import drawn
 
 CONTEXT = 32
 TEXT = "The quick brown fox jumps over the lazy dog; 12 boxing wizards jump. "
@@ -37,7 +38,7 @@ def model(tokenizer: Tokenizer) -> tuple[DecoderLM, dict]:
     decoder = DecoderLM(
         blocks=(block,), num_layers=2, vocab_size=tokenizer.vocab_size, width=16, max_length=CONTEXT
     )
-    params = jax.jit(decoder.init)(jax.random.key(3), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(decoder, jnp.zeros((1, 2), jnp.int32), seed=3)
     # A sharper head than at initialisation, so that wrong scores differ.
     params["embedding"]["table"] = params["embedding"]["table"] * 8
     return decoder, params

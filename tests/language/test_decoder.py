@@ -23,7 +23,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
 from research.nn.weights import LowRank, Sum, materialize
 from research.training.partitioning import batch_sharding, make_mesh, parameter_shardings
-from tests.programs import call
+from tests.programs import call, drawn
 
 VOCAB, WIDTH, LENGTH = 32, 16, 12
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -55,7 +55,7 @@ MODELS = {
 
 @functools.cache
 def params_of(model):
-    params = jax.jit(model.init)(jax.random.key(1), TOKENS)["params"]
+    params = drawn(model, TOKENS, seed=1)
     return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)  # attention that is far from uniform
 
 

@@ -22,7 +22,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.model_directory import load_model_directory, save_model
-from tests.programs import call
+from tests.programs import call, drawn
 
 VOCAB, SOURCE, TARGET = 53, 20, 24
 SOURCES = [[5, 9, 2], list(range(20, 40)), [7]]  # unequal lengths, the second as long as allowed
@@ -64,7 +64,7 @@ def config(scan: bool = False, **fields):
 
 def make(scan: bool = False):
     model = build(config(scan))
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=1)
     return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: outputs that vary
 
 

@@ -21,6 +21,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from tests.programs import drawn
 
 VOCAB, WIDTH, LAYERS = 32, 16, 3
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
@@ -79,7 +80,7 @@ class Rows(struct.PyTreeNode):
 def prepared(name):
     """-> model, parameters, a cache with prompts of 1, 5 and 9 tokens."""
     model = MODELS[name]
-    params = jax.jit(model.init)(jax.random.key(1), PROMPTS)["params"]
+    params = drawn(model, PROMPTS, seed=1)
     params = jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)  # attention far from uniform
 
     @jax.jit

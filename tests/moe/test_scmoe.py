@@ -18,6 +18,7 @@ from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from tests.programs import drawn
 
 VOCAB, EXPERTS = 12, 4
 PROMPTS = [[8], [3, 9, 2, 3, 9]]
@@ -32,7 +33,7 @@ def decoder(**fields) -> DecoderLM:
 @functools.cache
 def trained():
     model = decoder()
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32))
     return model, jax.tree.map(lambda x: 4 * x, params)  # far from uniform
 
 

@@ -18,6 +18,7 @@ from research.nn.masks import Causal, Full, Prefix, Window
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
 from research.nn.weights import LowRank, materialize
+from tests.programs import drawn
 
 WIDTH, LENGTH = 6, 9
 
@@ -31,7 +32,7 @@ def make(**fields):
         **{**dict(num_heads=4, head_dim=4, num_kv_heads=2, rotary=Rotary(), rule=Window(4)), **fields}
     )
     x = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
-    params = jax.jit(module.init)(jax.random.key(1), x, context())["params"]
+    params = drawn(module, x, context(), seed=1)
     return module, params, x
 
 

@@ -13,6 +13,7 @@ from research.nn.norm import LayerNorm, RMSNorm
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, LayerStack, scan_params, unscan_layers, unscan_params
 from research.nn.weights import LowRank
+from tests.programs import drawn
 
 WIDTH, LENGTH = 8, 6
 X = jax.random.normal(jax.random.key(0), (2, LENGTH, WIDTH))
@@ -33,7 +34,7 @@ def make(num_layers=4, blocks=2, **fields):
 
 
 def init(model):
-    return jax.jit(model.init)(jax.random.key(1), X)["params"]
+    return drawn(model, X, seed=1)
 
 
 def gradient(model, params, **apply):

@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import nbformat
 import pytest
@@ -15,6 +14,7 @@ from configs.matlm import decoder
 from research.config import build
 from research.data.tokenizer import Tokenizer
 from research.training.workdir import save_model
+from tests.programs import drawn
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -30,7 +30,7 @@ def kernel(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     if not SHIPPED.exists():
         config = decoder(width=32, num_layers=2, num_heads=2, hidden_dim=64, length=64)
-        params = jax.jit(build(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        params = drawn(build(config), jnp.zeros((1, 2), jnp.int32))
         save_model(tmp_path / "model", config, params, Tokenizer.load())
         monkeypatch.setenv("LATHE_NOTEBOOK_MODEL", str(tmp_path / "model"))
 

@@ -26,6 +26,7 @@ from research.sparse.globalcom2 import (
     holistic_scores,
 )
 from research.vision.vit import ViT
+from tests.programs import drawn
 
 SIDE, DIM = 4, 3
 # A wide image in 2 x 2 crops: 8 rows of 8, of which 8 * 10 // 16 = 5 hold image, (8 - 5) // 2 = 1 row of padding above
@@ -34,7 +35,7 @@ WIDE = Layout((2, 2), SIDE, (16, 10))
 SQUARE = Layout((2, 2), SIDE)
 
 
-def drawn(layout: Layout, seed: int = 0) -> tuple[jax.Array, ...]:
+def tokens_and_scores(layout: Layout, seed: int = 0) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(seed)
     n, m = layout.side**2, layout.crops
     shapes = ((n, DIM), (m, n, DIM), (n,), (m, n), (DIM,))
@@ -111,7 +112,7 @@ def test_holistic_scores():
 
 @pytest.mark.parametrize("layout", [SQUARE, WIDE], ids=["square", "padded"])
 def test_what_is_kept_and_in_which_order(layout: Layout):
-    inputs, rule = drawn(layout), GlobalCom2(0.5)
+    inputs, rule = tokens_and_scores(layout), GlobalCom2(0.5)
     thumbnail, crops, s_g, s_l, newline = (np.asarray(x) for x in inputs)
     kept = run(*inputs, layout, rule)
     assert kept.tokens.shape == (rule.tokens(layout), DIM)
@@ -139,7 +140,7 @@ EVEN = np.array([16, 3, 2, 13, 5, 10, 11, 8, 9, 6, 7, 12, 4, 15, 14, 1], np.floa
 
 
 def test_the_whole_image_is_the_uncompressed_path():
-    inputs = drawn(WIDE)
+    inputs = tokens_and_scores(WIDE)
     kept = run(*inputs[:2], jnp.asarray(EVEN), *inputs[3:], WIDE, GlobalCom2(1.0))
     assert kept.valid.all()
     image = WIDE.to_image(16 + np.arange(64).reshape(4, 16))
@@ -157,7 +158,7 @@ def test_the_whole_image_is_the_uncompressed_path():
 
 
 def test_permuted_crops_permute_the_output():
-    thumbnail, crops, _, s_l, newline = drawn(SQUARE)
+    thumbnail, crops, _, s_l, newline = tokens_and_scores(SQUARE)
     swap = np.array([3, 0, 1, 2])
 
     def of_crops(features, scores):
@@ -176,7 +177,7 @@ def test_the_class_token_of_an_encoder():
     block = Block(attention, MLP(16), norm=LayerNorm())
     model = ViT(num_classes=3, width=8, patch=2, pool="class", blocks=(block,), num_layers=2)
     images = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    params = drawn(model, images)
     features, scores, logits = encode(model, params, images)
     np.testing.assert_allclose(logits, model.apply({"params": params}, images), atol=1e-6)
     shallow = model.clone(num_layers=1, final_norm=lambda x: x)
@@ -229,7 +230,10 @@ def test_a_reader_sees_no_padding():
         (lambda: Layout((1, 1), 4, (0, 3)), "at least 1 pixel each"),
         (lambda: GlobalCom2(0.0), r"a ratio in \(0, 1\]"),
         (lambda: GlobalCom2(order="score"), "neither 'raster' nor 'authors'"),
-        (lambda: compress(*drawn(SQUARE), Layout((1, 2), SIDE), GlobalCom2()), "the layout's are"),
+        (
+            lambda: compress(*tokens_and_scores(SQUARE), Layout((1, 2), SIDE), GlobalCom2()),
+            "the layout's are",
+        ),
     ],
 )
 def test_bad_input(make, message: str):

@@ -13,6 +13,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.transformer import Block, scan_params
 from research.sparse.maps import attention_maps
 from research.ssm.mamba2 import Mamba2
+from tests.programs import drawn
 
 
 def decoder(*mixers, **fields) -> DecoderLM:
@@ -23,7 +24,7 @@ def decoder(*mixers, **fields) -> DecoderLM:
 def test_what_heads_see():
     model = decoder(Attention(2, 2, 1), Attention(2, 2, rule=Window((1, 2))))
     tokens = jnp.asarray([[3, 1, 4, 1]])
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = drawn(model, tokens)
     maps = attention_maps(model, params, tokens)
     assert list(maps) == [0, 1] and maps[0].shape == (1, 2, 4, 4)
     for found in maps.values():

@@ -30,6 +30,7 @@ from research.sparse.gathered import (
 from research.sparse.selectors import EveryLayer, Newest, PagedCache, Quest
 from research.sparse.tidal import Tidal, parse_selector, profile, tidal
 from research.sparse.traffic import cache_bytes
+from tests.programs import drawn
 
 BATCH, HEADS, KV, DIM, SLOTS = 2, 4, 2, 4, 12
 LENGTHS = np.array([11, 2])
@@ -83,7 +84,7 @@ def trained(num_layers=5, **attention):
     fields = dict(num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, rotary=Rotary()) | attention
     block = Block(Attention(**fields), GatedMLP(16))
     model = DecoderLM(blocks=(block,), num_layers=num_layers, vocab_size=12, width=8, max_length=32)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32))
     return model, jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)  # far from uniform
 
 

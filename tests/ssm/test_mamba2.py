@@ -19,6 +19,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
 from research.ssm.mamba2 import Mamba2
 from research.ssm.recurrent import RecurrentCache
+from tests.programs import drawn
 
 VOCAB, WIDTH = 12, 16
 TOKENS = jnp.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
@@ -31,7 +32,7 @@ def hybrid():
     attention = Attention(num_heads=2, head_dim=8, rotary=Rotary())
     blocks = tuple(Block(mixer, GatedMLP(hidden_dim=24)) for mixer in (mamba, attention, mamba))
     model = DecoderLM(blocks=blocks, num_layers=3, vocab_size=VOCAB, width=WIDTH, max_length=40)
-    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    params = drawn(model, TOKENS)
     return model, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
 
 

@@ -28,6 +28,7 @@ from research.training.loop import Trainer
 from research.training.model_directory import save_model
 from research.training.paths import named_leaves
 from research.training.workdir import load_model, open_workdir
+from tests.programs import drawn
 
 VOCAB, WIDTH, LENGTH = 13, 12, 8
 NEW = {"A_log", "dt_bias", "dt/kernel", "conv/kernel", "conv/bias", "gate/kernel", "norm/scale"}
@@ -189,7 +190,7 @@ def test_stages_touch_their_own_and_the_run_is_the_student(tmp_path):
     """Three stages of one step; what each changed, by name. The run loads as the student, hybrid, and decodes."""
     data = Recall(LENGTH, keys=4, values=4, fillers=5, size=32)
     model = decoder()
-    params = jax.jit(model.init)(jax.random.key(2), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=2)
     save_model(tmp_path / "teacher", capture(model), params)
     task = of(MambaDistillation, teacher=str(tmp_path / "teacher"), hybrid="head", period=2, chunk=4)
     short = stages((1, 1, 1), (1e-2, 1e-2, 1e-2), (4, 4, 4))

@@ -32,7 +32,7 @@ from research.training.state import initial_state
 from research.training.task import Classification, LanguageModelling
 from research.training.workdir import load_model, open_workdir, save_model
 from research.vision.vit import ViT
-from tests.programs import call
+from tests.programs import call, drawn, drawn_like
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +68,7 @@ def experiment(model: ConfigDict | None = None, **changes: Any) -> ConfigDict:
 
 def random_params(model: Any, *inputs: jax.Array, seed: int = 0) -> dict:
     inputs = inputs or (jnp.zeros((1, 2), jnp.int32),)
-    return jax.jit(model.init)(jax.random.key(seed), *inputs)["params"]
+    return drawn(model, *inputs, seed=seed)
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -278,7 +278,7 @@ def test_a_model_directory_comes_back_exactly(tmp_path, dtype):
 def test_a_vision_model_remembers_the_shape_of_its_images(tmp_path):
     model = of(ViT, blocks=(block(),), num_layers=1, num_classes=3, width=8, patch=2)
     config = of(Experiment, task=of(Classification, model=model, image_shape=(4, 6, 1)))
-    params = jax.jit(build(config.task).init)(jax.random.key(0))
+    params = drawn_like(lambda: build(config.task).init(jax.random.key(0)))
     with open_workdir(tmp_path / "run", config) as workdir:
         checkpoints = Checkpoints(workdir.checkpoints, warn=pytest.fail)
         checkpoints.save(1, initial_state(params, {}, 0, ema=False), {})

@@ -1,6 +1,5 @@
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from research.decoding.sampling import Sampling
 from research.decoding.speculative.sjd import SJD
 from research.errors import UserError
 from research.vision.autoregressive import Artist
+from tests.programs import drawn
 
 CODES, CLASSES = 6, 2
 
@@ -19,7 +19,7 @@ CODES, CLASSES = 6, 2
 @functools.cache
 def model():
     module = build(decoder(16, 1, 2, 24, 13, vocab_size=CODES + CLASSES + 1))
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(module, jnp.zeros((1, 2), jnp.int32))
     # The head prefers the tokens of classes, so that only the ban keeps them out.
     params["embedding"]["table"] = params["embedding"]["table"].at[CODES:].mul(4.0)
     return module, params

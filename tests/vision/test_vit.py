@@ -12,6 +12,7 @@ from research.nn.norm import LayerNorm
 from research.nn.transformer import Block, scan_params
 from research.training.partitioning import batch_sharding, make_mesh, parameter_shardings
 from research.vision.vit import ViT
+from tests.programs import drawn
 
 IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 4, 3))
 
@@ -23,7 +24,7 @@ def make(**fields):
 
 
 def init(model):
-    return jax.jit(model.init)(jax.random.key(1), IMAGES)["params"]
+    return drawn(model, IMAGES, seed=1)
 
 
 def run(model, params, images=IMAGES, method=None):

@@ -20,6 +20,7 @@ from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
+from tests.programs import drawn
 
 VOCAB = 12
 PROMPTS = [[8], [3, 9, 2, 3, 9]]  # unequal lengths
@@ -35,7 +36,7 @@ def decoders():
         return build(of(DecoderLM, blocks=(block,), num_layers=2, vocab_size=VOCAB, width=16, max_length=24))
 
     strong, weak = model(8**-0.5), model(0.01)
-    params = jax.jit(strong.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(strong, jnp.zeros((1, 2), jnp.int32))
     return strong, weak, jax.tree.map(lambda x: 3 * x, params)  # far from uniform
 
 

@@ -43,6 +43,7 @@ from research.training.model_directory import save_model
 from research.training.optimizers import adamw, constant
 from research.training.stages import Stage
 from research.training.state import init_key
+from tests.programs import drawn
 
 VOCAB, WIDTH, CONTEXT = 32, 32, 48
 PROMPTS = [[5, 9, 2], [3, 30, 7, 11, 8, 8, 1, 20, 21, 22, 23, 4], [7]]  # unequal lengths
@@ -119,7 +120,7 @@ def tiny_target() -> TinyTarget:
         tied_head=False,
     )
     model = build(config)
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
     basis = jax.random.orthogonal(jax.random.key(2), WIDTH)  # row t stands for token t
     params["embedding"] = {"table": 5.0 * basis}  # the layers add vectors of length 2 to 3
     params["head"] = {"kernel": 1.3 * jnp.zeros((WIDTH, VOCAB)).at[:, successor()].set(basis.T)}

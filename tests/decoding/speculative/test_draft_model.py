@@ -26,6 +26,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import LowRank
 from research.training.task import LanguageModelling
+from tests.programs import drawn
 
 from .laws import MIXED, VOCAB, Markov, distance, run
 
@@ -42,7 +43,7 @@ def decoder(width=8, num_layers=2, rules=(Causal(),), vocab_size=32, max_length=
 
 @functools.cache
 def init(model, seed=0):
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=seed)
     return jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, params)  # so that outputs are not constant
 
 

@@ -19,6 +19,7 @@ from research.decoding.speculative.training import Teacher, ahead
 from research.decoding.speculative.trees import RankTree
 from research.decoding.verify import Accept, Draft
 from research.errors import UserError
+from tests.programs import drawn
 
 VOCAB, WIDTH, HEADS = 32, 16, 3
 TREE = RankTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0)))
@@ -31,7 +32,7 @@ TEXT = np.asarray(jax.random.randint(jax.random.key(1), (2, 13), 0, VOCAB))
 @pytest.fixture(scope="module")
 def target() -> Target:
     model = dataclasses.replace(build(decoder(WIDTH, 2, 2, 24, 64, VOCAB)), tied_head=False)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 1), jnp.int32))
     params["embedding"]["table"] *= 200.0  # larger than hidden states, so that heads tell tokens apart
     return Target(params, model)
 

@@ -19,6 +19,7 @@ from research.decoding.speculative.trees import RankTree, calibrate, chain_paths
 from research.decoding.verify import Accept
 from research.errors import UserError
 from research.nn.weights import LowRank
+from tests.programs import drawn
 
 VOCAB, WIDTH = 32, 16
 TREE = RankTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)))
@@ -28,7 +29,7 @@ KEY = jax.random.key(7)
 def make_target(tied: bool = False, **fields) -> Target:
     config = decoder(WIDTH, 2, 2, 24, 64, VOCAB)
     model = dataclasses.replace(build(config), tied_head=tied, **fields)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 1), jnp.int32))
     return Target(jax.tree.map(lambda x: 2.0 * x, params), model)  # larger, so that rounding can show
 
 

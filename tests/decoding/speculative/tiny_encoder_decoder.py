@@ -13,6 +13,7 @@ from research.nn.masks import Causal, Full
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from tests.programs import drawn
 
 VOCAB = 37
 SOURCES = [[5, 9, 3], list(range(20, 36)), [7]]  # unequal lengths
@@ -37,5 +38,5 @@ def network(vocab_size: int = VOCAB, rule: Any = Causal()) -> EncoderDecoder:  #
 @functools.cache
 def tiny_encoder_decoder() -> tuple[EncoderDecoder, Any]:
     model = network()
-    params = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=1)
     return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: outputs that vary

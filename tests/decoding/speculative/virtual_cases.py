@@ -15,6 +15,7 @@ from research.nn.masks import Causal, Window
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
+from tests.programs import drawn
 
 VOCAB, WIDTH, LAYERS = 32, 16, 2
 # Programs that order sums differently agree to about 100 roundings of logits of order 1.
@@ -27,7 +28,7 @@ def target() -> Target:
     blocks = tuple(Block(attention.clone(rule=rule), GatedMLP(24)) for rule in (Window(3), Causal()))
     model = DecoderLM(blocks=blocks, vocab_size=VOCAB, width=WIDTH, max_length=64, num_layers=LAYERS)
     with jax.ensure_compile_time_eval():  # also where a traced function is the first to ask
-        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        params = drawn(model, jnp.zeros((1, 2), jnp.int32))
         return Target(jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params), model)
 
 
