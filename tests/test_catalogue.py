@@ -98,7 +98,7 @@ def test_the_tiny_config_builds_and_trains(system: System, targets: Callable[[Sy
         return
     trainer = build(few_steps(config, target))
     # One device and no workdir: simulated devices and checkpoints have tests of their own, once.
-    # Parameters are given where the task does not begin or end with its own: the program that draws them is the largest.
+    # Parameters are given where the task does not need its own: the program that draws them is the largest.
     task = trainer.task
     params = (
         None
