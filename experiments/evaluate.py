@@ -54,10 +54,11 @@ def main(arguments: list[str]) -> None:
     from research.config import build
     from research.training.evaluators import Evaluation
     from research.training.model_directory import WEIGHTS
+    from research.training.partial import ADAPTER
     from research.training.workdir import directory_of
 
     path = directory_of(WORKDIR.value)
-    if (path / WEIGHTS).exists():
+    if (path / WEIGHTS).exists() or (path / ADAPTER).exists():
         evaluators, task, params, mesh, step = saved_model(path)
     else:
         trainer = build(replaced(read(path, "config.json"), SPLIT.value, BATCHES.value))
@@ -95,24 +96,28 @@ def read(path: "Path", name: str) -> "ConfigDict":
 
 def saved_model(path: "Path") -> tuple[Any, Any, Any, Any, None]:
     """Evaluators, task, parameters, mesh and no step of a model directory, whose model may be another than that of the
-    run it came from: sliced, unrolled, compressed."""
+    run it came from: sliced, unrolled, compressed; or of an adapter directory, with its base."""
     import jax
 
     from research.config import build
     from research.errors import UserError
-    from research.training.model_directory import EXPERIMENT, load_model_directory
+    from research.training.model_directory import EXPERIMENT
+    from research.training.partial import ADAPTER, read_adapter_config
     from research.training.partitioning import make_mesh
     from research.training.task import LanguageModelling
+    from research.training.workdir import load_model
 
     if STEP.value is not None or WIDTHS.value:
         flag = "--step" if STEP.value is not None else "--widths"
-        raise UserError(f"{path} is a model directory, with one set of parameters: no {flag}")
-    config = replaced(read(path, EXPERIMENT), SPLIT.value, BATCHES.value)
-    loaded = load_model_directory(path)
+        raise UserError(f"{path} is no run, and has one set of parameters: no {flag}")
+    adapter = (path / ADAPTER).exists()
+    config = read_adapter_config(path) if adapter else read(path, EXPERIMENT)
+    config = replaced(config, SPLIT.value, BATCHES.value)
+    loaded = load_model(path)
     if loaded.inputs[0].dtype != "int32":
         raise UserError(f"{path} holds a model of images; evaluate the run it came from")
     for evaluator in config.evaluators:
-        if "tokenizer" in evaluator.data or loaded.tokenizer is not None:
+        if not adapter and ("tokenizer" in evaluator.data or loaded.tokenizer is not None):
             evaluator.data.tokenizer = str(path)
     evaluators = tuple(build(evaluator) for evaluator in config.evaluators)
     return evaluators, LanguageModelling(loaded.model), loaded.params, make_mesh({}, jax.devices()[:1]), None

@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> None:
             return
         show(metrics)
         print(f"run: {workdir.path}")
+        if hasattr(trainer.task, "recall"):
+            print(f"merge it: python -m experiments.adapter --adapter={WORKDIR.value} --merge=FOLDER")
         if hasattr(trainer.task, "drafter"):
             print(f"use it: python -m experiments.generate --drafter={WORKDIR.value} --prompt='def '")
         if FIGURES.value:

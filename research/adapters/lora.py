@@ -63,6 +63,9 @@ class Adapter(Protocol):
     def create(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         """-> (fixed, adapter) for a base, on the host. Raises `UserError` for a base that it doesn't fit."""
 
+    def draw(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """As `create`, but at random and traceable: nothing is decomposed and no data is read."""
+
     def frozen(self, params: PyTree, fixed: PyTree) -> PyTree:
         """The tree "base" of a run, from the base's own parameters."""
 
@@ -158,7 +161,15 @@ class LoRA:
     def create(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
         kernels = chosen_kernels(params, self.targets)
         check_rank(self.rank, kernels)
-        splits = self.split(model, params, kernels, key)
+        return self._parts_of(self.split(model, params, kernels, key))
+
+    def draw(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        kernels = chosen_kernels(params, self.targets)
+        check_rank(self.rank, kernels)
+        drawn = (self.drawn(kernel, number, key) for number, kernel in enumerate(kernels.values()))
+        return self._parts_of({path: Split(factors) for path, factors in zip(kernels, drawn, strict=True)})
+
+    def _parts_of(self, splits: Mapping[str, Split]) -> tuple[PyTree, PyTree]:
         fixed = {
             "origin": {path: split.factors for path, split in splits.items() if split.taken},
             "kernel": {path: split.kernel for path, split in splits.items() if split.kernel is not None},

@@ -233,6 +233,9 @@ class MoLE(LoRA):
         rounded = {path: kernel for path, kernel in fixed.items() if kernel is not None}
         return ({"kernel": tree(rounded)} if rounded else {}), tree(adapter)
 
+    def draw(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        return self.create(model, params, key)
+
     def check(self, model: nn.Module, params: PyTree, adapter: PyTree) -> None:
         plain, experts, routers = self._parts(adapter)
         check_fit(params, plain)

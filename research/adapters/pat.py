@@ -155,6 +155,9 @@ class PAT(LoRA):
         base = super().frozen(params, fixed)
         return base if "head" in base else {**base, "head": {"kernel": base["embedding"]["table"].T}}
 
+    def draw(self, model: nn.Module, params: PyTree, key: jax.Array) -> tuple[PyTree, PyTree]:
+        return self.create(model, params, key)
+
     def check(self, model: nn.Module, params: PyTree, adapter: PyTree) -> None:
         super().check(model, params, adapter["lora"])
         width = params["embedding"]["table"].shape[-1]

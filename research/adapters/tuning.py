@@ -75,15 +75,14 @@ class AdapterTuning:
         return LanguageModelling(self.model, self.compute_dtype)
 
     def init(self, key: jax.Array) -> PyTree:
-        """`start`, in zeros."""
-        started = self.start(key)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), started)
+        """The base with an adapter that is drawn; a run begins with `start`."""
+        fixed, adapter = self.adapter.draw(self.loaded.model, self.loaded.params, key)
+        return self.recall({"fixed": {**fixed, "fingerprint": self._fingerprint}, "adapter": adapter})
 
     def start(self, key: jax.Array) -> PyTree:
         """What a run begins with; on the host."""
-        with jax.ensure_compile_time_eval():
-            fixed, adapter = self.adapter.create(self.loaded.model, self.loaded.params, _concrete(key))
-            return self.recall({"fixed": {**fixed, "fingerprint": self._fingerprint}, "adapter": adapter})
+        fixed, adapter = self.adapter.create(self.loaded.model, self.loaded.params, key)
+        return self.recall({"fixed": {**fixed, "fingerprint": self._fingerprint}, "adapter": adapter})
 
     def recall(self, saved: PyTree) -> PyTree:
         """All parameters, from "fixed" and "adapter".
@@ -126,13 +125,9 @@ class AdapterTuning:
     def _fingerprint(self) -> jax.Array:
         """The base's, uint32[2]."""
         digits = fingerprint(self.loaded.params)
-        return jnp.asarray([int(digits[:8], 16), int(digits[8:], 16)], jnp.uint32)
+        with jax.ensure_compile_time_eval():
+            return jnp.asarray([int(digits[:8], 16), int(digits[8:], 16)], jnp.uint32)
 
 
 def _hex(number: np.ndarray) -> str:
     return "".join(f"{int(part):08x}" for part in number)
-
-
-def _concrete(key: jax.Array) -> jax.Array:
-    """The key, or another one where shapes alone are wanted."""
-    return jax.random.key(0) if isinstance(key, jax.core.Tracer) else key
