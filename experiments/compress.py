@@ -301,7 +301,10 @@ def print_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has no width, and a table folded to 80 columns can't be read
+    console.print(table)
 
 
 def tell(line: str) -> None:

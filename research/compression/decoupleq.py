@@ -287,10 +287,10 @@ def tune(
     return replace(block, best["norm"]), [first, least]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _epoch(
     block: nn.Module,
-    rate: float,
+    rate: float | jax.Array,
     free: PyTree,
     state: PyTree,
     codes: PyTree,
@@ -328,7 +328,7 @@ def _row_error(block: nn.Module, free: PyTree, codes: PyTree, start: PyTree, row
     )
 
 
-def _adam(rate: float) -> optax.GradientTransformation:
+def _adam(rate: float | jax.Array) -> optax.GradientTransformation:
     return optax.adamw(rate, 0.9, 0.99, eps=2e-5, weight_decay=1e-6)
 
 
