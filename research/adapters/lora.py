@@ -91,6 +91,12 @@ class Adapter(Protocol):
         """(model, parameters, what was done) without any adapter, from the parameters of a run, on the host."""
 
 
+class Quantizer(Protocol):
+    """A way of rounding: a hashable function from a kernel [.., in, out] to the rounded one, traceable."""
+
+    def __call__(self, kernel: jax.Array) -> Weight: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class NormalQuantizer:
     """Kernels as NormalFloat of 2, 3 or 4 bits, as `quantize_normal` makes them (QLoRA, arXiv 2305.14314)."""
@@ -120,7 +126,7 @@ class LoRA:
     alpha: float | None = None
     targets: tuple[str, ...] = PROJECTIONS
     dropout: float = 0.0
-    quantizer: NormalQuantizer | None = None
+    quantizer: Quantizer | None = None
 
     def __post_init__(self):
         if self.rank < 1:
@@ -238,7 +244,7 @@ class LoftQ(LoRA):
     steps: turns; the best is kept.
     """
 
-    quantizer: NormalQuantizer = NormalQuantizer()
+    quantizer: Quantizer = NormalQuantizer()
     steps: int = 5
 
     def split(
@@ -347,9 +353,6 @@ def by_matrix(fit: Callable[..., PyTree], *arrays: np.ndarray) -> PyTree:
 def scaled(fit: Fit, scale: float) -> LowRank:
     """Factors that make the fit's product with a scale in front: each is divided by the scale's root."""
     return LowRank(*(jnp.asarray(part / np.sqrt(scale), jnp.float32) for part in (fit.down, fit.up)), scale)
-
-
-Quantizer = Callable[[jax.Array], Weight]
 
 
 def in_turns(
