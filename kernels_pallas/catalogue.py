@@ -21,6 +21,7 @@ FOLDERS = (
     "span_attention",
     "decode_attention",
     "topk_attention",
+    "qmoe_decode",
 )
 
 
