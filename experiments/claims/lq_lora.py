@@ -156,8 +156,10 @@ CLAIM = Claim(
     statement="LQ-LoRA outperforms QLoRA and GPTQ-LoRA at equal size, and the more so the fewer bits, in aggressive "
     "quantization below 3 bits.",
     setting=f"The shipped base model of 7.3M parameters, its 42 projections in 2 and 3 bits: NormalFloat with a "
-    f"scale of 8 bits for {GROUP} weights, GPTQ a float16 scale and a zero of 8 bits for 256, which is 2 % fewer bytes. "
-    f"Rank {RANK}, {STEPS} updates of {BATCH} x {LENGTH} tokens of generated sums at rate {RATE}, two seeds; Fisher and "
+    f"scale of 8 bits for {GROUP} weights, GPTQ a float16 scale and a zero of 8 bits for 256, which is 2 % fewer "
+    f"bytes. "
+    f"Rank {RANK}, {STEPS} updates of {BATCH} x {LENGTH} tokens of generated sums at rate {RATE}, two seeds; Fisher "
+    f"and "
     f"GPTQ see {CALIBRATION} rows of the model's own training text. 32 held-out rows of each.",
     measures={
         "own text": f"nats/token before any update, at {BITS} bits",
