@@ -137,7 +137,7 @@ def values(results: Results, arm: str, measure: str = "loss") -> np.ndarray:
 
 def judge(results: Results) -> tuple[str, str]:
     """Yes where with every seed the sparse mixture beats one LoRA of its rank and one trained twice as long; partly
-    where it beats the first only, or the dense mixture both. The wide LoRA is its rival at equal parameters, and told."""
+    where it beats the first only, or the dense one both. The wide LoRA is its rival at equal parameters, and told."""
     rivals = ("LoRA", "LoRA, twice as long")
     sparse, dense = (
         [bool((values(results, arm) < values(results, rival)).all()) for rival in rivals]
