@@ -9,6 +9,7 @@ from research.compression.chain import Method
 from research.compression.decoupleq import DecoupleQ
 from research.compression.eora import EoRA
 from research.compression.finequant import FineQuant
+from research.compression.qmoe import QMoE
 from research.errors import UserError, nearest
 
 # {name: (class, fields that the name fixes)}
@@ -17,6 +18,7 @@ METHODS: dict[str, tuple[Callable[..., Method], dict[str, Any]]] = {
     "gptq": (GPTQ, {}),
     "finequant": (FineQuant, {}),
     "decoupleq": (DecoupleQ, {}),
+    "qmoe": (QMoE, {}),
     "eora": (EoRA, {}),
     "svd": (EoRA, {"space": "plain"}),
     "act_s": (EoRA, {"space": "activation"}),

@@ -28,6 +28,7 @@ KINDS = {
     "NormalFloat": "research.nn.normal_float",
     "ByteScales": "research.nn.normal_float",
     "PackedScales": "research.nn.normal_float",
+    "TernaryCode": "research.nn.ternary",
     "LoRAExperts": "research.adapters.mole",
 }
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32")

@@ -1,0 +1,196 @@
+"""QMoE: coded kernels as structured weights, and the method on a mixture of one layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.qmoe_decode.dictionary import BITS, fingerprint
+from research.compression.blocks import plain
+from research.compression.qmoe import QMoE
+from research.compression.rounding import Ternary, feed_back, fit, round_to_nearest
+from research.config_capture import capture
+from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.moe.layer import MoE
+from research.nn.attention import Attention
+from research.nn.mlp import GatedMLP
+from research.nn.ternary import PallasDecode, TernaryCode, dictionary_bits
+from research.nn.transformer import Block
+from research.nn.weights import stored_bits
+from research.training.model_directory import load_model_directory, save_model
+from research.training.structures import describe, rebuild
+
+EXPERTS, WIDTH, HIDDEN, VOCAB = 3, 16, 24, 32
+
+
+def kernels(experts=EXPERTS):
+    return jax.random.normal(jax.random.key(0), (experts, WIDTH, HIDDEN))
+
+
+@functools.cache
+def coded():
+    rounded = jax.jit(round_to_nearest, static_argnums=1)(kernels(), Ternary())
+    ends = jnp.stack([rounded.fitted.low[:, 0], rounded.fitted.high[:, 0]], -1).astype(jnp.bfloat16)
+    return TernaryCode.from_symbols(np.asarray(rounded.codes), ends), rounded
+
+
+def model(mlp=None, layers=2):
+    experts = MoE(EXPERTS, 1, HIDDEN, gated=False, activation="gelu", norm="softmax_topk")
+    block = Block(Attention(num_heads=2, head_dim=8), experts if mlp is None else mlp)
+    return DecoderLM(vocab_size=VOCAB, width=WIDTH, max_length=64, num_layers=layers, blocks=(block,))
+
+
+@functools.cache
+def params():
+    return jax.jit(model().init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def batch(seed=1, rows=4, length=64):
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (rows, length)).astype(np.int32)
+    return {"tokens": tokens, "segments": np.ones_like(tokens)}
+
+
+@functools.cache
+def compressed():
+    return QMoE(together=2).compress(model(), params(), params(), [batch()], None, lambda line: None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens):
+    return model.apply({"params": params}, tokens)
+
+
+def experts(tree, layer=0, name="up"):
+    return tree[f"layer_{layer}"]["mlp"]["experts"][name]["kernel"]
+
+
+def test_a_coded_kernel_is_the_rounded_one_and_stores_what_it_says():
+    kernel, rounded = coded()
+    exact = jnp.where(rounded.codes == 2, kernel.ends[:, None, :, 1], kernel.ends[:, None, :, 0])
+    exact = jnp.where(rounded.codes == 0, 0, exact).astype(jnp.float32)
+    np.testing.assert_array_equal(jax.jit(lambda k: k.materialize())(kernel), exact)
+    x = jax.random.normal(jax.random.key(1), (EXPERTS, 5, WIDTH))
+    product = jax.jit(jax.vmap(lambda x, k: k.dot(x)))
+    np.testing.assert_allclose(product(x, kernel), x @ exact, atol=1e-4)
+    one = jax.tree.map(lambda leaf: leaf[1], kernel)
+    for implementation in ("tpu", "gpu"):
+        fused = one.replace(kernel=PallasDecode(implementation, interpret=True))
+        np.testing.assert_allclose(jax.jit(lambda k, x: k.dot(x))(fused, x[1]), x[1] @ exact[1], atol=1e-4)
+    # 16 bits a word of the longest expert; 32 a row's beginning and one more; 2 x 16 its ends.
+    longest = int(kernel.offsets[:, -1].max())
+    assert kernel.stored_bits() == EXPERTS * (16 * longest + 32 * (HIDDEN + 1) + 32 * HIDDEN)
+    assert kernel.stored_bits() == 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(kernel))
+    assert (
+        dictionary_bits({"a": kernel, "b": kernel}) == BITS == 8 * 512 * 1024
+        and dictionary_bits({"a": exact}) == 0
+    )
+    assert kernel.narrow(WIDTH, None) is kernel
+    assert rebuild(describe(kernel)).shape == kernel.shape == (EXPERTS, WIDTH, HIDDEN)
+
+
+def test_batched_rounding_is_that_of_each_expert_and_of_the_nearest_without_correlation():
+    w, x = kernels(), jax.random.normal(jax.random.key(2), (EXPERTS, 40, WIDTH))
+    gram = jnp.einsum("eni,enj->eij", x, x)
+    rounding = jax.jit(feed_back, static_argnames=("grid", "damp"))
+    together = rounding(w, gram, grid=Ternary(), damp=0.1)
+    for e in range(EXPERTS):
+        np.testing.assert_array_equal(
+            together.codes[e], rounding(w[e], gram[e], grid=Ternary(), damp=0.1).codes
+        )
+    nearest = jax.jit(round_to_nearest, static_argnums=1)(w, Ternary())
+    eye = jnp.broadcast_to(jnp.eye(WIDTH), gram.shape)
+    np.testing.assert_array_equal(rounding(w, eye, grid=Ternary(), damp=0.1).codes, nearest.codes)
+    # A Gram matrix that is not positive: that expert alone is rounded to nearest.
+    broken = rounding(w, gram.at[1].set(-100 * jnp.eye(WIDTH)), grid=Ternary(), damp=0.1)
+    assert broken.nearest.tolist() == [False, True, False]
+    np.testing.assert_array_equal(broken.codes[1], nearest.codes[1])
+    zero = jax.jit(fit, static_argnums=1)(jnp.zeros((4, 2)), Ternary())
+    assert zero.low.tolist() == [[-1, -1]] and zero.high.tolist() == [[1, 1]]
+
+
+def test_experts_alone_are_compressed_and_decode_as_they_are_multiplied_out():
+    found, notes = compressed()
+    kinds = {
+        type(leaf) for leaf in jax.tree.leaves(found["layer_1"]["mlp"], is_leaf=lambda x: hasattr(x, "ends"))
+    }
+    assert TernaryCode in kinds
+    for layer in ("layer_0", "layer_1"):
+        for part in ("attention", "mlp_norm"):
+            jax.tree.map(np.testing.assert_array_equal, found[layer][part], params()[layer][part])
+        jax.tree.map(
+            np.testing.assert_array_equal, found[layer]["mlp"]["router"], params()[layer]["mlp"]["router"]
+        )
+    assert sum("bits a weight" in note for note in notes) == 4
+    tokens = batch(5)["tokens"]
+    np.testing.assert_allclose(
+        logits(model(), found, tokens), logits(model(), plain(found), tokens), atol=1e-4
+    )
+    # The second block is calibrated behind the compressed first one: its experts are not those of the other order.
+    nearest, _ = QMoE(feedback=False).compress(model(), params(), params(), (), None, lambda line: None)
+    before, after = (np.asarray(experts(tree).materialize()) for tree in (found, nearest))
+    assert not np.array_equal(before, after)
+    values = np.sort(np.unique(before[0, :, 0]))
+    assert set(values) <= {0.0, *np.asarray(experts(found).ends[0, 0], np.float32).tolist()}
+
+
+def test_excluded_tokens_change_nothing_and_others_do():
+    def rounded(tokens, exclude):
+        one = batch() | {"tokens": tokens}
+        method = QMoE(exclude=exclude, together=3)
+        found, _ = method.compress(bag, own, own, [one], None, lambda line: None)
+        return np.asarray(experts(found).codes), np.asarray(experts(found).offsets)
+
+    # Without attention to them, a token reaches the experts' Gram matrices by itself alone.
+    bag = model(layers=1)
+    own = {name: value for name, value in params().items() if name != "layer_1"}
+    silent = jax.tree.map(jnp.zeros_like, own["layer_0"]["attention"]["output"])
+    own = own | {"layer_0": own["layer_0"] | {"attention": own["layer_0"]["attention"] | {"output": silent}}}
+    tokens = batch()["tokens"] % (VOCAB - 2)
+    one, other = (np.where(tokens < 4, mark, tokens) for mark in (VOCAB - 1, VOCAB - 2))
+    marks = (VOCAB - 1, VOCAB - 2)
+    jax.tree.map(np.testing.assert_array_equal, rounded(one, marks), rounded(other, marks))
+    assert any(not np.array_equal(a, b) for a, b in zip(rounded(one, ()), rounded(other, ()), strict=True))
+
+
+def test_saved_and_read(tmp_path):
+    found, _ = compressed()
+    save_model(tmp_path / "m", capture(model()), found)
+    loaded = load_model_directory(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, found)
+    assert stored_bits(loaded.params) == stored_bits(found)
+    assert experts(loaded.params).dictionary == fingerprint()
+
+
+def dense():
+    return model(GatedMLP(HIDDEN), layers=1)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: coded()[0].narrow(8, None), "words lie across the cut; slice first"),
+        (lambda: coded()[0].replace(dictionary="0" * 16).check(), "coded by another dictionary, 0000"),
+        (
+            lambda: coded()[0].replace(kernel=PallasDecode("tpu")).dot(jnp.ones(WIDTH)),
+            "multiplies a single matrix",
+        ),
+        (
+            lambda: QMoE().compress(dense(), {}, jax.eval_shape(init_dense), [batch()], None, print),
+            "qmoe compresses experts, and this model has none",
+        ),
+        (
+            lambda: QMoE().compress(model(), params(), compressed()[0], [batch()], None, lambda line: None),
+            "is TernaryCode already",
+        ),
+    ],
+)
+def test_mistakes_are_told(act, message):
+    with pytest.raises(UserError, match=message):
+        act()
+
+
+def init_dense():
+    return dense().init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
