@@ -1,13 +1,17 @@
-"""Converts a trained model, from a Hugging Face directory, a workdir or a model directory, to either format.
+"""Converts a trained model, from a Hugging Face directory, a workdir or a model directory, to either format; and LoRA
+adapters to and from that of the peft library.
 
     python -m experiments.convert --from=runs/matlm --to=exported --format=huggingface --dtype=bfloat16
     python -m experiments.convert --from=Qwen3-0.6B --to=qwen3 --format=lathe
     python -m experiments.convert --from=runs/mixed --to=exported --format=huggingface --unequal=refuse
+    python -m experiments.convert --from=runs/lora --to=exported --format=peft
+    python -m experiments.convert --from=theirs --base=qwen3 --to=adapters/theirs --format=lathe
 
 `huggingface` is what transformers and the tools around it load: config.json, safetensors, the tokenizer. The
 family (Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3) follows from the model; what none of them computes is
-refused with the reason. `lathe` is the model directory that every program here takes as a workdir. No pickle
-is read and torch is not needed.
+refused with the reason. `lathe` is the model directory that every program here takes as a workdir. `peft` takes a
+run or directory of an adapter and writes `adapter_config.json` and safetensors; a directory of that kind becomes an
+adapter directory for the model at `--base`. No pickle is read and torch is not needed.
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +27,7 @@ PROGRAM = cli.Program(__doc__)
 FROM = PROGRAM.define(flags.DEFINE_string, "from", None, "The directory to read.", required=True)
 TO = PROGRAM.define(flags.DEFINE_string, "to", None, "The directory to write, new or empty.", required=True)
 FORMAT = PROGRAM.define(
-    flags.DEFINE_enum, "format", None, "What to write.", ["huggingface", "lathe"], required=True
+    flags.DEFINE_enum, "format", None, "What to write.", ["huggingface", "lathe", "peft"], required=True
 )
 DTYPE = PROGRAM.define(
     flags.DEFINE_enum,
@@ -40,6 +44,12 @@ UNEQUAL = PROGRAM.define(
     "zeros, which leaves the logits as they are.",
     ["pad", "refuse"],
 )
+BASE = PROGRAM.define(
+    flags.DEFINE_string,
+    "base",
+    None,
+    "For an adapter of the peft library: the model that it is for, unrolled.",
+)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "Of a workdir: the checkpoint; the newest by default.", lower_bound=0
 )
@@ -50,11 +60,16 @@ EMA = PROGRAM.define(
 
 def main(arguments: list[str]) -> None:
     from research.errors import UserError
-    from research.interop import huggingface
+    from research.interop import huggingface, peft
     from research.training.workdir import save_model
 
     if FORMAT.value == "lathe" and UNEQUAL.value is not None:
         raise UserError("--unequal is for --format=huggingface: a model directory holds any widths")
+    if FORMAT.value == "peft" or peft.is_peft(FROM.value):
+        convert_adapter()
+        return
+    if BASE.value is not None:
+        raise UserError("--base is for adapters of the peft library; --from is none")
     loaded = read()
     if FORMAT.value == "huggingface":
         report = huggingface.save(
@@ -71,6 +86,25 @@ def main(arguments: list[str]) -> None:
             TO.value, loaded.config, loaded.params, loaded.tokenizer, dtype=DTYPE.value, inputs=loaded.inputs
         )
         print(f"{TO.value}: a model directory in {DTYPE.value}")
+
+
+def convert_adapter() -> None:
+    """An adapter of ours to peft's format, or one of theirs to an adapter directory."""
+    from research.errors import UserError
+    from research.interop import peft
+    from research.training.partial import read_adapter, save_adapter
+
+    if not peft.is_peft(FROM.value):
+        _, task, saved = read_adapter(FROM.value, STEP.value, EMA.value)
+        print(peft.save(task, saved, TO.value, dtype=DTYPE.value))
+        return
+    if FORMAT.value != "lathe" or BASE.value is None:
+        raise UserError(
+            f"{FROM.value} is an adapter of the peft library: give --format=lathe and --base=MODEL"
+        )
+    config, saved = peft.load(FROM.value, BASE.value)
+    save_adapter(TO.value, config, saved)
+    print(f"{TO.value}: an adapter directory for {BASE.value}")
 
 
 def read() -> "Loaded":

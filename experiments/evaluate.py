@@ -112,6 +112,8 @@ def saved_model(path: "Path") -> tuple[Any, Any, Any, Any, None]:
         raise UserError(f"{path} is no run, and has one set of parameters: no {flag}")
     adapter = (path / ADAPTER).exists()
     config = read_adapter_config(path) if adapter else read(path, EXPERIMENT)
+    if not config.get("evaluators"):
+        raise UserError(f"{path}: the run has no evaluators, so nothing says what to measure")
     config = replaced(config, SPLIT.value, BATCHES.value)
     loaded = load_model(path)
     if loaded.inputs[0].dtype != "int32":
