@@ -80,16 +80,18 @@ class Engine:
         limit: jax.Array,
         keys: jax.Array,
         ends: jax.Array,
+        beside: tuple[Any, ...] = (),
     ) -> State:
         """Read the prompts, int32[B, T] padded on the right to `lengths`, and choose the first token of each
         sample.
 
-        limit int32[B] output tokens allowed, keys [B * samples], ends int32[E] tokens that end a row.
+        limit int32[B] output tokens allowed, keys [B * samples], ends int32[E] tokens that end a row, beside: what the
+        model's `prefill` takes beside tokens (images).
         The rows of the state are samples of prompt 0, then of prompt 1, ...
         """
         batch = tokens.shape[0]
         variables = {"params": weights.target}
-        logits, hidden, fresh = self.model.apply(variables, tokens, lengths, method="prefill")
+        logits, hidden, fresh = self.model.apply(variables, tokens, lengths, *beside, method="prefill")
         margin = self.proposer.levels
         if self.correction is not None:
             margin += self.correction.every * margin

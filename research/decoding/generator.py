@@ -12,7 +12,7 @@ batch.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
@@ -164,6 +164,7 @@ class Generator:
         seed: int = 0,
         samples: int = 1,
         ids: Sequence[int] | None = None,
+        beside: Callable[[int], tuple[Any, ...]] | None = None,
         block: int = 16,
     ) -> "Stream":
         """Decode, giving new output after every `block` model calls.
@@ -179,6 +180,7 @@ class Generator:
             seed: of all draws.
             samples: sequences for every prompt; the prompt is read once.
             ids: a number for each prompt that its draws depend on; its place in the batch by default.
+            beside: what the model's `prefill` takes beside tokens (images), for prompts padded to a length.
 
         Raises:
             UserError: an empty prompt, one that leaves no room in the model's context, a token outside the
@@ -193,6 +195,7 @@ class Generator:
             seed=seed,
             samples=samples,
             ids=ids,
+            beside=beside,
             block=block,
         )
 
@@ -252,6 +255,7 @@ class Stream:
         seed: int = 0,
         samples: int = 1,
         ids: Sequence[int] | None = None,
+        beside: Callable[[int], tuple[Any, ...]] | None = None,
     ):
         for name, value in {"max_new_tokens": max_new_tokens, "samples": samples, "block": block}.items():
             if value is not None and value < 1:
@@ -270,7 +274,7 @@ class Stream:
         if len(ids) != len(self._prompts):
             raise UserError(f"{len(ids)} ids for {len(self._prompts)} prompts")
         self._ids, self._seed, self._samples = np.asarray(ids, np.int32), seed, samples
-        self._max_new = max_new_tokens
+        self._max_new, self._beside = max_new_tokens, beside
         chain = sampling.chain(generator.model.vocab_size)
         self._weights = engines.Weights(generator.params, generator.proposer_params, chain)
         self._ends = jnp.asarray(generator.ends, jnp.int32)
@@ -323,6 +327,8 @@ class Stream:
             keys,
             self._ends,
         )
+        if self._beside is not None:
+            inputs += (self._beside(self._bucket),)
         prefill = engines.compiled(self._engine, "prefill", *inputs)
         compiled = time.perf_counter() - start
 

@@ -17,7 +17,7 @@ from research.nn.attention_kernels import (
     PlainCachedAttention,
 )
 from research.nn.linear import Linear
-from research.nn.masks import Causal, Full, MaskRule, Prefix, Window
+from research.nn.masks import Causal, Full, MaskRule, Prefix, Steps, Window
 from research.nn.rotary import Rotary, compute_once, rotate
 
 
@@ -186,7 +186,7 @@ def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tupl
     old_key, old_value, index, valid = cache.read(context.length)
     positions, slots = context.positions, old_key.shape[2]
     fresh_mask = rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
-    if isinstance(cache, caches.DenseCache) and isinstance(rule, (Full, Causal, Prefix)):
+    if isinstance(cache, caches.DenseCache) and isinstance(rule, (Full, Causal, Prefix, Steps)):
         cached_mask = None  # every new token sees all committed ones
     else:
         cached_mask = rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]

@@ -67,6 +67,37 @@ class Prefix:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """Causal over steps, runs of tokens that see each other: an image in a text, the prefix of a prefix LM.
+
+    Here `prefix` is int32[B, T], the index behind the last token of each token's step (`step_ends`); without it, and in
+    tokens that are decoded, every token is a step of its own.
+    """
+
+    def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
+        if prefix is None:
+            return _differences(query, key) >= 0
+        rows = jnp.broadcast_to(query, (prefix.shape[0], query.shape[-1]))
+        ends = jnp.take_along_axis(prefix, rows, axis=1)
+        return key[:, None, None, :] < ends[:, None, :, None]
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
+        return None
+
+
+def step_ends(opens: jax.Array) -> jax.Array:
+    """opens bool[B, T], which tokens begin a step -> int32[B, T], the index behind the last token of each one's step.
+
+    Equal to: a query sees a key where the count of openings up to the key is at most that up to the query.
+    """
+    length = opens.shape[1]
+    begins = jnp.where(opens, jnp.arange(length), length)
+    # The nearest opening behind each token.
+    later = jnp.pad(begins[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+    return jax.lax.cummin(later, axis=1, reverse=True).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Window:
     """Causal over the last `size` keys (the query itself included), plus the first `sinks` of the row.
 

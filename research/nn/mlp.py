@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from research.nn.attention import Context
 from research.nn.linear import Linear
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared"]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
     "relu": nn.relu,
     "relu_squared": lambda x: jnp.square(nn.relu(x)),
 }

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import flax.linen as nn
@@ -38,6 +38,12 @@ class VirtualRows(Protocol):
 
     def rows(self, group: int, x: jax.Array) -> jax.Array:
         """x [B, N, width], the tokens' states there -> [B, sizes[group], width]."""
+
+
+Hook = Callable[[jax.Array, Context, LayerCache | None], tuple[jax.Array, Context, Fresh | None]]
+"""Acts between two layers: (hidden states [B, T, width], context, own cache) -> (hidden states, context, own fresh
+rows). It may change the number of tokens, in which case the context says where the new ones are. One that returns None
+for its rows has no cache, and takes no notice of the one it is given."""
 
 
 class Block(nn.Module):
@@ -173,9 +179,7 @@ class LayerStack(nn.Module):
         With `virtual` rows, which need a cache, the hidden states are those of the T tokens and then of the
         virtual rows, for all of which `context` has places; the fresh rows are those of the tokens.
         """
-        if self.has_variable("params", "store"):
-            # Broadcast to the layers, scanned ones too: what they share is there once.
-            context = context.replace(store=self.get_variable("params", "store"))
+        context = self._with_store(context)
         if self.scan_layers:
             if cache is not None:
                 raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")
@@ -202,6 +206,41 @@ class LayerStack(nn.Module):
             start = boundary
         return x, tuple(fresh)
 
+    def run_hooked(
+        self,
+        x: jax.Array,
+        context: Context,
+        hooks: Mapping[int, Sequence[Hook]],
+        cache: tuple[LayerCache, ...] | None = None,
+    ) -> tuple[jax.Array, tuple[Fresh, ...]]:
+        """As `run_layers`; hooks[i] act in their order before layer i, those of `num_layers` behind the last.
+
+        The fresh rows, and the cache, are those of the layers and then those of the hooks that have any. Without hooks
+        it is `run_layers`.
+        """
+        if not hooks:
+            return self.run_layers(x, context, cache)
+        if self.scan_layers:
+            raise UserError("hooks act between unrolled layers: set scan_layers=False")
+        if wrong := [place for place in hooks if not 0 <= place <= self.num_layers]:
+            raise UserError(f"a hook before layer {wrong[0]}: there are {self.num_layers} layers")
+        context = self._with_store(context)
+        own = None if cache is None else cache[self.num_layers :]
+        stream, fresh, added, start = self._enter(x), [], [], 0
+        for place in sorted({*hooks, self.num_layers}):
+            stream, rows = self._run_span(stream, context, cache, start, place)
+            fresh, start = fresh + rows, place
+            x = stream.x.reshape(*context.positions.shape, -1)
+            for hook in hooks.get(place, ()):
+                held = own[len(added)] if own is not None and len(added) < len(own) else None
+                x, context, rows = hook(x, context, held)
+                added += [] if rows is None else [rows]
+            flat = x.reshape(-1, x.shape[-1]) if stream.x.ndim == 2 else x
+            if stream.depth is not None and flat.shape != stream.x.shape:
+                raise UserError("blocks carry a state through depth here: no token can join between layers")
+            stream = stream.replace(x=flat)
+        return x, (*fresh, *added)
+
     def init_layer_caches(
         self, batch: int, capacity: int, margin: int, dtype: jnp.dtype
     ) -> tuple[LayerCache, ...]:
@@ -211,6 +250,12 @@ class LayerStack(nn.Module):
             self.blocks[i % period].attention.init_cache(batch, capacity, margin, dtype)
             for i in range(self.num_layers)
         )
+
+    def _with_store(self, context: Context) -> Context:
+        """Broadcast to the layers, scanned ones too: what they share is there once."""
+        if not self.has_variable("params", "store"):
+            return context
+        return context.replace(store=self.get_variable("params", "store"))
 
     def _run_span(
         self, stream: Stream, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
@@ -288,7 +333,12 @@ def unscan_params(params: dict) -> dict:
 
 
 def unscan_layers(model: LayerStack, params: dict) -> tuple[LayerStack, dict]:
-    """The same model with unrolled layers; returns its arguments where it is unrolled already."""
+    """The same model with unrolled layers; returns its arguments where it is unrolled already.
+
+    A model that has a stack as a part has its own `unscan(params)`.
+    """
+    if hasattr(model, "unscan"):
+        return model.unscan(params)
     if not model.scan_layers:
         return model, params
     return model.clone(scan_layers=False), unscan_params(params)
