@@ -23,7 +23,7 @@ from research.nn.weights import stored_bits
 from research.training.model_directory import load_model_directory, save_model
 from research.training.structures import describe, rebuild
 
-EXPERTS, WIDTH, HIDDEN, VOCAB = 3, 16, 24, 32
+EXPERTS, WIDTH, HIDDEN, VOCAB = 4, 16, 24, 32
 
 
 def kernels(experts=EXPERTS):
@@ -105,7 +105,7 @@ def test_batched_rounding_is_that_of_each_expert_and_of_the_nearest_without_corr
     np.testing.assert_array_equal(rounding(w, eye, grid=Ternary(), damp=0.1).codes, nearest.codes)
     # A Gram matrix that is not positive: that expert alone is rounded to nearest.
     broken = rounding(w, gram.at[1].set(-100 * jnp.eye(WIDTH)), grid=Ternary(), damp=0.1)
-    assert broken.nearest.tolist() == [False, True, False]
+    assert broken.nearest.tolist() == [False, True, False, False]
     np.testing.assert_array_equal(broken.codes[1], nearest.codes[1])
     zero = jax.jit(fit, static_argnums=1)(jnp.zeros((4, 2)), Ternary())
     assert zero.low.tolist() == [[-1, -1]] and zero.high.tolist() == [[1, 1]]
@@ -139,7 +139,7 @@ def test_experts_alone_are_compressed_and_decode_as_they_are_multiplied_out():
 def test_excluded_tokens_change_nothing_and_others_do():
     def rounded(tokens, exclude):
         one = batch() | {"tokens": tokens}
-        method = QMoE(exclude=exclude, together=3)
+        method = QMoE(exclude=exclude, together=2)
         found, _ = method.compress(bag, own, own, [one], None, lambda line: None)
         return np.asarray(experts(found).codes), np.asarray(experts(found).offsets)
 
