@@ -14,7 +14,8 @@
         PROGRAM.run(main)
 
 Each program has flags of its own (nothing global), so that any number of programs can be imported together.
-Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 130 interrupted.
+Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 75 stopped before the end
+(SIGTERM, or another process of the run was lost) and to be started again, 130 interrupted.
 """
 
 import errno

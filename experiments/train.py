@@ -8,6 +8,12 @@ The workdir keeps the config, the checkpoints, `metrics.jsonl`, TensorBoard file
 The same command again continues from the last checkpoint to the same bits; SIGTERM saves first. Without a
 workdir nothing is kept. A run that stops because its loss is NaN or exploded says at which step and on which
 records.
+
+On a TPU pod, in SLURM and in a Kubernetes job the same command on every host is one run (docs/scale.md); elsewhere
+three flags make it one, and here is one run of two processes on one machine:
+
+    for i in 0 1; do python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/two \\
+        --coordinator=localhost:9876 --num_processes=2 --process_id=$i & done; wait
 """
 
 from typing import TYPE_CHECKING
@@ -27,28 +33,43 @@ PROGRAM = cli.Program(__doc__)
 CONFIG = PROGRAM.config_flag()
 WORKDIR = PROGRAM.workdir_flag("Where the run is kept, and continued from if it is there already.")
 QUIET = PROGRAM.define(flags.DEFINE_boolean, "quiet", False, "No progress, only the final table.")
-DISTRIBUTED = PROGRAM.define(
-    flags.DEFINE_boolean,
-    "distributed",
-    False,
-    "Join the hosts of a TPU pod or cluster; run it on each of them.",
+COORDINATOR = PROGRAM.define(
+    flags.DEFINE_string,
+    "coordinator",
+    None,
+    "One of several processes of a run, where no cluster says so: host:port of process 0.",
+)
+NUM_PROCESSES = PROGRAM.define(
+    flags.DEFINE_integer, "num_processes", None, "How many there are.", lower_bound=1
+)
+PROCESS_ID = PROGRAM.define(flags.DEFINE_integer, "process_id", None, "Which one this is, from 0 on.")
+PATIENCE = PROGRAM.define(
+    flags.DEFINE_integer,
+    "patience",
+    30,
+    "Seconds without a sign of life after which a process of the run counts as lost, which ends the others.",
+    lower_bound=2,
 )
 FIGURES = PROGRAM.define(flags.DEFINE_boolean, "figures", True, "Draw the loss curves at the end.")
 
 
 def main(arguments: list[str]) -> None:
+    from research.training import hosts
+
+    config = CONFIG.load()
+    hosts.join(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, PATIENCE.value)
+    with hosts.ending_together(PATIENCE.value):
+        train(config)
+
+
+def train(config: "ConfigDict") -> None:
+    """Builds the experiment, runs it, and shows what came out."""
+    import jax
+
     from research.config import build
     from research.errors import UserError
     from research.training.loop import Trainer
 
-    config = CONFIG.load()
-    if DISTRIBUTED.value:
-        import jax
-
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise UserError(f"--distributed: no pod or cluster is found here: {error}") from error
     trainer = build(config)
     if not isinstance(trainer, Trainer):
         raise UserError(
@@ -56,15 +77,15 @@ def main(arguments: list[str]) -> None:
         )
     if WORKDIR.value is None:
         prepare(trainer)
-        show(trainer.run(progress=not QUIET.value))
+        metrics = trainer.run(progress=not QUIET.value)
+        if jax.process_index() == 0:
+            show(metrics)
         return
     from research.training.workdir import open_workdir
 
     with open_workdir(WORKDIR.value, config, tokenizer_path=tokenizer_path(config, trainer.data)) as workdir:
         prepare(trainer)
         metrics = trainer.run(workdir, progress=not QUIET.value)
-        import jax
-
         if jax.process_index() != 0:
             return
         show(metrics)
@@ -90,7 +111,9 @@ def main(arguments: list[str]) -> None:
 
 def prepare(trainer: "Trainer") -> None:
     """Prepares the training data aloud; the loop would do it in silence."""
-    if hasattr(trainer.data, "prepare") and not QUIET.value:
+    import jax
+
+    if hasattr(trainer.data, "prepare") and not QUIET.value and jax.process_index() == 0:
         from research.training.progress import data_progress
 
         trainer.data.prepare(data_progress)

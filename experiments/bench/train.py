@@ -179,7 +179,7 @@ class Repeated:
         return {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in self.batch.items()}
 
     def batches(
-        self, start: int, batch_size: int, *, shard: tuple[int, int] = (0, 1), epochs: int | None = None
+        self, start: int, batch_size: int, *, rows: Sequence[int] | None = None, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         while True:
             yield self.batch

@@ -3,7 +3,7 @@
 import abc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -21,7 +21,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, start: int, batch_size: int, *, shard: tuple[int, int] = (0, 1), epochs: int | None = None
+        self, start: int, batch_size: int, *, rows: Sequence[int] | None = None, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]: ...
 
 
@@ -44,44 +44,46 @@ class RecordDataset(abc.ABC):
         """The records with the global numbers `numbers` int64[n], each array with a leading axis n."""
 
     def batches(
-        self, start: int, batch_size: int, *, shard: tuple[int, int] = (0, 1), epochs: int | None = None
+        self, start: int, batch_size: int, *, rows: Sequence[int] | None = None, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Batches of records `start`, `start + 1`, ..., made ahead by threads.
 
         Args:
           start: the global number of the first record.
           batch_size: of all hosts together.
-          shard: (k, n): only rows k, k + n, ... of every batch; `batch_size` must be a multiple of n.
+          rows: only these rows of every batch, numbered from 0; by default all.
           epochs: stop after record `epochs * len(self) - 1` (counted from record 0, not from `start`), the
             last batch filled with records of zeros, whose `weights` are 0. By default there is no end.
 
         Raises:
-          UserError: an impossible start, batch size or shard.
+          UserError: an impossible start, batch size or row.
         """
-        index, count = shard
         if start < 0 or batch_size < 1:
             raise UserError(f"record {start}, batch size {batch_size}: at least 0 and 1 are expected")
-        if not 0 <= index < count:
-            raise UserError(f"shard {index} of {count}: the shards of {count} are 0 to {count - 1}")
-        if batch_size % count:
-            raise UserError(f"a batch of {batch_size} can't be divided among {count} hosts evenly")
+        wanted = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not len(wanted) or not 0 <= wanted.min() <= wanted.max() < batch_size:
+            raise UserError(
+                f"rows {wanted.tolist()} of a batch of {batch_size}: some of 0 to {batch_size - 1}"
+            )
         size = len(self)  # always: what is wrong with the data is told here and not by a thread
         end = sys.maxsize if epochs is None else epochs * size
-        rows = np.arange(index, batch_size, count, dtype=np.int64)
 
         def batch(number: int) -> dict[str, np.ndarray]:
-            numbers = start + number * batch_size + rows
-            return self._padded(numbers[numbers < end], len(rows))
+            numbers = start + number * batch_size + wanted
+            return self._padded(numbers, end)
 
         return self._iterate(batch, -(-max(end - start, 0) // batch_size))
 
-    def _padded(self, numbers: np.ndarray, size: int) -> dict[str, np.ndarray]:
-        if not len(numbers):
-            return {k: np.zeros((size, *s.shape), s.dtype) for k, s in self.element_spec().items()}
-        records = self.take(numbers)
-        if len(numbers) == size:
-            return records
-        return {k: np.pad(v, [(0, size - len(v))] + [(0, 0)] * (v.ndim - 1)) for k, v in records.items()}
+    def _padded(self, numbers: np.ndarray, end: int) -> dict[str, np.ndarray]:
+        """The records, and zeros for those from `end` on."""
+        real = numbers < end
+        if real.all():
+            return self.take(numbers)
+        padded = {k: np.zeros((len(numbers), *s.shape), s.dtype) for k, s in self.element_spec().items()}
+        if real.any():
+            for name, values in self.take(numbers[real]).items():
+                padded[name][real] = values
+        return padded
 
     @staticmethod
     def _iterate(

@@ -19,6 +19,7 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.training import checkpoint_files as files
+from research.training import hosts
 from research.training.checkpoint_files import REPLACED, STATE
 from research.training.paths import PyTree, named_leaves, nested
 from research.training.structures import structures
@@ -124,10 +125,10 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if jax.process_count() > 1:
-                from jax.experimental import multihost_utils
-
-                multihost_utils.sync_global_devices("checkpoint complete")
+            # Also a barrier: the checkpoint is complete for all, or for none.
+            failed = hosts.any_of(self._error is not None)
+            if failed and self._error is None:
+                raise UserError(f"a checkpoint in {self.directory} could not be written by another process")
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -240,18 +241,8 @@ class Checkpoints:
 
     def _restore_latest_together(self, abstract_state: Abstract) -> tuple[PyTree, Position] | None:
         """Process 0 reads and sums the files; the others take its word for the step."""
-        from jax.experimental import multihost_utils
-
-        step, error = -1, None
-        if jax.process_index() == 0:
-            try:
-                found = files.newest_intact(self.directory, self._warn)
-                step = -1 if found is None else found[1]["step"]
-            except UserError as failure:
-                step, error = -2, failure
-        step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
-        if step == -2:
-            raise error or UserError(f"no checkpoint in {self.directory} can be read: see process 0")
+        found = hosts.first_decides(lambda: files.newest_intact(self.directory, self._warn))
+        step = int(hosts.same(np.int64(-1 if found is None else found[1]["step"])))
         if step == -1:
             return None
         path = files.step_directories(self.directory)[step]

@@ -1,6 +1,6 @@
 """Batches from a dataset onto the devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,21 +23,19 @@ class Dataset(Protocol):
         """Records in an epoch."""
 
     def batches(
-        self, start: int, batch_size: int, *, shard: tuple[int, int] = (0, 1), epochs: int | None = None
+        self, start: int, batch_size: int, *, rows: Sequence[int] | None = None, epochs: int | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches from global record `start` on; shard (k, n) yields rows k::n of each."""
+        """Batches from global record `start` on; of each only these `rows`, by default all."""
 
 
 def check_batch_size(where: str, batch_size: int, mesh: jax.sharding.Mesh, accumulate: int = 1) -> None:
-    """Raise `UserError` unless a (micro)batch divides over the devices that share it and over the hosts."""
+    """Raise `UserError` unless a (micro)batch divides over the devices that share it."""
     parts = batch_parts(mesh)
     each = batch_size // accumulate
     if each % parts:
         axes = " x ".join(f"{name}={mesh.shape[name]}" for name in BATCH_AXES)
         what = "microbatch" if accumulate > 1 else "batch_size"
         raise UserError(f"{where}: {what} {each} is not a multiple of the {parts} parts of the mesh ({axes})")
-    if batch_size % jax.process_count():
-        raise UserError(f"{where}: batch_size {batch_size} is not a multiple of {jax.process_count()} hosts")
 
 
 def batch_spec(data: Dataset, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -59,15 +57,32 @@ def feed(
 ) -> Iterator[dict[str, jax.Array]]:
     """Global arrays, divided over the mesh, of the batches from record `start` on.
 
-    Every host reads its own rows only.
+    A process reads the rows that its own devices hold, and no others: row i of a batch is record i of it on any number
+    of processes, and where the axes that divide a row (`tensor`, `seq`) span processes, each of them reads it.
     """
     sharding = batch_sharding(mesh)
-    shard = (jax.process_index(), jax.process_count())
-    for rows in data.batches(start, batch_size, shard=shard, epochs=epochs):
-        if jax.process_count() == 1:
-            yield jax.device_put(rows, sharding)
-        else:
-            yield {
-                name: jax.make_array_from_process_local_data(sharding, array, spec[name].shape)
-                for name, array in rows.items()
-            }
+    if jax.process_count() == 1:
+        for batch in data.batches(start, batch_size, epochs=epochs):
+            yield jax.device_put(batch, sharding)
+        return
+    mine = own_rows(sharding, batch_size)
+    for batch in data.batches(start, batch_size, rows=mine, epochs=epochs):
+        yield {name: _place(array, mine, sharding, spec[name].shape) for name, array in batch.items()}
+
+
+def own_rows(sharding: jax.sharding.NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that the devices of this process hold, ascending."""
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def _place(
+    array: np.ndarray, rows: np.ndarray, sharding: jax.sharding.NamedSharding, shape: tuple[int, ...]
+) -> jax.Array:
+    """The global array of `shape`, of which `array` has the rows of this process."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = np.arange(shape[0])[index[0]]
+        return array[np.searchsorted(rows, wanted)]
+
+    return jax.make_array_from_callback(shape, sharding, part)

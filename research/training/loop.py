@@ -4,19 +4,20 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research.errors import UserError
 from research.nn.accounting import active_share, count_parameters
 from research.training import checkpoint_files as files
-from research.training import partitioning
+from research.training import hosts, partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
@@ -107,7 +108,7 @@ class Trainer:
         workdir: a directory, an open `Workdir`, or `None` to write nothing. params: what to start from
         instead of `task.init`; it is copied. devices: those of the mesh, by default all. Raises `UserError`
         for what the config, the data or the workdir got wrong, and `Diverged`. On SIGTERM a run with a
-        workdir saves and exits with code 0.
+        workdir saves and exits with code 75 (`hosts.CONTINUES`).
         """
         directory = None if workdir is None else Path(getattr(workdir, "path", workdir))
         return _Run(self, directory, progress, params, devices).train()
@@ -121,6 +122,12 @@ class Trainer:
         """
         run = _Run(self, None, False, None, devices)
         return run.compile(run.plans[0]), run.initial(), run.mesh
+
+    def abstract_first_stage(self, mesh: jax.sharding.AbstractMesh) -> tuple[Callable[..., Any], State]:
+        """(step, state) as `compile_first_stage` makes them, on devices that need not exist: the step is not compiled,
+        and the state is shapes and shardings."""
+        run = _Run(self, None, False, None, None, mesh)
+        return run.step(run.plans[0]), run.plans[0].abstract
 
     def restore(
         self, workdir: Any, step: int | None = None, devices: Sequence[jax.Device] | None = None
@@ -181,10 +188,11 @@ class _Run:
         progress: bool,
         params: PyTree | None,
         devices: Sequence[jax.Device] | None,
+        mesh: jax.sharding.AbstractMesh | None = None,
     ):
         self.trainer, self.directory, self._given = trainer, directory, params
         self.main = jax.process_index() == 0
-        self.mesh = partitioning.make_mesh(trainer.mesh, devices)
+        self.mesh = partitioning.make_mesh(trainer.mesh, devices) if mesh is None else mesh
         if hasattr(trainer.task, "check_mesh"):
             trainer.task.check_mesh(self.mesh)
         self.shown = progress and self.main
@@ -215,9 +223,10 @@ class _Run:
     # What is going to happen, checked before anything does.
 
     def _shapes(self) -> PyTree:
-        """Shapes of the parameters. A task that recalls some says with what it saved, or begins with, what they are."""
+        """Shapes of the parameters. A task that begins with some that were saved, or recalls them, says with these what
+        they are: kernels may be structured weights where `init` has arrays."""
         task = self.trainer.task
-        if self._given is None and hasattr(task, "recall"):
+        if self._given is None and hasattr(task, "start"):
             saved = (
                 None
                 if self.directory is None
@@ -294,6 +303,9 @@ class _Run:
         given = self._given
         if given is None and hasattr(trainer.task, "start"):
             given = trainer.task.start(init_key(trainer.seed))
+        if jax.process_count() > 1:
+            # Of arrays on its own devices a process knows alone; numpy's are every process's.
+            given = jax.tree.map(np.asarray, given)
 
         def init(source: Any) -> State:
             # Copies, because the step donates its state: neither the caller's arrays nor, through a buffer
@@ -403,7 +415,8 @@ class _Run:
             if not last:
                 # The device is busy with this step while the next batch is made.
                 batch = self._next(batches, plan, record)
-            stop = self._agree(termination) if logged or jax.process_count() == 1 else False
+            # All must save the same step, whichever was asked to stop.
+            stop = hosts.any_of(termination.requested) if logged or jax.process_count() == 1 else False
             evaluated = any(e.due(step, trainer.steps) for e in trainer.evaluators) and not stop
             saved = self.checkpoints is not None and (step % trainer.checkpoint_every == 0 or last or stop)
             if logged or evaluated or saved:
@@ -422,20 +435,23 @@ class _Run:
         self._log(plan, monitor, clock, everything=True)
         return state
 
-    def compile(self, plan: _Plan) -> jax.stages.Compiled:
-        """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
-        began = time.perf_counter()
-        trainer, stage = self.trainer, plan.stage
-        step = make_step(
-            trainer.task,
-            stage,
+    def step(self, plan: _Plan) -> Callable[..., Any]:
+        """The step of the stage, not compiled."""
+        return make_step(
+            self.trainer.task,
+            plan.stage,
             plan.transformation,
             plan.mask,
             self.mesh,
             first_step=plan.first,
-            clip=trainer.clip,
-            ema=trainer.ema,
+            clip=self.trainer.clip,
+            ema=self.trainer.ema,
         )
+
+    def compile(self, plan: _Plan) -> jax.stages.Compiled:
+        """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
+        began = time.perf_counter()
+        stage, step = plan.stage, self.step(plan)
         state = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
         rows = partitioning.batch_sharding(self.mesh)
         jitted = jax.jit(
@@ -459,14 +475,6 @@ class _Run:
             )
         return batch
 
-    def _agree(self, termination: _Termination) -> bool:
-        """Whether any host was asked to stop: all must save the same step."""
-        if jax.process_count() == 1:
-            return termination.requested
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(jnp.int32(termination.requested)).any())
-
     # Reporting
 
     def _announce(self, step: int, resumed: bool) -> None:
@@ -475,7 +483,8 @@ class _Run:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         resident = partitioning.device_bytes(abstract, shardings)
         if math.prod(self.mesh.shape.values()) > 1:
-            self.progress.message(partitioning.table(self.shapes, self.shardings))
+            below = self.trainer.replicate_below
+            self.progress.message(partitioning.table(self.shapes, self.shardings, large=below))
         axes = ", ".join(f"{name}={n}" for name, n in self.mesh.shape.items() if n > 1) or "1 device"
         self.progress.message(
             f"{human(size)} parameters; state of {human(resident)}B per device; mesh: {axes}"
@@ -512,9 +521,11 @@ class _Run:
         """Runs the evaluators due after `step`, recorded ones only `again`. Returns their flat metrics."""
         scores: dict[str, float] = {}
         params = state.params if state.ema is None else state.ema
-        done = {row["name"] for row in self.writer.rows if row["kind"] == "eval" and row["step"] == step}
-        for evaluator in self.trainer.evaluators:
-            if not evaluator.due(step, self.trainer.steps) or (evaluator.name in done and not again):
+        names = [row["name"] for row in self.writer.rows if row["kind"] == "eval" and row["step"] == step]
+        # The others may have read an older file of metrics.
+        done = hosts.same(np.array([evaluator.name in names for evaluator in self.trainer.evaluators], bool))
+        for evaluator, known in zip(self.trainer.evaluators, done, strict=True):
+            if not evaluator.due(step, self.trainer.steps) or (known and not again):
                 continue
             for variant, values in self.evaluation.run(evaluator, params).items():
                 self.writer.write(
@@ -545,8 +556,8 @@ class _Run:
 
     def _exit(self, step: int) -> None:
         self.checkpoints.wait()
-        self.progress.warn(f"stopped by SIGTERM after step {step}; saved; the same command continues")
-        raise SystemExit(0)
+        self._warn(f"stopped by SIGTERM after step {step}; saved; the same command continues")
+        raise SystemExit(hosts.CONTINUES)
 
     def close(self) -> None:
         """Waits for a checkpoint in the making and closes the files."""

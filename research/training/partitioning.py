@@ -55,12 +55,33 @@ DEFAULT_RULES: Rules = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `AXES`. `sizes` gives each axis' size; one may be -1 (what is left), absent ones are 1.
+    """The mesh over `AXES` of the devices (all of the run's, if not given), see `axis_sizes`.
 
-    Without any -1 and without `data`, `data` takes what is left. Raises `UserError` if the sizes do not
-    multiply to the number of devices (all of the run's, if not given).
+    Of several TPU slices, which a slower network connects, each holds an equal part of `data`, or of `fsdp` where
+    `data` is no multiple of their number. Raises `UserError` if neither is, or for sizes that do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
+    shape = axis_sizes(sizes, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices), AXES)
+    across = next((name for name in ("data", "fsdp") if shape[name] % slices == 0), None)
+    if across is None:
+        raise UserError(
+            f"mesh: {slices} slices lie along data or fsdp, of which neither data={shape['data']} nor "
+            f"fsdp={shape['fsdp']} is a multiple"
+        )
+    between = tuple(slices if name == across else 1 for name in AXES)
+    within = tuple(size // outer for size, outer in zip(shape.values(), between, strict=True))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices=devices), AXES)
+
+
+def axis_sizes(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """The size of each of `AXES` on `count` devices. One of `sizes` may be -1 (what is left), absent ones are 1.
+
+    Without any -1 and without `data`, `data` takes what is left. Raises `UserError` if the sizes do not multiply to the
+    number of devices.
+    """
     for name, size in sizes.items():
         if name not in AXES:
             close = nearest(name, AXES)
@@ -76,13 +97,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if len(open_axes) > 1:
         raise UserError(f"mesh: only one axis may be -1, not {' and '.join(open_axes)}")
     known = math.prod(size for size in shape.values() if size != -1)
-    if open_axes and len(devices) % known == 0:
-        shape[open_axes[0]] = len(devices) // known
-    if math.prod(shape.values()) != len(devices):
+    if open_axes and count % known == 0:
+        shape[open_axes[0]] = count // known
+    if math.prod(shape.values()) != count:
         text = ", ".join(f"{name}={size}" for name, size in shape.items() if size != 1)
-        raise UserError(f"mesh: {text} does not divide {len(devices)} devices")
-    grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices=devices)
-    return Mesh(grid, AXES)
+        raise UserError(f"mesh: {text} does not divide {count} devices")
+    return shape
 
 
 def parameter_shardings(
@@ -236,12 +256,18 @@ def _leaf_bytes(leaf: Any, sharding: NamedSharding) -> int:
     return math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
-def table(params: PyTree, shardings: PyTree) -> str:
-    """One line per kind of parameter: path, count, shape, spec, bytes on one device. Layers are collapsed."""
+def table(params: PyTree, shardings: PyTree, *, large: int = REPLICATE_BELOW) -> str:
+    """One line per kind of parameter: path, count, shape, spec, bytes on one device. Layers are collapsed.
+
+    Where the mesh divides parameters, those of `large` elements or more that every device holds whole are marked.
+    """
     rows: dict[tuple[str, str, str], tuple[int, int]] = {}
     for (path, leaf), sharding in zip(named_leaves(params).items(), jax.tree.leaves(shardings), strict=True):
         kind = "/".join("layer_*" if part.startswith("layer_") else part for part in path.split("/"))
         spec = ", ".join("+".join(e) if isinstance(e, tuple) else str(e or "-") for e in sharding.spec)
+        divides = any(sharding.mesh.shape[name] > 1 for name in ("fsdp", "tensor", "expert"))
+        if divides and sharding.is_fully_replicated and math.prod(leaf.shape) >= large:
+            spec = f"{spec or 'replicated'} (large, and whole on every device)"
         key = (kind, "x".join(map(str, leaf.shape)), spec or "replicated")
         count, size = rows.get(key, (0, 0))
         rows[key] = (count + 1, size + _leaf_bytes(leaf, sharding))

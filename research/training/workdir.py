@@ -22,6 +22,7 @@ from research import config as configs
 from research import config_names
 from research.errors import UserError
 from research.training import checkpoint_files as files
+from research.training import hosts
 from research.training.model_directory import (
     CONFIG,
     TOKENIZER,
@@ -93,15 +94,20 @@ def open_workdir(
     """Creates the workdir of `config`, or opens it again to go on.
 
     tokenizer_path: a tokenizer.json, copied into the workdir. Without `resume` an existing run is refused. Of
-    a distributed run, process 0 checks, locks and writes.
+    a distributed run, whose processes all call it, process 0 checks, locks and writes for all.
 
     Raises `UserError` if the directory is not a workdir, is locked by a living process (named), holds a run
     of another config (the field and both values are named; the length of stages and every cadence may
     change), or can't be written.
     """
     directory = files.local_directory(path)
-    if jax.process_index() != 0:
-        return Workdir(directory, config, None)
+    opened = hosts.first_decides(lambda: _open(directory, config, resume, tokenizer_path))
+    return Workdir(directory, config, None) if opened is None else opened
+
+
+def _open(
+    directory: Path, config: ConfigDict, resume: bool, tokenizer_path: str | os.PathLike[str] | None
+) -> Workdir:
     try:
         _check_contents(directory)
         directory.mkdir(parents=True, exist_ok=True)

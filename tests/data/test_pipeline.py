@@ -37,7 +37,7 @@ def test_rows_by_hand():
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_share_the_rows(hosts):
     whole = first(Numbers().batches(3, 8), 6)
-    parts = [first(Numbers().batches(3, 8, shard=(k, hosts)), 6) for k in range(hosts)]
+    parts = [first(Numbers().batches(3, 8, rows=range(k, 8, hosts)), 6) for k in range(hosts)]
     for step, batch in enumerate(whole):
         for k in range(hosts):
             np.testing.assert_array_equal(parts[k][step], batch[k::hosts])
@@ -48,7 +48,7 @@ def test_a_finite_pass_ends_with_zeros():
     assert [b["weights"].tolist() for b in batches] == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert batches[2]["x"].tolist() == [[0, 8], [0, 9], [0, 0], [0, 0]]
     # A host whose rows are all past the end gets zeros, so that every host has as many batches.
-    last = list(Numbers().batches(0, 8, shard=(3, 4), epochs=1))[1]
+    last = list(Numbers().batches(0, 8, rows=(3, 7), epochs=1))[1]
     assert last["x"].tolist() == [[0, 0], [0, 0]] and last["weights"].tolist() == [0, 0]
 
 
@@ -79,11 +79,8 @@ def test_an_error_in_a_thread_reaches_the_caller():
     [
         ({"start": -1, "batch_size": 2}, "record -1, batch size 2: at least 0 and 1 are expected"),
         ({"start": 0, "batch_size": 0}, "record 0, batch size 0"),
-        ({"start": 0, "batch_size": 4, "shard": (2, 2)}, "shard 2 of 2: the shards of 2 are 0 to 1"),
-        (
-            {"start": 0, "batch_size": 3, "shard": (0, 2)},
-            "a batch of 3 can't be divided among 2 hosts evenly",
-        ),
+        ({"start": 0, "batch_size": 4, "rows": (2, 4)}, r"rows \[2, 4\] of a batch of 4: some of 0 to 3"),
+        ({"start": 0, "batch_size": 3, "rows": ()}, "of a batch of 3: some of 0 to 2"),
     ],
 )
 def test_impossible_batches(arguments, message):

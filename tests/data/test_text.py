@@ -93,7 +93,10 @@ def test_order_depends_on_nothing_but_the_record_number(corpus, batch_size, host
     dataset = lower(corpus)
     assert start // len(dataset) != (start + count - 1) // len(dataset)  # an epoch ends on the way
     expected = dataset.take(np.arange(start, start + count))["tokens"]
-    parts = [records(lower(corpus), start, batch_size, count, shard=(k, hosts)) for k in range(hosts)]
+    parts = [
+        records(lower(corpus), start, batch_size, count, rows=range(k, batch_size, hosts))
+        for k in range(hosts)
+    ]
     for k in range(hosts):
         mine = [i for i in range(count) if i % batch_size % hosts == k]
         np.testing.assert_array_equal(parts[k][: len(mine)], expected[mine])
@@ -102,7 +105,7 @@ def test_order_depends_on_nothing_but_the_record_number(corpus, batch_size, host
 def test_resume_with_another_number_of_hosts(corpus):
     expected = lower(corpus).take(np.arange(60))["tokens"]
     seen = list(records(lower(corpus), 0, 4, 20))
-    halves = [iter(records(lower(corpus), 20, 8, 20, shard=(k, 2))) for k in range(2)]
+    halves = [iter(records(lower(corpus), 20, 8, 20, rows=range(k, 8, 2))) for k in range(2)]
     seen += [next(halves[i % 2]) for i in range(40)]
     np.testing.assert_array_equal(seen, expected)
 

@@ -119,9 +119,3 @@ def test_mistakes_end_in_one_line(config, tmp_path, monkeypatch, capsys, program
     assert program.PROGRAM.call(program.main, arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ") and message in line
-
-
-def test_distributed_without_a_cluster_is_one_line(config, run_program):
-    result = run_program("train", f"--config={config}", "--distributed")
-    assert result.returncode == 2
-    assert re.fullmatch(r"error: --distributed: no pod or cluster is found here: .*\n", result.stderr)

@@ -83,12 +83,12 @@ class Tokens:
             "weights": weights * np.float32("nan") if number == self.poisoned else weights,
         }
 
-    def batches(self, start, batch_size, *, shard=(0, 1), epochs=None) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start, batch_size, *, rows=None, epochs=None) -> Iterator[dict[str, np.ndarray]]:
         end = None if epochs is None else epochs * self.size
         while end is None or start < end:
-            numbers = range(start, start + batch_size)[shard[0] :: shard[1]]
-            rows = [self._record(min(n, end - 1) if end else n) for n in numbers]
-            batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            numbers = [start + row for row in (range(batch_size) if rows is None else rows)]
+            records = [self._record(min(n, end - 1) if end else n) for n in numbers]
+            batch = {name: np.stack([record[name] for record in records]) for name in records[0]}
             if end is not None:
                 batch["weights"] *= (np.asarray(numbers) < end)[:, None].astype(np.float32)
             yield batch

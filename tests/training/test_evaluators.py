@@ -36,7 +36,7 @@ class Numbers:
     def element_spec(self):
         return {name: jax.ShapeDtypeStruct((), np.float32) for name in ("x", "weights")}
 
-    def batches(self, start, batch_size, *, shard=(0, 1), epochs=None):
+    def batches(self, start, batch_size, *, rows=None, epochs=None):
         assert (start, epochs) == (0, 1)
         for first in range(0, self.size, batch_size):
             numbers = np.arange(first, first + batch_size)

@@ -1,63 +1,292 @@
-"""Two hosts, as two processes of one device each: the same run, stopped together, continued by one host."""
+"""Two hosts, as two processes of two devices each: stopped, continued, one of them killed, continued by one process.
 
+One run serves all tests. Its data are packed rows of two sources, mixed; every process notes which records it reads.
+"""
+
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-HERE = Path(__file__).resolve().parent
+from experiments import train
+from research.config import build, load_config
+from research.data.pipeline import RecordDataset
+from research.errors import UserError
+from research.training import hosts
+from research.training.feed import own_rows
+from research.training.partitioning import batch_sharding, make_mesh
+from research.training.workdir import open_workdir
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCH = 8
+CONFIG = """
+from configs.matlm import decoder
+from research.config import of
+from research.data.text import TokenDataset
+from research.training.evaluators import Evaluate
+from research.training.loop import Trainer
+from research.training.optimizers import adamw, constant
+from research.training.stages import Stage
+from research.training.task import LanguageModelling
+
+PRESETS = ("tiny",)
+
+
+def get_config(preset="tiny"):
+    model = decoder(width=16, num_layers=1, num_heads=2, hidden_dim=32, length=16)
+    sources = (("jsonl:sums.jsonl:text", 2.0), ("jsonl:notes.jsonl:text", 1.0))
+    held_out = of(TokenDataset, sources="jsonl:notes.jsonl:text", split="all", length=16, shuffle=False)
+    optimizer = of(adamw, schedule=of(constant, peak=1e-2))
+    return of(
+        Trainer,
+        task=of(LanguageModelling, model=model),
+        data=of(TokenDataset, sources=sources, split="all", length=16),
+        stages=(of(Stage, name="main", steps=100_000, batch_size=8, optimizer=optimizer),),
+        evaluators=(of(Evaluate, name="validation", data=held_out, batch_size=8, every=4, batches=2),),
+        mesh=dict(data=2, fsdp=2),
+        checkpoint_every=4,
+        log_every=1,
+    )
+"""
 CHILD = """
-import os, signal, sys
-import jax
-process, address, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(address, 2, process)
-import conftest
-
-class Terminates(conftest.Tokens):
-    '''Host 1 alone is asked to stop, while it reads its fourth batch.'''
-    def batches(self, *args, **kwargs):
-        for number, batch in enumerate(super().batches(*args, **kwargs)):
-            if number == 3 and process == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-conftest.hosts_trainer(Terminates()).run(directory, progress=False)
+import sys
+from experiments import train
+from research.data.pipeline import RecordDataset
+import test_hosts
+log, argv = sys.argv[1], sys.argv[2:]
+test_hosts.note_records(RecordDataset, log)
+sys.exit(train.PROGRAM.call(train.main, argv))
 """
 
 
-def test_two_hosts_train_as_one_and_stop_together(toy, tmp_path):
+def note_records(base, log):
+    """Makes every dataset write the numbers of the records of the training batches it hands out."""
+    batches = base.batches
+
+    def noted(self, start, batch_size, *, rows=None, epochs=None):
+        found = batches(self, start, batch_size, rows=rows, epochs=epochs)
+        chosen = list(range(batch_size)) if rows is None else [int(row) for row in rows]
+        for batch in found:
+            if epochs is None:
+                with open(log, "a") as file:
+                    file.write(json.dumps([[start + row for row in chosen], batch["tokens"].tolist()]) + "\n")
+            start += batch_size
+            yield batch
+
+    base.batches = noted
+
+
+def noted_records(*logs) -> dict[int, list[int]]:
+    """{record: tokens} of all that was read; the same each time."""
+    records: dict[int, list[int]] = {}
+    for log in logs:
+        for line in log.read_text().splitlines():
+            for number, tokens in zip(*json.loads(line), strict=True):
+                assert records.setdefault(number, tokens) == tokens
+    return records
+
+
+def start_two(folder: Path, name: str) -> list[subprocess.Popen]:
+    """Two processes as SLURM starts them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
-    paths = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    children = [
+        port = str(free.getsockname()[1])
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append("--xla_force_host_platform_device_count=2")
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": port,
+    }
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    common = {**os.environ, **slurm, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": paths}
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(process), address, str(tmp_path)],
-            env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths},
+            [
+                sys.executable,
+                "-c",
+                CHILD,
+                f"{name}{k}.log",
+                "--config=two.py",
+                "--workdir=run",
+                "--nofigures",
+            ],
+            env={**common, "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)},
+            cwd=folder,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for process in range(2)
+        for k in range(2)
     ]
-    errors = [child.communicate(timeout=120)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], errors
-    # Signals are compared at logged steps: 1, 2, 4, 6, ...; the fourth batch is read after step 3 began.
-    stopped = [re.search(r"stopped by SIGTERM after step (\d+)", text)[1] for text in errors]
-    assert stopped == ["4", "4"]
 
-    two = jax.devices()[:2]
-    continued, metrics = toy.hosts_trainer().train(tmp_path, progress=False, devices=two)
-    whole, expected = toy.hosts_trainer().train(progress=False, devices=two)
-    # Each host holds every second row of a batch, so rows are summed in another order than on one host: equal
-    # to rounding, as in test_partitioning.
-    assert metrics["train/loss"] == pytest.approx(expected["train/loss"], rel=2e-6)
-    assert metrics["validation/loss"] == pytest.approx(expected["validation/loss"], rel=2e-6)
-    for a, b in zip(jax.tree.leaves(continued.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+
+def wait_for(path: Path, children: list[subprocess.Popen]) -> None:
+    until = time.monotonic() + 240
+    while not path.exists():
+        for child in children:
+            assert child.poll() is None, child.communicate()
+        assert time.monotonic() < until, f"{path} does not come"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What two processes did: stopped by a signal to one of them, started again, and one of them killed."""
+    folder = tmp_path_factory.mktemp("hosts")
+    (folder / "two.py").write_text(CONFIG)
+    for name, text in (("sums", "{i} + {j} = {k}"), ("notes", "note {i} says {k}, twice {j}")):
+        lines = [json.dumps({"text": text.format(i=i, j=7 * i, k=8 * i)}) for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATHE_DATA_DIR", str(folder / "data"))
+        patch.chdir(folder)
+        children = start_two(folder, "first")
+        try:
+            wait_for(folder / "run/checkpoints/4", children)
+            with pytest.raises(UserError) as refused:
+                open_workdir("run", load_config("two.py"))
+            children[1].send_signal(signal.SIGTERM)
+            stopped = [child.communicate(timeout=120)[1] for child in children]
+            stopped_codes = [child.returncode for child in children]
+            step = int(re.search(r"stopped by SIGTERM after step (\d+)", stopped[0])[1])
+            holder = children[0].pid
+            children = start_two(folder, "second")
+            wait_for(folder / f"run/checkpoints/{step // 4 * 4 + 8}", children)
+            children[1].kill()
+            killed = time.monotonic()
+            lost = children[0].communicate(timeout=120)[1]
+            seconds = time.monotonic() - killed
+        finally:
+            for child in children:
+                child.kill()
+        last = max(int(path.name) for path in (folder / "run/checkpoints").iterdir() if path.name.isdigit())
+        yield {
+            "folder": folder,
+            "refused": str(refused.value),
+            "holder": holder,
+            "stopped": stopped,
+            "stopped_codes": stopped_codes,
+            "step": step,
+            "lost": lost,
+            "lost_code": children[0].returncode,
+            "seconds": seconds,
+            "last": last,
+        }
+
+
+def test_a_second_process_is_refused_while_the_first_lives(run):
+    assert f"in use by process {run['holder']} on " in run["refused"]
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(run):
+    assert run["stopped_codes"] == [hosts.CONTINUES] * 2
+    assert "stopped by SIGTERM" not in run["stopped"][1], "one of them tells"
+    assert (run["folder"] / "run/checkpoints").is_dir()
+
+
+def test_a_killed_process_ends_the_others_at_once(run):
+    assert run["lost_code"] == hosts.CONTINUES
+    assert "process 0 of 2 ends: process 1 of this run was lost; start all of them again" in run["lost"]
+    assert (
+        run["seconds"] < 15
+    )  # closed connection: under a second, and one of grace, on a machine that is not busy
+    assert f"resuming after step {run['step']}" in run["lost"]
+
+
+def test_one_process_continues_and_all_was_as_if_it_had_been_one(run, monkeypatch):
+    """The loss of every step and evaluation, and every record in its place, of a run by two, two again, and one."""
+    plain = RecordDataset.batches
+    monkeypatch.setattr(RecordDataset, "batches", plain)  # so that it is put back
+    steps = run["last"] + 3
+    four = jax.devices()[:4]
+    config = load_config("two.py", [f"stages.0.steps={steps}"])
+    note_records(RecordDataset, run["folder"] / "third.log")
+    with open_workdir("run", config) as workdir:
+        build(config).run(workdir, progress=False, devices=four)
+    RecordDataset.batches = plain
+    note_records(RecordDataset, run["folder"] / "whole.log")
+    build(config).run("whole", progress=False, devices=four)
+
+    def logged(name):
+        rows = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        return [(row["kind"], row["step"], row["loss"]) for row in rows]
+
+    together, alone = logged("run"), logged("whole")
+    assert [row[:2] for row in together] == [row[:2] for row in alone]
+    # Sums are divided otherwise between two processes and four devices of one.
+    np.testing.assert_allclose([row[2] for row in together], [row[2] for row in alone], rtol=1e-5)
+
+    logs = [run["folder"] / f"{name}.log" for name in ("first0", "first1", "second0", "second1", "third")]
+    read, expected = noted_records(*logs), noted_records(run["folder"] / "whole.log")
+    wanted = range(steps * BATCH)
+    assert [read[number] for number in wanted] == [expected[number] for number in wanted]
+    for k in range(2):
+        own = noted_records(run["folder"] / f"first{k}.log")
+        assert {number % BATCH for number in own} == set(
+            range(4 * k, 4 * k + 4)
+        )  # its own half, and nothing else
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "a[1-8]"}, "SLURM"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, None),  # sbatch's own shell, outside of srun
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "a TPU slice on GKE"),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_COORDINATOR_ADDRESS": "a:1"}, "TPU slices"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "a Kubernetes job"),
+    ],
+)
+def test_a_cluster_is_recognised(environment, expected):
+    assert hosts.cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--coordinator=a:1", "--process_id=0"], "--num_processes: also needed"),
+        (
+            ["--coordinator=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2: of 2 processes, 0 to 1",
+        ),
+        (["--coordinator=a", "--num_processes=2", "--process_id=0"], "--coordinator=a: expected host:port"),
+    ],
+)
+def test_half_a_cluster_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.py").write_text(CONFIG)
+    assert train.PROGRAM.call(train.main, ["--config=two.py", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rows_follow_the_devices_and_not_the_number_of_processes():
+    """Where `tensor` spans what could be two processes, both hold every row."""
+
+    class Half:
+        """The sharding as the process sees it that owns the first four of eight devices."""
+
+        def __init__(self, mesh):
+            self.sharding = batch_sharding(mesh)
+
+        def addressable_devices_indices_map(self, shape):
+            every = self.sharding.devices_indices_map(shape)
+            return {device: index for device, index in every.items() if device.id < 4}
+
+    assert own_rows(Half(make_mesh({"data": 8})), 16).tolist() == list(range(8))
+    assert own_rows(Half(make_mesh({"data": 2, "tensor": 4})), 4).tolist() == [0, 1]
+    assert own_rows(Half(make_mesh({"tensor": 8})), 4).tolist() == [0, 1, 2, 3]

@@ -132,7 +132,7 @@ def test_each_stage_is_compiled_once(toy, caplog):
     assert len(compiled) == 2
 
 
-def test_sigterm_saves_and_exits_with_zero(toy, tmp_path, capsys, uninterrupted):
+def test_sigterm_saves_and_says_that_there_is_more(toy, tmp_path, capsys, uninterrupted):
     class Terminates(DiesAfter):
         def batches(self, *args, **kwargs):
             for number, batch in enumerate(self.data.batches(*args, **kwargs)):
@@ -145,7 +145,7 @@ def test_sigterm_saves_and_exits_with_zero(toy, tmp_path, capsys, uninterrupted)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
         trainer.train(tmp_path, progress=False, devices=toy.one_device)
-    assert caught.value.code == 0
+    assert caught.value.code == 75
     assert signal.getsignal(signal.SIGTERM) is handler
     # The signal came while batch 3 was made, that is after step 3 was dispatched.
     assert "stopped by SIGTERM after step 3; saved" in capsys.readouterr().err

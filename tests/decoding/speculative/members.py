@@ -162,7 +162,7 @@ class Walks:
             "weights": np.ones(shape, np.float32),
         }
 
-    def batches(self, start: int, batch_size: int, *, shard=(0, 1), epochs=None):
+    def batches(self, start: int, batch_size: int, *, rows=None, epochs=None):
         while True:
             yield self.rows(np.arange(start, start + batch_size) % self.size)
             start += batch_size

@@ -61,7 +61,7 @@ class Tokens:
             "weights": (np.arange(LENGTH) < 4 - number % 2).astype(np.float32),
         }
 
-    def batches(self, start, batch_size, *, shard=(0, 1), epochs=None) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start, batch_size, *, rows=None, epochs=None) -> Iterator[dict[str, np.ndarray]]:
         count = 0
         while epochs is None or start < 64:
             if count == self.ends:
