@@ -12,7 +12,7 @@ import pytest
 
 from research.errors import UserError
 
-from . import chains, compressed, decoding, elastic, moe, quantized, spans, sparse, ssm, vision  # noqa: F401  (they fill CELLS)
+from . import adapters, chains, compressed, decoding, elastic, moe, quantized, spans, sparse, ssm, vision  # noqa: F401  (they fill CELLS)
 from .cells import CELLS, PAGE, Cell, page, write
 
 
