@@ -43,17 +43,22 @@ def loss(params: Any, source: str = "builtin") -> float:
 
 
 def compress(
-    methods: tuple[Method, ...], seed: int, params: Any = None, original: Any = None, sources: str = "builtin"
+    methods: tuple[Method, ...],
+    seed: int,
+    params: Any = None,
+    original: Any = None,
+    sources: str = "builtin",
+    tokens: int = TOKENS,
 ) -> Any:
-    """What a chain makes of the base model, or of `params`, calibrated on `TOKENS` tokens."""
-    chain = Chain(methods, sources, TOKENS, LENGTH, seed=seed)
+    """What a chain makes of the base model, or of `params`."""
+    chain = Chain(methods, sources, tokens, LENGTH, seed=seed)
     batches = chain.batches(base().model, base().tokenizer) if chain.needs_data else []
     *_, last = chain.run(base().model, base().params if params is None else params, batches, original)
     return last.params
 
 
-def costs(params: Any) -> dict[str, float]:
-    """budget: bits a weight of the kernels of blocks; bytes: of the whole model."""
-    kernels = kernels_at(params, selected(params, SELECT))
+def costs(params: Any, select: str = SELECT) -> dict[str, float]:
+    """budget: bits a weight of the selected kernels; bytes: of the whole model."""
+    kernels = kernels_at(params, selected(params, select))
     count = sum(math.prod(kernel.shape) for kernel in kernels.values())
     return {"budget": stored_bits(kernels) / count, "bytes": stored_bits(params) // 8}

@@ -30,6 +30,7 @@ from research.training.progress import Progress, human, peak_flops
 from research.training.stages import Stage, split
 from research.training.state import State, init_key, initial_state
 from research.training.step import make_step
+from research.training.structures import with_structures
 from research.training.task import Task
 from research.training.workdir import read_checkpoint
 
@@ -232,10 +233,20 @@ class _Run:
                 if self.directory is None
                 else files.newest_intact(self.directory / "checkpoints", self._warn)
             )
-            if saved is not None:
+            if saved is None:
+                self._given = task.start(init_key(self.trainer.seed))
+            elif hasattr(task, "recall"):
                 params = task.recall(read_checkpoint(self.directory, None, saved[1]["step"])[0])
                 return jax.eval_shape(lambda: params)
-            self._given = task.start(init_key(self.trainer.seed))
+            else:
+                prefix = "params/"
+                described = {
+                    name.removeprefix(prefix): entry
+                    for name, entry in saved[1].get("structures", {}).items()
+                    if name.startswith(prefix)
+                }
+                abstract = jax.eval_shape(task.init, jax.random.key(0))
+                return with_structures(abstract, described, f"checkpoint {saved[0]}")
         return (
             jax.eval_shape(task.init, jax.random.key(0))
             if self._given is None

@@ -131,15 +131,21 @@ class FromDirectory:
 
 
 def saved_parameters(path: str, wanted: PyTree) -> PyTree:
-    """The parameters of a run or model directory. Raises `UserError` unless they have the shapes `wanted`."""
+    """The parameters of a run or model directory. Raises `UserError` unless they have the shapes `wanted`, where
+    structured weights stand for arrays of their logical shape. Floats of 16 bits among their parts become float32,
+    which training updates."""
     from research.training.checkpoint_files import mismatches
     from research.training.paths import named_leaves
+    from research.training.structures import structures, with_structures
     from research.training.workdir import load_model
 
     params = load_model(path).params
+    wanted = with_structures(wanted, structures(params), f"start_from={path!r}")
     if difference := mismatches(named_leaves(params), named_leaves(wanted), str(path), dtypes=False):
         raise UserError(f"start_from={path!r} does not fit the model: {difference}")
-    return params
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, params
+    )
 
 
 @dataclass(frozen=True)

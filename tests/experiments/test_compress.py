@@ -8,14 +8,21 @@ import pytest
 
 from experiments import compress, convert, evaluate
 from research.compression.blocks import plain
+from research.config import build, of
 from research.config_capture import capture
+from research.data.text import TokenDataset
 from research.data.tokenizer import Tokenizer
+from research.errors import UserError
 from research.interop import huggingface
 from research.interop.families import read_config
 from research.nn.quantized import Quantized
 from research.nn.weights import Sum
+from research.training.loop import Trainer
 from research.training.model_directory import load_model_directory
-from research.training.workdir import load_model, save_model
+from research.training.optimizers import constant, sgd
+from research.training.stages import Stage
+from research.training.task import LanguageModelling
+from research.training.workdir import load_model, open_workdir, save_model
 from tests.programs import call, drawn
 
 ENTRIES = {
@@ -125,6 +132,27 @@ def test_the_tables(trained, compressed, tmp_path, capsys):
     assert "svd of " in out.splitlines()[-1]
 
 
+def test_training_goes_on_from_it(compressed, tmp_path):
+    """Scales and factors are trained, in float32; codes are not; a run that is taken up again finds all of it."""
+    data = of(TokenDataset, sources="arithmetic", length=32)
+    optimizer = of(sgd, schedule=of(constant, peak=0.1))
+    task = of(LanguageModelling, model=load_model(compressed).config, start_from=str(compressed))
+    states = []
+    for steps in (1, 2):
+        stage = of(Stage, name="tune", steps=steps, batch_size=8, optimizer=optimizer)
+        config = of(Trainer, task=task, data=data, stages=(stage,), checkpoint_every=1)
+        with open_workdir(tmp_path / "run", config) as workdir:
+            state, _ = build(config).train(workdir, progress=False, devices=jax.devices()[:1])
+        assert int(state.step) == steps
+        states.append(state.params["layer_0"]["mlp"]["up"]["kernel"])
+    start = load_model(compressed).params["layer_0"]["mlp"]["up"]["kernel"]
+    for before, after in zip((start, *states), states, strict=False):
+        np.testing.assert_array_equal(before.terms[0].codes, after.terms[0].codes)
+        assert after.terms[0].scale.dtype == after.terms[1].up.dtype == np.float32
+        assert (before.terms[0].scale != after.terms[0].scale).any()
+        assert (before.terms[1].down != after.terms[1].down).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -167,8 +195,6 @@ def test_mistakes_are_one_line(arguments, message, trained, tmp_path, capsys):
 
 
 def test_a_flipped_byte_is_found(compressed, tmp_path):
-    from research.errors import UserError
-
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("config.json", "model.safetensors"):
