@@ -1,14 +1,16 @@
 """Decoder language model: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text) are configurations of it."""
 
+from collections.abc import Mapping, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from research.nn.attention import Context
-from research.nn.cache import Cache, Fresh
+from research.nn.cache import Cache, Fresh, LayerCache
 from research.nn.linear import Embedding, Linear
 from research.nn.norm import RMSNorm
-from research.nn.transformer import LayerStack, VirtualRows, tree_places
+from research.nn.transformer import Hook, LayerStack, VirtualRows, tree_places
 
 
 class DecoderLM(LayerStack, kw_only=True):
@@ -61,8 +63,18 @@ class DecoderLM(LayerStack, kw_only=True):
         """-> hidden states after the final norm [B, T, D] and the key and value rows of every layer."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        context = Context(positions, segments, prefix)
-        hidden, fresh = self.run_layers(self.embedding(tokens), context)
+        return self.run(self.embedding(tokens), Context(positions, segments, prefix), {})
+
+    def run(
+        self,
+        x: jax.Array,
+        context: Context,
+        hooks: Mapping[int, Sequence[Hook]],
+        cache: tuple[LayerCache, ...] | None = None,
+    ) -> tuple[jax.Array, tuple[Fresh, ...]]:
+        """Embedded tokens [B, T, D], among which images may be -> hidden states after the final norm, and fresh rows;
+        hooks and cache as in `run_hooked`."""
+        hidden, fresh = self.run_hooked(x, context, hooks, cache)
         return self.final_norm(hidden), fresh
 
     def embed(self, tokens: jax.Array) -> jax.Array:

@@ -1,0 +1,98 @@
+"""Questions and answers about images: what a source of them is, and the files that people have.
+
+LLaVA's format: a JSON list (or JSON lines) of
+
+    {"id": ..., "image": "folder/a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+                                                           {"from": "gpt", "value": "A cat."}, ...]}
+
+`image` may be a list, or absent in dialogues without one. COCO captions, VQAv2 and TextVQA are distributed in it.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from research.errors import UserError
+
+HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """images: as arrays uint8[h, w, 3] or paths of files; turns: ((question, answer), ...), in which `<image>` stands
+    where an image is."""
+
+    images: tuple[Any, ...]
+    turns: tuple[tuple[str, str], ...]
+
+
+class DialogueSource(Protocol):
+    """Numbered dialogues: a small frozen value that stands in a config. Whatever it reads is read at first use."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Dialogue: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaFiles:
+    """Dialogues in LLaVA's format.
+
+    Args:
+        path: a .json or .jsonl file.
+        images: the folder that paths of images are below; that of the file by default.
+    """
+
+    path: str
+    images: str | None = None
+
+    def __len__(self) -> int:
+        return len(_entries(self.path))
+
+    def __getitem__(self, number: int) -> Dialogue:
+        """Raises UserError, naming the entry, for one that is not of the format."""
+        where, entry = f"{self.path}, entry {number}", _entries(self.path)[number]
+        if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+            raise UserError(f"{where}: an object with a list `conversations` is expected")
+        names = entry.get("image", [])
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}: `image` is a path or a list of paths")
+        folder = Path(self.images if self.images is not None else Path(self.path).parent).expanduser()
+        turns, said = [], None
+        for number_, turn in enumerate(entry["conversations"]):
+            speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+            wanted = HUMAN if said is None else MODEL
+            if speaker not in wanted or not isinstance(value, str):
+                raise UserError(f"{where}: turn {number_} is not a text from {wanted[0]}")
+            if said is None:
+                said = value
+            else:
+                turns.append((said, value))
+                said = None
+        if said is not None or not turns:
+            raise UserError(f"{where}: the last question has no answer")
+        marks = sum(question.count("<image>") for question, _ in turns)
+        if marks != len(names):
+            raise UserError(f"{where}: {marks} <image> in the questions, but {len(names)} images")
+        return Dialogue(tuple(str(folder / name) for name in names), tuple(turns))
+
+
+@functools.lru_cache(maxsize=4)
+def _entries(path: str) -> list[Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such file")
+    text = file.read_text(encoding="utf-8")
+    try:
+        if file.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: a list of dialogues is expected")
+    return entries

@@ -1,0 +1,132 @@
+"""Connectors: what a tower sees -> rows of the decoder's width, which prompts then place among their tokens.
+
+A connector is any module (what the tower gives, Media) -> [B, I, M, D]. Which of the M rows of an image are real is the
+planner's knowledge: it spells only those.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.multimodal.media import Media
+from research.multimodal.tower import Seen
+from research.nn.linear import Linear, parameter
+from research.nn.mlp import ACTIVATIONS
+from research.nn.norm import LayerNorm
+
+
+class Projection(nn.Module):
+    """x [..., dv] -> [..., width]: a linear map, or two with GELU between (LLaVA-1.5's mlp2x_gelu)."""
+
+    width: int
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # see `LayerStack.token_layout`
+        x = Linear(self.width, use_bias=True, name="linear_1")(x)
+        for layer in range(2, self.layers + 1):
+            x = Linear(self.width, use_bias=True, name=f"linear_{layer}")(ACTIVATIONS["gelu"](x))
+        return x.reshape(*shape, -1)
+
+
+class PatchProjection(nn.Module):
+    """Every patch by itself: rows are the patches of view 0, of view 1, ... (LLaVA: linear; 1.5: two layers)."""
+
+    width: int
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, seen: Seen, media: Media) -> jax.Array:
+        tokens = seen.tokens.reshape(*seen.tokens.shape[:2], -1, seen.tokens.shape[-1])
+        return Projection(self.width, self.layers, name="projection")(tokens)
+
+
+class Read(nn.Module):
+    """Multi-head attention of queries to keys of another kind: q [N, Q, d], k and v [N, S, .] -> [N, Q, d].
+
+    mask bool[N or 1, Q, S]: a query that sees nothing gets 0 (before the output's bias).
+    """
+
+    num_heads: int
+    use_bias: bool = True
+    output: bool = True
+
+    @nn.compact
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        width = query.shape[-1]
+        parts = {"query": query, "key": key, "value": value}
+        heads = [
+            Linear(width, self.use_bias, name=name)(x.reshape(-1, x.shape[-1])).reshape(
+                *x.shape[:2], self.num_heads, -1
+            )
+            for name, x in parts.items()
+        ]
+        out = read(*heads, mask).reshape(*query.shape[:2], width)
+        return Linear(width, self.use_bias, name="output")(out) if self.output else out
+
+
+def read(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """query [N, Q, H, d], key and value [N, S, H, d], mask bool[N or 1, Q, S] -> [N, Q, H, d].
+
+    Softmax in float32, scaled by d^-1/2; a query without a key gets exactly 0.
+    """
+    scores = jnp.einsum("nqhd,nshd->nhqs", query, key, preferred_element_type=jnp.float32)
+    scores = scores * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask[:, None], weights, 0.0)
+    out = jnp.einsum(
+        "nhqs,nshd->nqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return out.astype(query.dtype)
+
+
+class Resampler(nn.Module):
+    """Learned queries read all patches of an image, however many: [B, I, V, P, dv] -> [B, I, queries, width].
+
+    Blocks of q + Read(norm q, norm x) and q + MLP(norm q), then a linear map (Flamingo's perceiver, arXiv 2204.14198,
+    without the queries among the keys).
+    """
+
+    queries: int
+    width: int
+    num_heads: int
+    hidden_dim: int
+    layers: int = 1
+
+    @nn.compact
+    def __call__(self, seen: Seen, media: Media) -> jax.Array:
+        batch, images, *_, dim = seen.tokens.shape
+        x = seen.tokens.reshape(batch * images, -1, dim)
+        mask = seen.mask.reshape(batch * images, 1, -1)
+        table = parameter(self, "queries", nn.initializers.normal(0.02), (self.queries, dim))
+        q = jnp.broadcast_to(table.astype(x.dtype), (x.shape[0], *table.shape))
+        for i in range(self.layers):
+            keys = LayerNorm(name=f"layer_{i}_key_norm")(x)
+            queries = LayerNorm(name=f"layer_{i}_query_norm")(q)
+            q = q + Read(self.num_heads, name=f"layer_{i}_read")(queries, keys, keys, mask)
+            hidden = Linear(self.hidden_dim, True, name=f"layer_{i}_up")(
+                LayerNorm(name=f"layer_{i}_mlp_norm")(q)
+            )
+            q = q + Linear(dim, True, name=f"layer_{i}_down")(ACTIVATIONS["gelu"](hidden))
+        return Linear(self.width, True, name="output")(q).reshape(batch, images, self.queries, self.width)
+
+
+def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
+    """[..., h, w, c] -> [..., h / f, w / f, f * f * c], the channels of f x f neighbours, row-major, side by side."""
+    *leading, height, width, channels = x.shape
+    x = x.reshape(*leading, height // factor, factor, width // factor, factor, channels)
+    return jnp.moveaxis(x, -4, -3).reshape(*leading, height // factor, width // factor, -1)
+
+
+def pixel_unshuffle(x: jax.Array, factor: int) -> jax.Array:
+    """The inverse of `pixel_shuffle`."""
+    *leading, height, width, channels = x.shape
+    x = x.reshape(*leading, height, width, factor, factor, channels // factor**2)
+    return jnp.moveaxis(x, -3, -4).reshape(*leading, height * factor, width * factor, -1)

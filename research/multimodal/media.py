@@ -1,0 +1,230 @@
+"""Images on their way to a model: files of all kinds, the crops that a planner cuts, patches and their grid.
+
+A *planner* is a small frozen value that stands in a config. It lays out an image of any size, on the host, as at most
+`views` crops of at most `patches` patches, and spells the image as a run of tokens: rows of what the model's connector
+makes of the image, and texts between them. Shapes never depend on the image, so nothing is compiled anew.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import struct
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from research.errors import UserError
+from research.nn.patch import patchify
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Colour = tuple[float, float, float]
+
+
+class Media(struct.PyTreeNode):
+    """The images of a batch, I a row (or fewer) of V views (or fewer) of P patches (or fewer).
+
+    patches f32[B, I, V, P, p * p * 3], row-major in each view, with 0 behind the last; grid int32[B, I, V, 2], rows and
+    columns of patches, 0 where there is no view. One image may be given without the axis B.
+    """
+
+    patches: jax.Array
+    grid: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A part of an image: scaled to `size` (width, height), cut to `box` (left, top, right, bottom), and of that every
+    `step`-th row and column."""
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    step: int = 1
+
+    @classmethod
+    def whole(cls, width: int, height: int) -> "Crop":
+        return cls((width, height), (0, 0, width, height))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Base of planners. A subclass has the properties and methods that raise here.
+
+    Args:
+        patch: pixels of a patch along each side.
+        mean, std: what is subtracted from pixels in [0, 1], and divided by, in each channel.
+        share: rows that share one position: none, those of a row of patches, all of an image (MouSi,
+            arXiv 2401.17221).
+    """
+
+    patch: int
+    mean: Colour = (0.5, 0.5, 0.5)
+    std: Colour = (0.5, 0.5, 0.5)
+    share: Literal["none", "row", "image"] = "none"
+
+    @property
+    def views(self) -> int:
+        """V, the most crops of an image."""
+        raise NotImplementedError
+
+    @property
+    def patches(self) -> int:
+        """P, the most patches of a crop."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """M, how many rows the connector makes of an image."""
+        raise NotImplementedError
+
+    def plan(self, width: int, height: int) -> tuple[Crop, ...]:
+        """The crops of an image of so many pixels, in the order of the views."""
+        raise NotImplementedError
+
+    def spell(self, crops: Sequence[Crop]) -> list[int | str]:
+        """How the image stands in a text: a row of the connector's, or a text."""
+        raise NotImplementedError
+
+    def pad(self, image: np.ndarray) -> np.ndarray:
+        """What is done to the image before it is cut: nothing, by default."""
+        return image
+
+    @property
+    def columns(self) -> int:
+        """Of the square that a view's rows of the connector make: how many stand side by side."""
+        return math.isqrt(self.rows // self.views)
+
+    def group(self, row: int) -> int | None:
+        """Neighbouring rows with the same number share a position; None: it has its own."""
+        return {"none": None, "image": 0, "row": row // self.columns}[self.share]
+
+    def grid(self, crop: Crop) -> tuple[int, int]:
+        """Rows and columns of patches of a crop."""
+        left, top, right, bottom = crop.box
+        return -(-(bottom - top) // crop.step) // self.patch, -(-(right - left) // crop.step) // self.patch
+
+    def read(self, image: np.ndarray) -> tuple[Media, list[int | str]]:
+        """uint8[h, w, 3] -> patches [V, P, p * p * 3] and grid [V, 2], and the spelling."""
+        image = self.pad(image)
+        crops = self.plan(image.shape[1], image.shape[0])
+        patches = np.zeros((self.views, self.patches, self.patch**2 * 3), np.float32)
+        grid = np.zeros((self.views, 2), np.int32)
+        for view, (crop, pixels) in enumerate(zip(crops, cut(image, crops), strict=True)):
+            grid[view] = self.grid(crop)
+            scaled = (pixels.astype(np.float32) / 255.0 - np.float32(self.mean)) / np.float32(self.std)
+            flat = patchify(scaled[None], self.patch)[0]
+            patches[view, : len(flat)] = flat
+        return Media(patches, grid), self.spell(crops)
+
+    def nothing(self, images: int) -> Media:
+        """`images` places without an image."""
+        return Media(
+            np.zeros((images, self.views, self.patches, self.patch**2 * 3), np.float32),
+            np.zeros((images, self.views, 2), np.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Square(Planner):
+    """One view of side x side pixels, and a row for every patch (LLaVA, arXiv 2304.08485; 1.5 pads).
+
+    Args:
+        side: of the view.
+        padded: make the image a square first, with the mean colour on both sides; else it is squashed.
+        count: rows of the connector, where they are not the patches.
+    """
+
+    side: int
+    padded: bool = False
+    count: int | None = None
+
+    def __post_init__(self):
+        if self.side % self.patch:
+            raise UserError(f"Square: side={self.side} is not a multiple of patch={self.patch}")
+
+    @property
+    def views(self) -> int:
+        return 1
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def rows(self) -> int:
+        return self.patches if self.count is None else self.count
+
+    def pad(self, image: np.ndarray) -> np.ndarray:
+        return in_square(image, self.mean) if self.padded else image
+
+    def plan(self, width: int, height: int) -> tuple[Crop, ...]:
+        return (Crop.whole(self.side, self.side),)
+
+    def spell(self, crops: Sequence[Crop]) -> list[int | str]:
+        return list(range(self.rows))
+
+
+def in_square(image: np.ndarray, colour: Colour) -> np.ndarray:
+    """uint8[h, w, 3] -> the image in the middle of a square of a colour in [0, 1]."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    square = np.broadcast_to(np.uint8(np.float32(colour) * 255), (side, side, 3)).copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def cut(image: np.ndarray, crops: Sequence[Crop]) -> list[np.ndarray]:
+    """uint8[h, w, 3] -> the crops; the image is scaled once for every size. A long way down it is reduced first by
+    whole factors, which is what makes a photograph of 12 megapixels cheap."""
+    source = Image.fromarray(image)
+
+    @functools.cache
+    def scaled(size: tuple[int, int]) -> np.ndarray:
+        if size == source.size:
+            return image
+        return np.asarray(source.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+    return [
+        scaled(crop.size)[crop.box[1] : crop.box[3] : crop.step, crop.box[0] : crop.box[2] : crop.step]
+        for crop in crops
+    ]
+
+
+def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
+    """An image file, or its bytes -> uint8[h, w, 3]: upright (EXIF), CMYK, palettes and grey as RGB, 16 bits scaled to
+    8, alpha over white.
+
+    Raises:
+        UserError: no such file, not an image, a damaged one, or one without pixels.
+    """
+    where = "an image" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+        ) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: a damaged image: {error}") from error
+    if 0 in image.size:
+        raise UserError(f"{where}: an image of {image.width}x{image.height} pixels")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        deep = np.asarray(image, np.float64)
+        # Files of 16 bits come as I;16 or, from some formats, as I; floats are taken to be in [0, 1].
+        full = 1.0 if image.mode == "F" else 65535.0
+        grey = np.clip(np.round(deep / full * 255.0), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,91 @@
+"""Training of models that read images: next-token prediction over texts with images among them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.errors import UserError
+from research.multimodal.media import Media
+from research.multimodal.model import Pictures
+from research.nn.reports import apply_reporting
+from research.training.task import (
+    Batch,
+    LanguageModelling,
+    Metrics,
+    cast_floats,
+    dropout_rngs,
+    language_metrics,
+    saved_parameters,
+)
+
+
+def batch_pictures(batch: Batch) -> Pictures:
+    """The images of a batch of `Conversations`."""
+    return Pictures(Media(batch["patches"], batch["grid"]), batch["slot"], batch["positions"])
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguage(LanguageModelling):
+    """Batches of `research.multimodal.conversations.Conversations`, text-only ones among them.
+
+    Metrics: those of `LanguageModelling`, and `answers`, the share of rows whose tokens with weight are all right.
+
+    Args:
+        parts: ((subtree, run or model directory), ...): what a run begins with, as ("decoder", "runs/lm"); a subtree is
+            a path below the model's parameters, the rest is drawn.
+    """
+
+    parts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def start(self) -> Callable[[jax.Array], Any]:
+        if not self.parts:
+            return super().start
+        if self.start_from is not None:
+            raise UserError("VisionLanguage: start_from and parts are both given")
+
+        def begin(key: jax.Array) -> Any:
+            params = jax.jit(self.init)(key)
+            for path, directory in self.parts:
+                params = _with_part(params, path.split("/"), directory, path)
+            return params
+
+        return begin
+
+    def _metrics(
+        self, params: Any, batch: Batch, key: jax.Array | None
+    ) -> tuple[Metrics, jax.Array, dict[str, jax.Array]]:
+        logits, losses, measured = apply_reporting(
+            self.model,
+            {"params": cast_floats(params, self.compute_dtype)},
+            batch["tokens"],
+            batch_pictures(batch),
+            segments=batch["segments"],
+            prefix=batch.get("step_ends"),
+            rngs=dropout_rngs(key),
+        )
+        metrics, partition = language_metrics(logits, batch)
+        return metrics | {"answers": answers(logits, batch)} | measured, partition, losses
+
+
+def answers(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(rows whose tokens with weight are all the most probable ones, rows with any)."""
+    wanted = batch["weights"] > 0
+    right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == batch["targets"]
+    rows = jnp.any(wanted, axis=1)
+    whole = rows & jnp.all(right | ~wanted, axis=1)
+    return jnp.sum(whole, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32)
+
+
+def _with_part(tree: Any, names: list[str], directory: str, path: str) -> Any:
+    """The tree with the subtree of a path read from a directory."""
+    if not names:
+        return saved_parameters(directory, tree)
+    name, *rest = names
+    if not isinstance(tree, dict) or name not in tree:
+        known = ", ".join(tree) if isinstance(tree, dict) else "nothing"
+        raise UserError(f"VisionLanguage.parts: the model has no {path!r}; there it has {known}")
+    return tree | {name: _with_part(tree[name], rest, directory, path)}
