@@ -20,6 +20,7 @@ from research.compression.chain import Chain, Method
 from research.compression.qmoe import EXPERTS, QMoE
 from research.config import build, of
 from research.data.text import TokenDataset
+from research.data.tokenizer import Tokenizer
 from research.nn.accounting import count_bytes
 from research.nn.ternary import TernaryCode, dictionary_bits
 from research.nn.weights import stored_bits
@@ -63,7 +64,7 @@ def compress(
     tokenizer = byte_tokenizer(workdir)
     chain = Chain((method,), tokens=CALIBRATION * LENGTH, length=LENGTH, batch_size=32, seed=1000 + seed)
     progress(0.2, "compressing")
-    batches = chain.batches(loaded.model, loaded.tokenizer) if chain.needs_data else []
+    batches = chain.batches(loaded.model, Tokenizer.load(tokenizer)) if chain.needs_data else []
     (step,) = chain.run(loaded.model, loaded.params, batches)
     progress(0.8, "measuring")
     return measured(loaded.model, step.params, tokenizer) | {"budget": len(batches) * 32 * LENGTH}
