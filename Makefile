@@ -1,6 +1,7 @@
 # make demo   train, cut and decode a small nested language model; report in runs/demo/
 # make test   the whole test suite
 # make lint   the linter
+# make chaos  train a small model while its processes are killed, its disk filled and its checkpoints cut
 # make aot    compile every Pallas kernel for TPUs and a GPU that are not here; report in docs/results/kernels/aot.md
 # Each sets itself up in .venv, `make aot` in .venv-aot (1.2 GB of compilers). Another interpreter: make test PYTHON=python3.12
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS = setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint aot
+.PHONY: demo test lint chaos aot
 .DELETE_ON_ERROR:
 
 demo: .venv/stamp-run
@@ -16,6 +17,9 @@ demo: .venv/stamp-run
 
 test: .venv/stamp-test
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 15
+
+chaos: .venv/stamp-test
+	.venv/bin/python -m tests.training.chaos
 
 lint: .venv/stamp-lint
 	.venv/bin/ruff check .
