@@ -1,15 +1,17 @@
-"""Compressed caches and merged models with the other parts."""
+"""Compressed caches, merged models and coded experts with the other parts."""
 
 import jax
 import numpy as np
 
 from research.compression import merging
 from research.compression.gear import Gear, with_cache
+from research.compression.qmoe import QMoE
 from research.elastic.matformer import extract
 from research.elastic.slicing import ElasticSpec
 from research.sparse.tidal import Tidal, tidal
 
-from .cells import KEY, decoder, drafted_as_plain, init, refused, runs
+from .cells import KEY, decoder, drafted_as_plain, init, louder, refused, runs
+from .moe import jetmoe
 from .quantized import int4
 
 # Factors of full rank lose nothing, so that tokens can be compared; chunks are compressed all the same.
@@ -54,3 +56,25 @@ def _(_):
 def _(_):
     base = init(decoder())
     merging.dropped(int4(base), base, 0.5, KEY)
+
+
+def coded():
+    """A decoder of JetMoE's, every expert coded."""
+    model = jetmoe()
+    params = louder(init(model))
+    return model, QMoE(feedback=False).compress(model, params, params, (), KEY, print)[0]
+
+
+@runs(
+    "QMoE",
+    "JetMoE, tree decoding (Medusa)",
+    "experts of attention and FFN coded, decoded where they are multiplied: the tokens of plain decoding",
+)
+def _(_):
+    drafted_as_plain("Medusa", *coded())
+
+
+@refused("QMoE", "a MatFormer slice", "words lie across the cut")
+def _(_):
+    model, params = coded()
+    extract(model, params, ElasticSpec((0,), (4,)))
