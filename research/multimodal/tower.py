@@ -90,6 +90,10 @@ class Tower(LayerStack, kw_only=True):
 
     def setup(self) -> None:
         self.projection = Linear(self.width, use_bias=self.patch_bias)
+        init = nn.initializers.normal(0.02)
+        self.positions = parameter(self, "positions", init, (self.side**2 + self.class_token, self.width))
+        if self.class_token:
+            self.token = parameter(self, "class_token", init, (1, self.width))
         self.make_layers()
 
     def __call__(self, media: Media) -> Seen:
@@ -97,10 +101,7 @@ class Tower(LayerStack, kw_only=True):
         *leading, patches, _ = media.patches.shape
         grid = media.grid.reshape(-1, 2)
         x = self.projection(media.patches.reshape(-1, patches, media.patches.shape[-1]))
-        positions = parameter(
-            self, "positions", nn.initializers.normal(0.02), (self.side**2 + self.class_token, self.width)
-        )
-        first, table = positions[: int(self.class_token)], positions[int(self.class_token) :]
+        first, table = jnp.split(self.positions, [int(self.class_token)])
         if self.flexible:
             x = x + resized_positions(table, grid, patches).astype(x.dtype)
         elif patches == self.side**2:
@@ -112,8 +113,7 @@ class Tower(LayerStack, kw_only=True):
             )
         there = patch_mask(grid, patches)
         if self.class_token:
-            token = parameter(self, "class_token", nn.initializers.normal(0.02), (1, self.width))
-            start = jnp.broadcast_to((token + first).astype(x.dtype), (x.shape[0], 1, self.width))
+            start = jnp.broadcast_to((self.token + first).astype(x.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([start, x], axis=1)
             there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
         if self.pre_norm is not None:
