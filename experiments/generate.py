@@ -11,6 +11,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --cache=gear:bits=2,rank=2,outliers=0.02
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     python -m experiments.generate --prompt='def ' --sparse=tidal:k=64,select=1,reselect=3 --sparse_correct=64
+    python -m experiments.generate --workdir=runs/eve --image=a.png --prompt='<image> what colour is the circle ?'
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
@@ -20,13 +21,15 @@ line that says which it is. Everything is decoded in one batch, and a prompt is 
 """
 
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
 
 from experiments import cli
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from research.training.model_directory import Loaded
 
 PROGRAM = cli.Program(__doc__)
@@ -45,6 +48,13 @@ PROMPT = PROGRAM.define(
 )
 PROMPT_FILE = PROGRAM.define(
     flags.DEFINE_multi_string, "prompt_file", [], "A file whose whole text is a prompt. Repeatable."
+)
+IMAGE = PROGRAM.define(
+    flags.DEFINE_multi_string,
+    "image",
+    [],
+    "An image file that every prompt shows: the first at its first <image>, and so on; a prompt without any <image> "
+    "begins with them. Repeatable.",
 )
 MAX_NEW_TOKENS = PROGRAM.define(
     flags.DEFINE_integer, "max_new_tokens", 128, "The most tokens to add; fewer where the context is full."
@@ -86,7 +96,7 @@ PLAN = PROGRAM.define(
     flags.DEFINE_string,
     "plan",
     None,
-    "A plan of attention spans for this model, as `python -m experiments.plan` writes it: less cache, other outputs.",
+    "A plan of attention spans for this model, as `python -m experiments.spans` writes it: less cache, other outputs.",
 )
 CACHE = PROGRAM.define(
     flags.DEFINE_string,
@@ -221,8 +231,12 @@ def main(arguments: list[str]) -> None:
         if SPARSE_CORRECT.value is not None:
             drafting["correction"] = Correction(whole, SPARSE_CORRECT.value)
     generator = Generator(model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
+    beside = None
+    if IMAGE.value or hasattr(loaded.model, "planner"):
+        prompts, beside = show(prompts, IMAGE.value, loaded, workdir)
     stream = generator.stream(
         prompts,
+        beside=beside,
         max_new_tokens=MAX_NEW_TOKENS.value,
         sampling=sampling,
         stop=STOP.value,
@@ -254,6 +268,25 @@ def main(arguments: list[str]) -> None:
             f"{stats.wasted} of them wasted",
             file=sys.stderr,
         )
+
+
+def show(
+    prompts: list[str], images: list[str], loaded: "Loaded", workdir: str
+) -> tuple[list[list[int]], "Callable[[int], tuple[Any, ...]]"]:
+    """Prompts with images for a model that reads some: token ids, and what its prefill takes beside them."""
+    from research.errors import UserError
+    from research.multimodal.media import read_image
+    from research.multimodal.prompts import IMAGE as PLACE
+    from research.multimodal.prompts import Prompts
+
+    if not hasattr(loaded.model, "planner"):
+        raise UserError(
+            f"--image={images[0]}: {workdir} holds a {type(loaded.model).__name__}, which reads no images"
+        )
+    pixels = [read_image(path) for path in images]
+    texts = [text if PLACE in text else PLACE * len(pixels) + text for text in prompts]
+    asked = Prompts.of([(text, pixels) for text in texts], loaded.model.planner, loaded.tokenizer)
+    return asked.tokens, asked.beside
 
 
 def parse_rank(text: str) -> tuple[int, ...] | Literal["random"]:
