@@ -28,7 +28,12 @@ BASE = "package:language/base"
 TRAINED = ("^adapter/",)
 
 
-def text(sources: str = "arithmetic", split: str = "train", length: int = 128, **fields) -> ConfigDict:
+def text(
+    sources: str | tuple[tuple[str, float], ...] = "arithmetic",
+    split: str = "train",
+    length: int = 128,
+    **fields,
+) -> ConfigDict:
     return of(TokenDataset, sources=sources, split=split, length=length, **fields)
 
 
@@ -37,9 +42,11 @@ def tuning(
     stages: tuple[ConfigDict, ...],
     sources: str = "arithmetic",
     length: int = 128,
+    mixed: tuple[tuple[str, float], ...] | None = None,
     **trainer,
 ) -> ConfigDict:
-    """The training of an adapter on `sources`, evaluated there and on what the base model was trained on."""
+    """The training of an adapter on `sources`, or on those `mixed` with weights, evaluated on `sources` and on what the
+    base model was trained on."""
     evaluators = tuple(
         of(
             Evaluate,
@@ -54,7 +61,7 @@ def tuning(
     return of(
         Trainer,
         task=of(AdapterTuning, adapter=adapter, base=BASE),
-        data=text(sources, "train", length),
+        data=text(mixed or sources, "train", length),
         stages=stages,
         evaluators=evaluators,
         **trainer,

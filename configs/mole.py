@@ -16,10 +16,10 @@ from research.config import of
 PRESETS = ("tiny", "paper")
 
 
+BOTH = (("arithmetic", 0.5), ("builtin", 0.5))
+
+
 def get_config(preset: str = "tiny") -> ConfigDict:
     if preset == "tiny":
-        config = tuning(of(MoLE, rank=4, alpha=8.0, dropout=0.0), (stage(200, 2e-3),))
-    else:
-        config = tuning(of(MoLE), (stage(3000, 2e-4, batch_size=128, warmup=90),), length=512)
-    config.data.sources = (("arithmetic", 0.5), ("builtin", 0.5))
-    return config
+        return tuning(of(MoLE, rank=4, alpha=8.0, dropout=0.0), (stage(200, 2e-3),), mixed=BOTH)
+    return tuning(of(MoLE), (stage(3000, 2e-4, batch_size=128, warmup=90),), length=512, mixed=BOTH)
