@@ -127,7 +127,7 @@ def tokenizer_path(config: "ConfigDict", data: object) -> "Path | None":
 
     from research.data.tokenizer import SHIPPED
 
-    given = config.data.get("tokenizer")
+    given = getattr(data, "tokenizer_file", config.data.get("tokenizer"))
     path = SHIPPED if given is None else Path(given).expanduser()
     return path / "tokenizer.json" if path.is_dir() else path
 

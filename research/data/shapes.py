@@ -9,6 +9,7 @@ holds.
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -21,6 +22,7 @@ from research.data.pipeline import RecordDataset
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 
+TOKENIZER = Path(__file__).with_name("shapes.json")
 CELL = 8
 SPLITS = ("train", "validation", "test")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
@@ -41,7 +43,12 @@ _DOTS = """
 
 @functools.cache
 def vocabulary() -> Tokenizer:
-    """A tokenizer of whole words; a line break is one. Words it doesn't know become <pad>."""
+    """The tokenizer of whole words in `TOKENIZER`; a line break is one. Words it doesn't know become <pad>."""
+    return Tokenizer.load(TOKENIZER)
+
+
+def make_vocabulary() -> Tokenizer:
+    """What `TOKENIZER` was written from."""
     words = dict.fromkeys((*_SPECIAL, *_WORDS.split(), "\n", *COLOURS, *SHAPES, *DIGITS))
     backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\s?.,]+|[?.,]"), "removed", invert=True)
@@ -83,7 +90,7 @@ class _World:
     noise: float = 0.05
 
     kinds = SHAPES + DIGITS
-    vocabulary = staticmethod(vocabulary)
+    tokenizer = str(TOKENIZER)
 
     def __len__(self) -> int:
         return self.size

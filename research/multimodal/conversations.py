@@ -59,8 +59,12 @@ class Conversations(RecordDataset):
     @functools.cached_property
     def text(self) -> Tokenizer:
         """What encodes the texts."""
-        own = getattr(self.source, "vocabulary", None)
-        return own() if self.tokenizer is None and own is not None else Tokenizer.load(self.tokenizer)
+        return Tokenizer.load(self.tokenizer_file)
+
+    @property
+    def tokenizer_file(self) -> str | None:
+        """None: the one that ships."""
+        return self.tokenizer or getattr(self.source, "tokenizer", None)
 
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         names = ("tokens", "targets", "segments", "positions", "target_bytes", "slot")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from research.data.dialogues import LlavaFiles
-from research.data.shapes import Cells, Pages, Scenes, vocabulary
+from research.data.shapes import Cells, Pages, Scenes, make_vocabulary, vocabulary
 from research.errors import UserError
 from research.multimodal.conversations import Conversations
 from research.multimodal.media import Crop, Square, cut, read_image
@@ -69,6 +69,7 @@ def test_every_second_pixel():
 
 
 def test_the_world_says_what_it_shows():
+    assert vocabulary().fingerprint == make_vocabulary().fingerprint
     scenes = Scenes(size=64, noise=0.0, asks=("colour", "place"))
     for i in range(8):
         (question, answer), (kinds, colours) = scenes[i].turns[0], scenes.cells(i)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.data.dialogues import Dialogue
-from research.data.shapes import vocabulary
+from research.data.shapes import TOKENIZER, vocabulary
 from research.decoding.generator import Generator
 from research.errors import UserError
 from research.multimodal.conversations import Conversations
@@ -102,7 +102,7 @@ def test_without_images_it_is_the_decoder_bit_for_bit(toy):
 class Said:
     """Dialogue i shows image i."""
 
-    vocabulary = staticmethod(vocabulary)
+    tokenizer = str(TOKENIZER)
 
     def __len__(self):
         return 4
