@@ -26,7 +26,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, LayerStack, scan_params
 from research.training.task import cast_floats
 from research.vision.vit import ViT
-from tests.programs import call
+from tests.programs import call, drawn
 
 VOCAB, WIDTH, LENGTH, LAYERS = 24, 8, 6, 2
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 1, VOCAB)
@@ -94,7 +94,7 @@ def test_heavy_ball_is_its_closed_form(mu, gamma):
     """x_T = x_0 + gamma sum_t sum_{s <= t} mu^(t - s) u_s."""
     stack = bare(HeavyBall(mu, gamma), Given(), 5)
     x = jnp.arange(4.0).reshape(1, 1, 4)
-    params = jax.jit(stack.init)(jax.random.key(1), x)["params"]
+    params = drawn(stack, x, seed=1)
     u = outputs(params, 5)
     expected = np.asarray(x[0, 0]) + gamma * sum(mu ** (t - s) * u[s] for t in range(5) for s in range(t + 1))
     close(call(stack, params, x)[0, 0], expected)
@@ -107,7 +107,7 @@ def test_dense_layers_pass_the_state_on():
     """
     stack = bare(HeavyBall(0.5), Given(), 4, Block(NoMixing(), Given(), Identity()))
     x = jnp.ones((1, 2, 4))
-    params = jax.jit(stack.init)(jax.random.key(2), x)["params"]
+    params = drawn(stack, x, seed=2)
     u = outputs(params, 4)
     close(call(stack, params, x)[0, 1], 1 + u[0] + u[1] + 0.5 * u[0] + u[2] + u[3])
 
@@ -137,7 +137,7 @@ def test_adam_is_adam():
     cell = Adam(gamma=0.3, beta1=0.8, beta2=0.9, epsilon=1e-4, decay=0.1)
     stack = bare(cell, Given(), 4)
     x = jnp.full((1, 1, 4), 2.0)
-    params = jax.jit(stack.init)(jax.random.key(3), x)["params"]
+    params = drawn(stack, x, seed=3)
     expected, first, second = np.full(4, 2.0), np.zeros(4), np.zeros(4)
     for u in outputs(params, 4):
         first, second = 0.8 * first + 0.2 * u, 0.9 * second + 0.1 * u**2
@@ -153,7 +153,7 @@ def test_adam_first_then_heavy_ball():
     stack = bare(Adam(decay=1.0, mu=0.5), Given(), 2, MomentumBlock(NoMixing(), Given(), Identity()))
     stack = stack.clone(blocks=(stack.blocks[0], stack.blocks[1].clone(momentum=HeavyBall(0.5))))
     x = jnp.full((1, 1, 4), 2.0)
-    params = jax.jit(stack.init)(jax.random.key(4), x)["params"]
+    params = jax.tree.map(lambda u: 10 * u, drawn(stack, x, seed=4))
     u = outputs(params, 2)
     expected = 0.1 / np.sqrt(0.001) * np.sign(u[0]) + 0.5 * u[0] + u[1]
     np.testing.assert_allclose(call(stack, params, x)[0, 0], expected, rtol=1e-3)  # epsilon
@@ -169,7 +169,7 @@ def test_the_released_post_norm_layer():
     block = MomentumBlock(NoMixing(), Given(), Half(), momentum=HeavyBall(0.5), post_norm_double=True)
     stack = Stack((block,), 2)
     x = jnp.full((1, 1, 4), 4.0)
-    params = jax.jit(stack.init)(jax.random.key(5), x)["params"]
+    params = drawn(stack, x, seed=5)
     u = outputs(params, 2)
     first = (2 + (2 + u[0]) / 2) / 2
     h = first / 2
@@ -212,7 +212,7 @@ def model(*cells, mlp=DENSE, num_layers=LAYERS, **fields) -> DecoderLM:
 @functools.cache
 def params_of(mlp=DENSE):
     """Of the plain stack, and so of every other without learned coefficients."""
-    params = jax.jit(model(mlp=mlp).init)(jax.random.key(6), TOKENS)["params"]
+    params = drawn(model(mlp=mlp), TOKENS, seed=6)
     return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
 
 
@@ -369,7 +369,7 @@ def test_it_runs_in_a_vision_transformer():
     dense = Block(attention, MLP(12), LayerNorm())
     vit = ViT(blocks=(dense,), num_layers=2, num_classes=3, width=WIDTH, patch=2)
     images = jax.random.normal(jax.random.key(7), (2, 4, 4, 1))
-    params = jax.jit(vit.init)(jax.random.key(8), images)["params"]
+    params = drawn(vit, images, seed=8)
     step = MomentumBlock(attention, MLP(12), LayerNorm(), momentum=PLAIN)
     exactly(call(vit.clone(blocks=(dense, step)), params, images), call(vit, params, images))
 

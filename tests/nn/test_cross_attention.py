@@ -12,7 +12,7 @@ from research.nn.cross_attention import CrossAttention, CrossBlock, CrossContext
 from research.nn.fuse import fuse_projections
 from research.nn.mlp import MLP
 from research.nn.rotary import Rotary
-from tests.programs import call, init
+from tests.programs import call, drawn
 
 WIDTH, SOURCE, TARGET = 6, 5, 3
 
@@ -46,7 +46,7 @@ def test_a_head_of_one_by_hand():
 def test_padding_of_the_source_changes_nothing(fields):
     layer = CrossAttention(2, 4, **fields)
     x, states = inputs()
-    params = init(layer, jax.random.key(2), x, context(states))
+    params = drawn(layer, x, context(states), seed=2)
     wrong = jnp.pad(states, ((0, 0), (0, 2), (0, 0)), constant_values=7.0)
     real = jnp.arange(SOURCE + 2) < jnp.asarray([[SOURCE], [SOURCE]])
     short, _ = call(layer, params, x, context(states))
@@ -57,7 +57,7 @@ def test_padding_of_the_source_changes_nothing(fields):
 def test_memory_is_what_the_states_give():
     layer = CrossAttention(2, 4, num_kv_heads=1, rotary=Rotary())
     x, states = inputs()
-    params = init(layer, jax.random.key(2), x, context(states))
+    params = drawn(layer, x, context(states), seed=2)
     assert set(params) == {"query", "output", "memory"}
     expected, memory = call(layer, params, x, context(states))
     again, same = call(layer, params, x, context(states).replace(states=None), memory)
@@ -70,7 +70,7 @@ def test_memory_is_what_the_states_give():
 def test_an_empty_source_adds_nothing():
     layer = CrossAttention(2, 4)
     x, states = inputs()
-    params = init(layer, jax.random.key(2), x, context(states))
+    params = drawn(layer, x, context(states), seed=2)
     y, _ = call(layer, params, x, context(states, jnp.zeros((2, SOURCE), bool)))
     np.testing.assert_array_equal(y, jnp.zeros_like(x))
 
@@ -79,7 +79,7 @@ def test_rotary_depends_on_the_distance_alone():
     """Queries and keys that are one vector everywhere: the score of place s at t is a function of t - s."""
     layer = CrossAttention(1, 4, rotary=Rotary())
     x, states = jnp.ones((1, 4, WIDTH)), jnp.ones((1, 4, WIDTH))
-    params = init(layer, jax.random.key(2), x, context(states, count=4))
+    params = drawn(layer, x, context(states, count=4), seed=2)
     _, (key, _) = call(layer, params, x, context(states, count=4))
     # Relative phases of neighbouring keys are equal.
     scores = jnp.einsum("sd,td->st", key[0, 0], key[0, 0])
@@ -99,7 +99,7 @@ def test_the_block_is_the_sum_of_its_branches():
         attention=Attention(2, 4), cross_attention=CrossAttention(2, 4), mlp=MLP(8, use_bias=False)
     )
     x, states = inputs()
-    params = init(block, jax.random.key(3), x, context(states))
+    params = drawn(block, x, context(states), seed=3)
 
     def run(*kept):
         outputs = {"attention": "output", "cross_attention": "output", "mlp": "down"}
@@ -120,7 +120,7 @@ def test_the_block_is_the_sum_of_its_branches():
 def test_fused_projections_leave_cross_attention_alone():
     block = CrossBlock(attention=Attention(2, 4), cross_attention=CrossAttention(2, 4), mlp=MLP(8))
     x, states = inputs()
-    params = init(block, jax.random.key(3), x, context(states))
+    params = drawn(block, x, context(states), seed=3)
     fused = fuse_projections(params)
     assert "qkv" in fused["attention"] and set(fused["cross_attention"]) == {"query", "output", "memory"}
     assert set(fused["cross_attention"]["memory"]) == {"key", "value"}

@@ -19,7 +19,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
 from research.ssm.mamba2 import Mamba2
 from research.ssm.recurrent import RecurrentCache
-from tests.programs import drawn
+from tests.programs import call, drawn
 
 VOCAB, WIDTH = 12, 16
 TOKENS = jnp.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
@@ -64,11 +64,11 @@ def step():
     """Reads up to 3 tokens, of which count[b] are committed."""
     model, params = hybrid()
 
-    def call(tokens, cache, count):
+    def run(tokens, cache, count):
         logits, _, fresh = model.apply({"params": params}, tokens, cache, method="extend")
         return logits, cache.commit(fresh, None, count)
 
-    return jax.jit(call)
+    return jax.jit(run)
 
 
 def test_steps_are_the_whole_sequence_and_can_be_taken_back():
@@ -96,16 +96,16 @@ def test_steps_are_the_whole_sequence_and_can_be_taken_back():
     close(part[0], whole(TOKENS)[0, 3:6])
     close(part[1, :1], whole(TOKENS)[1, 6:])
     for new, old in zip(states(again), behind[7], strict=True):  # row 1 read its last token beside two others
-        np.testing.assert_allclose(new.read(again.length)[1][1], old[1][1], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(new.read(again.length)[1][1], old[1][1], rtol=1e-4, atol=1e-5)  # up to 1
 
 
 def test_prefill_of_unequal_lengths():
     model, params = hybrid()
     lengths = jnp.array([7, 4])
-    last, _, fresh = model.apply({"params": params}, TOKENS, lengths, method="prefill")
+    last, _, fresh = call(model, params, TOKENS, lengths, method="prefill")
     cache = model.init_cache(2, 16).commit(fresh, None, lengths)
     close(last, jnp.stack([whole(TOKENS)[0, 6], whole(TOKENS)[1, 3]]))
-    following = model.apply({"params": params}, TOKENS[:, 4:5], cache, method="extend")[0]
+    following = call(model, params, TOKENS[:, 4:5], cache, method="extend")[0]
     close(following[1, 0], whole(TOKENS)[1, 4])
 
 
@@ -154,7 +154,7 @@ def test_segments_do_not_meet():
 def test_scanned_layers_are_the_same():
     model, params = hybrid()
     scanned = model.clone(scan_layers=True)
-    close(scanned.apply({"params": scan_params(params, 3)}, TOKENS), whole(TOKENS))
+    close(call(scanned, scan_params(params, 3), TOKENS), whole(TOKENS))
 
 
 def test_a_recurrent_draft_takes_back_what_was_rejected():
