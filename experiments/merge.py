@@ -92,8 +92,9 @@ def main(arguments: list[str]) -> None:
         merging.drop(change, DROP.value, key, HOW.value) for change, key in zip(changes, keys, strict=True)
     ]
     merged = merging.add(base.params, merge(changes, list(tuned.values())))
+    start = BASE.value or "the model that ships"
     card = (
-        f"# A merged model\n\nOf {', '.join(tuned)}, fine-tuned from {BASE.value or SHIPPED}, by {METHOD.value}; "
+        f"# A merged model\n\nOf {', '.join(tuned)}, fine-tuned from {start}, by {METHOD.value}; "
         f"{DROP.value:.0%} of every difference dropped first ({HOW.value}, seed {SEED.value}).\n"
     )
     save_model(OUTPUT.value, base.config, merged, base.tokenizer, card=card, inputs=base.inputs)
@@ -115,7 +116,7 @@ def check_alike(path: str, loaded: "Loaded", base: "Loaded") -> None:
             field.name for field in dataclasses.fields(base.model) if field.name not in ("parent", "name")
         ]
         differ = [name for name in names if getattr(loaded.model, name, None) != getattr(base.model, name)]
-        raise UserError(f"{path} was not fine-tuned from the base: {', '.join(differ) or 'its kind'} differs")
+        raise UserError(f"{path} was not fine-tuned from the base: {', '.join(differ) or 'its kind'} differ")
     tokenizers = [None if x.tokenizer is None else x.tokenizer.fingerprint for x in (loaded, base)]
     if tokenizers[0] != tokenizers[1]:
         raise UserError(f"{path} has another tokenizer than the base")
