@@ -57,8 +57,8 @@ def compress(
     return last.params
 
 
-def costs(params: Any, select: str = SELECT) -> dict[str, float]:
-    """budget: bits a weight of the selected kernels; bytes: of the whole model."""
-    kernels = kernels_at(params, selected(params, select))
+def costs(params: Any) -> dict[str, float]:
+    """budget: bits a weight of the kernels of blocks; bytes: of the whole model."""
+    kernels = kernels_at(params, selected(params, SELECT))
     count = sum(math.prod(kernel.shape) for kernel in kernels.values())
     return {"budget": stored_bits(kernels) / count, "bytes": stored_bits(params) // 8}
