@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 
 from research.config import of
 from research.data.glyphs import GlyphAnswers
+from research.multimodal.dynamic_llava import DynamicLM, DynamicTraining, Sparsity
 from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
-from research.sparse.dynamic_llava import DynamicLM, DynamicTraining, Sparsity
 from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, cosine

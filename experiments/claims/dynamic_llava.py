@@ -20,9 +20,9 @@ from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build, of
 from research.data.glyphs import GlyphAnswers
 from research.language.decoder import DecoderLM
+from research.multimodal.dynamic_llava import DynamicLM, Sparsity, dynamic
 from research.nn.accounting import count_bytes
 from research.nn.attention_kernels import DenseAttention, group_queries
-from research.sparse.dynamic_llava import DynamicLM, Sparsity, dynamic
 from research.sparse.tokens import keep_best
 from research.training.loop import Trainer
 from research.training.task import LanguageModelling, language_metrics

@@ -192,8 +192,9 @@ def mean(results: Results, arm: str, measure: str, place: int | None = None) -> 
 
 def judge(results: Results) -> tuple[str, str]:
     """Yes, if at 25 and 50 % density, at 96 and 128 tokens and with every seed MoA recalls at least 1.5 times as much
-    as the uniform window, the least ratio of the paper; partly, if it recalls more in all of these; else no."""
-    ratios, sentences = [], []
+    as the uniform window, the least ratio of the paper, and its effective context is longer at both densities; partly,
+    if it recalls more in all of these; else no."""
+    ratios, longer, sentences = [], [], []
     for share in ("25 %", "50 %"):
         mine, other = (results[f"{kind} {share}"]["recall"] for kind in ("MoA", "uniform"))
         for place in (2, 3):
@@ -201,6 +202,7 @@ def judge(results: Results) -> tuple[str, str]:
         means_of = [[statistics.fmean(x[place] for x in arm) for arm in (mine, other)] for place in (3, 2)]
         accuracy = " and ".join(f"{a:.2f} against {b:.2f}" for a, b in means_of)
         contexts = [mean(results, f"{kind} {share}", "effective context") for kind in ("MoA", "uniform")]
+        longer.append(contexts[0] > contexts[1])
         sentences.append(
             f"at {share} MoA recalls {accuracy} of the uniform window at 128 (profiled) and 96 (unprofiled) tokens, "
             f"with an effective context of {contexts[0]:.0f} against {contexts[1]:.0f}"
@@ -229,7 +231,7 @@ def judge(results: Results) -> tuple[str, str]:
     sentences.append(
         f"the cache at 25 % takes {memory:.0%} of the dense one's bytes, its margin of a row included"
     )
-    verdict = "yes" if min(ratios) >= 1.5 else "partly" if min(ratios) > 1 else "no"
+    verdict = "yes" if min(ratios) >= 1.5 and all(longer) else "partly" if min(ratios) > 1 else "no"
     return verdict, "; ".join(sentences) + "."
 
 

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
+from research.multimodal.dynamic_llava import Sparsity, dynamic
 from research.nn.attention import Attention
 from research.nn.masks import Full, Window
 from research.nn.transformer import Block, unscan_layers
-from research.sparse.dynamic_llava import Sparsity, dynamic
 from research.sparse.globalcom2 import encode
 from research.sparse.tidal import Tidal, tidal
 from research.vision.vit import ViT

@@ -9,19 +9,19 @@ import pytest
 
 from research.errors import UserError
 from research.language.decoder import DecoderLM
-from research.nn.attention import Attention
-from research.nn.attention_kernels import DenseAttention
-from research.nn.cache import DenseCache
-from research.nn.masks import Causal, Window
-from research.nn.rotary import Rotary
-from research.nn.transformer import Block
-from research.sparse.dynamic_llava import (
+from research.multimodal.dynamic_llava import (
     DynamicTraining,
     PolicyAttention,
     Sparsity,
     decode_without_cache,
     dynamic,
 )
+from research.nn.attention import Attention
+from research.nn.attention_kernels import DenseAttention
+from research.nn.cache import DenseCache
+from research.nn.masks import Causal, Window
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
 from research.sparse.pruned_cache import PrunedCache
 from research.sparse.tokens import hard_gumbel_keep, select_tokens, take_tokens
 from research.training.stepwise import stepwise_logits
