@@ -386,6 +386,16 @@ class GearCache(struct.PyTreeNode):
             key=chunks[0], value=chunks[1], key_buffer=key, value_buffer=value, held=self.held + full * size
         )
 
+    def check_rollback(self, length: jax.Array) -> None:
+        """Raise `UserError` for a roll-back into chunks, where the numbers are known."""
+        if isinstance(self.held, jax.core.Tracer) or isinstance(length, jax.core.Tracer):
+            return
+        if bool(jnp.any(length < self.held)):
+            raise UserError(
+                f"a roll-back to {int(jnp.min(length))} tokens reaches into compressed chunks: this cache was made "
+                f"to go back {self.margin} tokens; make it with a larger margin"
+            )
+
     def select(self, rows: jax.Array) -> "GearCache":
         return jax.tree.map(lambda x: x[rows], self)
 

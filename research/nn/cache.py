@@ -206,9 +206,12 @@ class Cache(struct.PyTreeNode):
     def rollback(self, length: jax.Array) -> "Cache":
         """Forget the tokens from `length` int32[B] on.
 
-        Raises `UserError` where a layer keeps a state instead of tokens, and no earlier ones.
+        Raises `UserError` where a layer keeps a state instead of tokens, and no earlier ones; and where one that keeps
+        old tokens in another form can tell (not while it is traced) that they would be among them.
         """
         for layer in self.layers:
+            if hasattr(layer, "check_rollback"):
+                layer.check_rollback(length)
             if getattr(layer, "margin", 1) < 1:
                 raise UserError(
                     f"a {type(layer).__name__} keeps a state, not tokens: it can't be rolled back unless the "
