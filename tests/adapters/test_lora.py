@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from research.adapters.corda import CorDA, damped
 from research.adapters.lora import LoftQ, LoRA, NormalQuantizer, PiSSA, flat, in_turns, merge
 from research.adapters.lq_lora import CANDIDATES, BlockNormal, LQLoRA, decompose, plan
+from research.adapters.mole import MoLE
+from research.adapters.pat import PAT
 from research.adapters.tuning import AdapterTuning
 from research.config import build, of
 from research.errors import UserError
@@ -17,6 +20,8 @@ from research.nn.lowrank import low_rank
 from research.nn.normal_float import code_book
 from research.nn.weights import Sum, Weight, materialize, stored_bits
 from research.training.partial import kept, save_adapter
+from research.training.partitioning import make_mesh, parameter_shardings
+from research.training.paths import named_leaves
 from research.training.workdir import load_model
 
 from .conftest import Run, stage, text, trainer
@@ -248,3 +253,36 @@ def test_loftq_and_qlora_freeze_rounded_kernels(base):
             kernel = Sum((flat(params["fixed"]["kernel"])[path], flat(params["adapter"])[path]))
             gaps[kind] = np.linalg.norm(kernel.materialize() - before[path])
         assert gaps[LoftQ] < gaps[LoRA]
+
+
+def test_the_program_writes_and_merges(finished: Run, base, tmp_path, capsys):
+    from experiments import adapter
+
+    def run(*flags):
+        return adapter.PROGRAM.call(adapter.main, [f"--{flag}" for flag in flags])
+
+    small, merged = tmp_path / "small", tmp_path / "merged"
+    assert run(f"adapter={finished.workdir}", f"output={small}") == 0
+    assert run(f"adapter={small}", f"merge={merged}") == 0
+    told = capsys.readouterr().out
+    assert "14 kernels merged; 14 of them were frozen in fewer bits" in told
+    wanted = finished.trainer.task.merge(finished.state.params)[1]
+    jax.tree.map(np.testing.assert_array_equal, load_model(merged).params, wanted)
+    assert run(f"adapter={merged}", f"output={tmp_path / 'x'}") == 2
+    assert run(f"adapter={small}") == 2
+    errors = capsys.readouterr().err
+    assert "holds a model, not an adapter" in errors and "nothing to do" in errors
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoRA(rank=2), PAT(rank=2, mixing_rank=4), MoLE(rank=2)], ids=lambda a: type(a).__name__
+)
+def test_every_leaf_has_a_sharding(adapter, base):
+    params = AdapterTuning(adapter, base).start(jax.random.key(0))
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    shardings = named_leaves(parameter_shardings(params, mesh, replicate_below=32))
+    found = {path: spec.spec for path, spec in shardings.items() if path.startswith("adapter/")}
+    if type(adapter) is LoRA:
+        # As the kernel is: its inputs, and its outputs; the rank is whole.
+        assert found["adapter/layer_0/mlp/up/kernel/down"] == PartitionSpec("fsdp")
+        assert found["adapter/layer_0/mlp/up/kernel/up"] == PartitionSpec(None, "tensor")
