@@ -161,11 +161,11 @@ CLAIM = Claim(
     paper="arXiv 2311.12023, abstract and table 2",
     statement="LQ-LoRA outperforms QLoRA and GPTQ-LoRA at equal size, and the more so the fewer bits, in aggressive "
     "quantization below 3 bits.",
-    setting="The shipped base model of 7.3M parameters, its 42 projections in 2 and 3 bits: NormalFloat with a scale of "
-    f"8 bits for {GROUP} weights, GPTQ a float16 scale and a zero of 8 bits for 256, which is 2 % fewer bytes. Rank "
-    f"{RANK}, {STEPS} updates of {BATCH} x {LENGTH} tokens of generated sums with Adam, each arm at the best of the "
-    f"rates {', '.join(map(str, RATES))}, two seeds; Fisher and GPTQ see {CALIBRATION} rows of the model's own training "
-    "text. 32 held-out rows of each.",
+    setting="The shipped base model of 7.3M parameters, its 42 projections in 2 and 3 bits: NormalFloat with a scale "
+    f"of 8 bits for {GROUP} weights, GPTQ a float16 scale and a zero of 8 bits for 256, which is 2 % fewer bytes. "
+    f"Rank {RANK}, {STEPS} updates of {BATCH} x {LENGTH} tokens of generated sums with Adam, each arm at the best of "
+    f"the rates {', '.join(map(str, RATES))}, two seeds; Fisher and GPTQ see {CALIBRATION} rows of the model's own "
+    "training text. 32 held-out rows of each.",
     measures={
         "own text": f"nats/token before any update, at {BITS} bits",
         "sums before": "nats/token",
