@@ -15,7 +15,7 @@ from configs.qmoe import switch
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from experiments.claims.matformer import byte_tokenizer
 from research.compression.baselines import GPTQ, RoundToNearest
-from research.compression.blocks import plain
+from research.compression.blocks import plain, replace
 from research.compression.chain import Chain, Method
 from research.compression.qmoe import EXPERTS, QMoE
 from research.config import build, of
@@ -31,8 +31,9 @@ from research.training.task import LanguageModelling
 from research.training.workdir import load_model, open_workdir
 
 WIDTH, HIDDEN, NUMBER = 1024, 1024, 8
-LENGTH, BATCH, STEPS = 128, 8, 160
+LENGTH, BATCH, STEPS = 128, 8, 600
 CALIBRATION, HELD_OUT = 256, 64  # rows
+DRAWS = 2  # of calibration text
 NAMES = ("up", "down")
 
 
@@ -41,7 +42,7 @@ def train(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
     heads = dict(num_heads=4, head_dim=32)
     model = switch(WIDTH, HIDDEN, NUMBER, heads, 2, LENGTH, vocab_size=259, dense=256)
     tokenizer = byte_tokenizer(workdir)
-    optimizer = of(adamw, schedule=of(cosine, peak=1e-3, warmup=20, floor=0.05))
+    optimizer = of(adamw, schedule=of(cosine, peak=2e-3, warmup=20, floor=0.05))
     config = of(
         Trainer,
         task=of(LanguageModelling, model=model),
@@ -53,21 +54,38 @@ def train(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
     with open_workdir(workdir / "run", config) as place:
         state, _ = build(config).train(place, progress=False)
     task = build(config.task)
-    return measured(task.model, state.params, tokenizer) | {"budget": STEPS * BATCH * LENGTH}
+    # How much there is to lose: the same model whose experts say nothing.
+    silent = replace(
+        state.params, {f"layer_1/mlp/experts/{name}/kernel": 0 * kernel(state.params, name) for name in NAMES}
+    )
+    without = {"without experts": nats(task.model, silent, tokenizer)}
+    return measured(task.model, state.params, tokenizer) | without | {"budget": STEPS * BATCH * LENGTH}
 
 
 def compress(
     method: Method, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
 ) -> dict[str, Any]:
-    """The trained model after a method, observed on training text of the seed."""
+    """The trained model after a method; loss is the mean over draws of the text that is observed."""
     loaded = load_model(needs["float"].workdir / "run")
     tokenizer = byte_tokenizer(workdir)
-    chain = Chain((method,), tokens=CALIBRATION * LENGTH, length=LENGTH, batch_size=32, seed=1000 + seed)
-    progress(0.2, "compressing")
-    batches = chain.batches(loaded.model, Tokenizer.load(tokenizer)) if chain.needs_data else []
-    (step,) = chain.run(loaded.model, loaded.params, batches)
-    progress(0.8, "measuring")
-    return measured(loaded.model, step.params, tokenizer) | {"budget": len(batches) * 32 * LENGTH}
+    found = []
+    for draw in range(DRAWS if method.needs_data else 1):
+        progress(0.1 + draw / DRAWS, "compressing")
+        text = dict(tokens=CALIBRATION * LENGTH, length=LENGTH, batch_size=32, seed=1000 * (draw + 1) + seed)
+        chain = Chain((method,), **text)
+        batches = chain.batches(loaded.model, Tokenizer.load(tokenizer)) if chain.needs_data else []
+        (step,) = chain.run(loaded.model, loaded.params, batches)
+        found.append(measured(loaded.model, step.params, tokenizer))
+    losses = [one["loss"] for one in found]
+    return found[0] | {
+        "loss": float(np.mean(losses)),
+        "loss by draw": losses,
+        "budget": len(batches) * 32 * LENGTH,
+    }
+
+
+def kernel(params: Any, name: str) -> Any:
+    return params["layer_1"]["mlp"]["experts"][name]["kernel"]
 
 
 def measured(model: Any, params: Any, tokenizer: str) -> dict[str, Any]:
@@ -128,13 +146,15 @@ def judge(results: Results) -> tuple[str, str]:
     }
     verdict = "yes" if all(parts.values()) else "partly" if sum(parts.values()) >= 2 else "no"
     rows = "; ".join(f"{arm} {loss[arm]:.3f} at {bits[arm]:.3f} bits" for arm in METHODS)
+    silent = mean(results, "float", "without experts")
     matrices = " and ".join(
         f"{mean(results, 'QMoE', 'bits by matrix', i):.3f} ({name}, {mean(results, 'QMoE', 'zeros', i):.1%} zeros)"
         for i, name in enumerate(NAMES)
     )
     return verdict, (
-        f"Nats a byte: float {loss['float']:.3f} at 32 bits; {rows}, with the dictionary. By matrix it takes "
-        f"{matrices} without it. It closes {1 - left / gap:.0%} of the gap of rounding to nearest."
+        f"Nats a byte: float {loss['float']:.3f} at 32 bits ({silent:.3f} with silent experts); {rows}, "
+        f"with the dictionary. By matrix it takes {matrices} without it. "
+        f"It closes {1 - left / gap:.0%} of the gap of rounding to nearest."
     )
 
 
@@ -164,8 +184,15 @@ CLAIM = Claim(
     setting=f"A decoder of bytes of Python's standard library, width {WIDTH}, a dense and a switch layer of {NUMBER} "
     f"experts of {HIDDEN} units, trained for {STEPS} updates of {BATCH} x {LENGTH}; calibrated on {CALIBRATION} rows "
     f"of training text, measured on {HELD_OUT} held-out. GPTQ at 2 bits has the same damping and a grid a row; two "
-    "seeds. Speed is not claimed: a CPU decodes more slowly than it reads.",
-    measures={"loss": "nats/byte", "bits": "bits", "bits by matrix": "bits", "zeros": "share, by matrix"},
+    "draws of that text. Speed is not claimed: a CPU decodes more slowly than it reads.",
+    measures={
+        "loss": "nats/byte",
+        "loss by draw": "nats/byte",
+        "without experts": "nats/byte",
+        "bits": "bits",
+        "bits by matrix": "bits",
+        "zeros": "share, by matrix",
+    },
     budget="tokens trained on, or observed",
     arms={"float": Arm(train, "as trained")}
     | {
@@ -183,5 +210,5 @@ CLAIM = Claim(
     },
     judge=judge,
     figure=figure,
-    seeds=(0, 1),
+    seeds=(0,),
 )
