@@ -1,8 +1,8 @@
 """MoA: a mixture of attention spans (arXiv 2406.14909).
 
     python -m experiments.train --config=configs/moa.py:tiny --workdir=runs/moa
-    python -m experiments.plan --workdir=runs/moa --config=configs/moa.py:plan --output=runs/moa_plan.json
-    python -m experiments.plan --config=configs/moa.py:text --output=runs/text_plan.json
+    python -m experiments.spans --workdir=runs/moa --config=configs/moa.py:plan --output=runs/moa_plan.json
+    python -m experiments.spans --config=configs/moa.py:text --output=runs/text_plan.json
     python -m experiments.generate --plan=runs/text_plan.json --prompt='import '
 
 A plan needs a trained dense model and trains nothing, so two kinds of presets are here: what is trained, and planners.

@@ -1,72 +1,178 @@
-"""Plans attention spans for a trained model: which keys each head keeps, as a function of the input's length (MoA).
+"""What a training run would need on devices that are not here: memory, FLOPs, communication, time, the largest batch.
 
-    python -m experiments.plan --config=configs/moa.py:text --output=runs/plan.json
-    python -m experiments.plan --workdir=runs/moa --config=configs/moa.py:plan --output=runs/plan.json
-    python -m experiments.plan --config=configs/moa.py:text --config.density=0.25 --output=runs/quarter.json
-    python -m experiments.generate --plan=runs/plan.json --prompt='import '
+    python -m experiments.plan --config=configs/matlm.py:paper --topology=v5e:4x4
+    python -m experiments.plan --config=configs/matlm.py:paper --topology=h100:8 --config.mesh.fsdp=8
+    python -m experiments.plan --config=configs/matlm.py:paper --topology=v5e:2x2 --compile
 
-The model answers the calibration data itself; the gradient of its loss on those answers says what each attention entry
-is worth; integer programs then spend the density on the spans that lose least. No weight changes. The plan is a JSON
-file that fits this model alone. Without --workdir it plans for the model that ships. What is going on goes to standard
-error, the plan in words to standard output.
+Nothing is allocated, and nothing compiled but with --compile: the step of the first stage is traced with its shapes and
+shardings, and counted; seconds on a laptop, whatever the size. The time is a roofline (docs/scale.md says of what), not
+a measurement. --compile has the compiler of the devices take the step and prints what it says beside it; the compilers
+come with `pip install -e '.[aot]'`.
+
+A topology is a chip and how many: v5e:4x4, v5p:2x2x4, v6e:8, v4:2x2x2, a100:8, h100:64, h200:8.
 """
 
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from experiments import cli
 
 if TYPE_CHECKING:
-    from research.sparse.moa.planner import Front
+    from research.training.planning import Plan
 
 PROGRAM = cli.Program(__doc__)
 CONFIG = PROGRAM.config_flag()
-WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
-OUTPUT = PROGRAM.define(flags.DEFINE_string, "output", None, "The plan, a new file.", required=True)
-STEP = PROGRAM.define(
-    flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
+TOPOLOGY = PROGRAM.define(
+    flags.DEFINE_string, "topology", None, "The devices, such as v5e:4x4 or h100:8.", required=True
 )
-EMA = PROGRAM.define(flags.DEFINE_boolean, "ema", False, "The moving average of the parameters.")
+TABLE = PROGRAM.define(flags.DEFINE_boolean, "table", True, "Where each parameter lies.")
+COMPILE = PROGRAM.define(flags.DEFINE_boolean, "compile", False, "Also compile the step for the devices.")
+JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
 
 
 def main(arguments: list[str]) -> None:
+    import jax
+
     from research.config import build
     from research.errors import UserError
-    from research.language import BASE
-    from research.sparse.moa.planner import Planner
-    from research.training.workdir import load_model
+    from research.training.loop import Trainer
+    from research.training.partitioning import table
+    from research.training.planning import place, plan
+    from research.training.topologies import parse_topology
 
-    planner = build(CONFIG.load())
-    if not isinstance(planner, Planner):
-        raise UserError(f"--config={CONFIG.value} builds a {type(planner).__name__}, not a Planner")
-    path = WORKDIR.value or BASE
-    loaded = load_model(path, STEP.value, EMA.value)
+    jax.config.update("jax_platforms", "cpu")
+    topology = parse_topology(TOPOLOGY.value)
+    trainer = build(CONFIG.load())
+    if not isinstance(trainer, Trainer):
+        raise UserError(
+            f"--config={CONFIG.value} builds a {type(trainer).__name__}, not a Trainer: there is no step to plan"
+            + ("; for attention spans: python -m experiments.spans" if hasattr(trainer, "profiles") else "")
+        )
+    made = plan(trainer, topology)
+    if TABLE.value and topology.devices > 1:
+        params = place(trainer, topology)[2].params
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+        print(table(params, shardings, large=trainer.replicate_below))
+    print(describe(made))
+    compiled = compile_for(trainer, topology) if COMPILE.value else None
+    if compiled is not None:
+        print(compare(made, compiled))
+    if JSON.value is not None:
+        write(made, compiled, JSON.value)
 
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
-    profiles = planner.profiles(loaded.model, loaded.params, tell)
-    front = planner.search(loaded.model, loaded.params, profiles, tell)
-    front.plan.save(OUTPUT.value)
-    print(describe(front))
-    print(f"{OUTPUT.value}: for {path} alone, up to {front.plan.longest} tokens of prompt and output")
+def describe(made: "Plan") -> str:
+    """The plan in words."""
+    from research.training.planning import USABLE
+    from research.training.progress import human
+    from research.training.topologies import GiB
 
-
-def describe(front: "Front") -> str:
-    """The front, densities, and the rules of every layer with the spans at the longest length."""
-    plan = front.plan
-    lines = ["loss that is masked, at each profiled length and at the one for selection:"]
-    for number, (losses, unseen) in enumerate(zip(front.losses, front.validation, strict=True)):
-        mark = "selected" if number == front.chosen else ""
-        lines.append(f"  {' '.join(f'{x:9.3g}' for x in losses)} {unseen:9.3g} {mark}".rstrip())
-    shares = (f"{plan.spans(length).mean() / length:.1%} of {length}" for length in plan.lengths)
-    lines.append(f"keys and values kept: {', '.join(shares)} tokens")
-    for layer, rules, spans in zip(plan.shape.layers, plan.rules, plan.spans(plan.longest), strict=True):
-        heads = ", ".join(f"{a:+d} {b:g} N: {span}" for (a, b), span in zip(rules, spans, strict=True))
-        lines.append(f"layer {layer}: {heads}")
+    chip, costs = made.topology.chip, made.costs
+    axes = ", ".join(f"{name}={size}" for name, size in made.mesh.items() if size > 1) or "one device"
+    rows = [
+        ("parameters", made.parameter_bytes),
+        ("optimizer, averages", made.optimizer_bytes),
+        ("batch", made.batch_bytes),
+        ("activations, gradients", made.activations),
+        ("needed at the peak", made.needed),
+    ]
+    lines = [f"{human(made.parameters)} parameters on {made.topology.devices} x {chip.name}; mesh: {axes}"]
+    lines += [f"  {name:24}{size / GiB:10.3f} GiB per device" for name, size in rows]
+    room = f"{chip.memory / GiB:.0f} GiB, of which a plan uses {USABLE:.0%}"
+    lines.append(f"batch of {made.batch_size}: {'fits' if made.fits else 'DOES NOT FIT'} ({room})")
+    lines.append(
+        "no batch fits: divide more of the model"
+        if made.largest_batch is None
+        else f"largest batch that fits: {made.largest_batch}"
+    )
+    if made.cache is not None:
+        lines.append(f"cache of one decoded sequence of full length: {made.cache / GiB:.3f} GiB")
+    total = costs.products * made.topology.devices
+    lines.append(
+        f"a step: {costs.products:.3g} FLOP per device in matrix products, {total:.3g} in all; the model's own: "
+        f"{made.model_flops:.3g}"
+    )
+    lines.append(
+        f"  sends {costs.gathered / GiB:.3f} GiB in all-gathers and {costs.reduced / GiB:.3f} GiB in sums per device"
+    )
+    times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in made.seconds.items())
+    (fast, slow), (high, low) = made.step_seconds, made.mfu
+    lines.append(f"  roofline: {times}")
+    lines.append(
+        f"  at least {1e3 * fast:.4g} ms with communication hidden, {1e3 * slow:.4g} ms with none hidden: "
+        f"MFU at most {high:.0%} and {low:.0%}"
+    )
+    if costs.uncounted:
+        lines.append(f"  not counted, or once instead of every turn: {', '.join(sorted(costs.uncounted))}")
     return "\n".join(lines)
+
+
+def compile_for(trainer: Any, topology: Any) -> dict[str, Any]:
+    """What the compiler of the devices says of the first stage's step. Raises `UserError` where there is none."""
+    import collections
+    import re
+
+    from experiments.bench.aot import find_topology
+
+    compiled = trainer.compile_for(find_topology(topology.text))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    found = collections.Counter(re.findall(rf"\b({'|'.join(names)})(?:-start)?\(", text))
+    return {
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "flops": compiled.cost_analysis().get("flops"),
+        "collectives": dict(found),
+        "asynchronous": len(re.findall(rf"\b({'|'.join(names)})-start\(", text)),
+    }
+
+
+def compare(made: "Plan", compiled: dict[str, Any]) -> str:
+    """The compiler's analysis beside the plan's."""
+    from research.training.topologies import GiB
+
+    held = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
+    collectives = ", ".join(f"{count} {name}" for name, count in compiled["collectives"].items()) or "none"
+    return "\n".join(
+        [
+            "the compiler's own analysis (the plan's in brackets):",
+            f"  arguments {compiled['arguments'] / GiB:.3f} GiB ({held / GiB:.3f})",
+            f"  temporary {compiled['temporary'] / GiB:.3f} GiB ({made.activations / GiB:.3f})",
+            f"  {compiled['flops'] or 0:.3g} FLOP per device, loops once ({made.costs.products:.3g})",
+            f"  collectives: {collectives}; {compiled['asynchronous']} of them asynchronous",
+        ]
+    )
+
+
+def write(made: "Plan", compiled: dict[str, Any] | None, path: str) -> None:
+    """All numbers as JSON."""
+    import dataclasses
+    import json
+    from pathlib import Path
+
+    costs = dataclasses.asdict(made.costs) | {"uncounted": sorted(made.costs.uncounted)}
+    numbers = {
+        "topology": made.topology.text,
+        "mesh": made.mesh,
+        "batch_size": made.batch_size,
+        "parameters": made.parameters,
+        "bytes": {
+            "parameters": made.parameter_bytes,
+            "optimizer": made.optimizer_bytes,
+            "batch": made.batch_bytes,
+            "activations": made.activations,
+            "cache": made.cache,
+        },
+        "costs": costs,
+        "model_flops": made.model_flops,
+        "largest_batch": made.largest_batch,
+        "seconds": made.seconds,
+        "step_seconds": made.step_seconds,
+        "mfu": made.mfu,
+        "compiled": compiled,
+    }
+    Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

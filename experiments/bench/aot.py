@@ -151,6 +151,24 @@ def find_device(target: str) -> Any:
     return topologies.get_topology_desc(TOPOLOGIES[target], "tpu").devices[0]
 
 
+def find_topology(text: str) -> Any:
+    """The devices of a topology such as v5e:4x4 or h100:8. Raises UserError where their compiler is missing."""
+    import os
+
+    from jax.experimental import topologies
+
+    versions()
+    chip, _, shape = text.partition(":")
+    if chip == "h100":
+        facts = (Path(__file__).parent / "h100_sxm.txtpb").read_text(encoding="utf-8")
+        options = {"target_config": facts, "topology": f"1x1x{shape}"}
+        return topologies.get_topology_desc("h100", "cuda", **options).devices
+    if chip.startswith("v"):
+        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+        return topologies.get_topology_desc(text, "tpu").devices
+    raise UserError(f"--compile: no compiler for {chip}; there are those of TPUs and of h100")
+
+
 def programs(name: str, platform: str) -> Iterator[tuple[str, str, Callable[..., Any], tuple[Any, ...]]]:
     """(name, case, function, shapes of its arguments) of a kernel or of the decoder."""
     from experiments.bench import aot_decoder

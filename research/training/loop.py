@@ -124,6 +124,11 @@ class Trainer:
         run = _Run(self, None, False, None, devices)
         return run.compile(run.plans[0]), run.initial(), run.mesh
 
+    def compile_for(self, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
+        """The step of the first stage, compiled for devices that may be another machine's, or none's."""
+        run = _Run(self, None, False, None, devices)
+        return run.compile(run.plans[0])
+
     def abstract_first_stage(self, mesh: jax.sharding.AbstractMesh) -> tuple[Callable[..., Any], State]:
         """(step, state) as `compile_first_stage` makes them, on devices that need not exist: the step is not compiled,
         and the state is shapes and shardings."""

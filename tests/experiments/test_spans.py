@@ -1,4 +1,4 @@
-"""The programs plan and generate with a plan: what they write and print, and mistakes in one line."""
+"""The programs spans and generate with a plan: what they write and print, and mistakes in one line."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from experiments import generate, plan
+from experiments import generate, spans
 from research.config import build, of
 from research.data.tokenizer import Tokenizer
 from research.decoding.generator import Generator
@@ -51,7 +51,7 @@ def test_a_plan_is_made_and_generates(tmp_path, capsys, monkeypatch):
         f"--config.{value}" for value in ("samples=2", "batch_size=2", "step=4", "points=2", "lower=0.5")
     ]
     arguments = ["--config=configs/moa.py:plan", f"--workdir={directory}", f"--output={file}", *data, *small]
-    assert call(plan, *arguments) == 0
+    assert call(spans, *arguments) == 0
     out, err = capsys.readouterr()
     made = Plan.load(file)
     spans = ", ".join(
@@ -90,6 +90,6 @@ def test_a_plan_is_made_and_generates(tmp_path, capsys, monkeypatch):
 )
 def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert call(plan, *arguments) == 2
+    assert call(spans, *arguments) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1

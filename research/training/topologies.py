@@ -1,0 +1,80 @@
+"""Accelerators and how many of them: what a plan is made for. Numbers are the makers' data sheets', one direction."""
+
+import dataclasses
+import math
+import re
+
+from research.errors import UserError, nearest
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    bfloat16, float32: FLOP/s of dense matrix products. memory: bytes. bandwidth: of its memory, bytes/s. link: bytes/s
+    that it sends to its neighbours in a ring, one direction. per_host: how many one host has. slow_link: bytes/s of
+    each chip beyond `fast_within` chips, over which `link` does not reach (`None`: it reaches all of a slice).
+    """
+
+    name: str
+    bfloat16: float
+    float32: float
+    memory: float
+    bandwidth: float
+    link: float
+    per_host: int
+    fast_within: int | None = None
+    slow_link: float | None = None
+
+
+def _tpu(name: str, bfloat16: float, gib: int, bandwidth: float, link: float, per_host: int = 4) -> Chip:
+    # A product in float32 is six in bfloat16, of parts of the operands.
+    return Chip(name, bfloat16, bfloat16 / 6, gib * GiB, bandwidth, link, per_host)
+
+
+def _gpu(
+    name: str, bfloat16: float, float32: float, gib: int, bandwidth: float, link: float, slow: float
+) -> Chip:
+    return Chip(name, bfloat16, float32, gib * GiB, bandwidth, link, 8, 8, slow)
+
+
+# TPU: one ring uses one axis of the torus, both ways: twice the one-way rate of a link. GPU: NVLink one way, and one
+# network card of 400 (A100: 200) Gbit/s a GPU.
+CHIPS = {
+    "v4": _tpu("TPU v4", 275e12, 32, 1228e9, 90e9),
+    "v5e": _tpu("TPU v5e", 197e12, 16, 819e9, 90e9),
+    "v5p": _tpu("TPU v5p", 459e12, 95, 2765e9, 180e9),
+    "v6e": _tpu("TPU v6e", 918e12, 32, 1640e9, 180e9),
+    "a100": _gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80, 2039e9, 300e9, 25e9),
+    "h100": _gpu("H100 SXM", 989e12, 67e12, 80, 3352e9, 450e9, 50e9),
+    "h200": _gpu("H200", 989e12, 67e12, 141, 4800e9, 450e9, 50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """So many chips of one kind."""
+
+    text: str
+    chip: Chip
+    devices: int
+
+    def rate(self, parts: int) -> float:
+        """Bytes/s at which a chip sends in a ring of `parts` chips."""
+        chip = self.chip
+        reaches = chip.fast_within is None or parts <= chip.fast_within
+        return chip.link if reaches else chip.slow_link
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5e:4x4`, `h100:8`: a chip, and the sizes whose product is their number. Raises `UserError`."""
+    name, _, shape = text.partition(":")
+    if name not in CHIPS:
+        close = nearest(name, CHIPS)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(CHIPS)}"
+        raise UserError(f"--topology={text}: no chip {name!r}; {hint}")
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        raise UserError(f"--topology={text}: expected {name}:COUNT or {name}:AxB, such as {name}:4x4")
+    return Topology(text, CHIPS[name], math.prod(int(size) for size in shape.split("x")))
