@@ -69,13 +69,19 @@ class Read(nn.Module):
         return Linear(width, self.use_bias, name="output")(out) if self.output else out
 
 
-def read(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def read(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
     """query [N, Q, H, d], key and value [N, S, H, d], mask bool[N or 1, Q, S] -> [N, Q, H, d].
 
-    Softmax in float32, scaled by d^-1/2; a query without a key gets exactly 0.
+    Softmax in float32 of products times `scale`, by default d^-1/2; a query without a key gets exactly 0.
     """
     scores = jnp.einsum("nqhd,nshd->nhqs", query, key, preferred_element_type=jnp.float32)
-    scores = scores * query.shape[-1] ** -0.5
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1)

@@ -12,14 +12,14 @@ from research.data.packing import permutation
 from research.data.pipeline import RecordDataset
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.media import Planner, read_image
+from research.multimodal.media import Media, Planner, read_image
 from research.multimodal.prompts import Written, pictures, write
 
 
 @dataclasses.dataclass(eq=False)
 class Conversations(RecordDataset):
-    """Language batches (docs/architecture.md) with `slot` int32[T], `patches` f32[I, V, P, p * p * 3] and `grid`
-    int32[I, V, 2] as in `research.multimodal`, and `step_ends` int32[T] where `steps` is not "causal".
+    """Language batches (docs/architecture.md) with `slot` int32[T], `patches` f32[I, V, P, p * p * 3], `grid`
+    int32[I, V, 2] and `marks` int32[I, V] as of `Media`, and `step_ends` int32[T] where `steps` is not "causal".
 
     A row is `pack` dialogues, which don't see each other: `<bos>`, and for every turn `before`, the question,
     `between`, the answer and the end token. Answers and their ends alone have weight. Text that exceeds `length` is
@@ -73,8 +73,8 @@ class Conversations(RecordDataset):
         spec["weights"] = jax.ShapeDtypeStruct((self.length,), np.float32)
         if not self.blind:
             media = self.planner.nothing(self.images)
-            spec["patches"] = jax.ShapeDtypeStruct(media.patches.shape, np.float32)
-            spec["grid"] = jax.ShapeDtypeStruct(media.grid.shape, np.int32)
+            for name, x in media_arrays(media).items():
+                spec[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
         return spec
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Conversations(RecordDataset):
         }
         if self.steps != "causal":
             batch["step_ends"] = np.stack([self._step_ends(*row) for row in rows])
-        return batch if self.blind else batch | {"patches": seen.media.patches, "grid": seen.media.grid}
+        return batch if self.blind else batch | media_arrays(seen.media)
 
     def _row(self, epoch: int, place: int) -> tuple[Written, list[int], list[bool]]:
         """-> what is written, the segment of each token and whether it is of an answer."""
@@ -169,3 +169,8 @@ class Conversations(RecordDataset):
     def _compute_order(self, epoch: int) -> np.ndarray:
         count = len(self.source)
         return permutation(count, self.seed, epoch) if self.shuffle else np.arange(count)
+
+
+def media_arrays(media: Media) -> dict[str, np.ndarray]:
+    """As they stand in a batch."""
+    return {field.name: getattr(media, field.name) for field in dataclasses.fields(media)}

@@ -30,21 +30,24 @@ class Media(struct.PyTreeNode):
     """The images of a batch, I a row (or fewer) of V views (or fewer) of P patches (or fewer).
 
     patches f32[B, I, V, P, p * p * 3], row-major in each view, with 0 behind the last; grid int32[B, I, V, 2], rows and
-    columns of patches, 0 where there is no view. One image may be given without the axis B.
+    columns of patches, 0 where there is no view; marks int32[B, I, V], what the planner tells its connector of each
+    view. What a planner reads is one image, without the axes B and I.
     """
 
     patches: jax.Array
     grid: jax.Array
+    marks: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """A part of an image: scaled to `size` (width, height), cut to `box` (left, top, right, bottom), and of that every
-    `step`-th row and column."""
+    `step`-th row and column. mark: see `Media.marks`."""
 
     size: tuple[int, int]
     box: tuple[int, int, int, int]
     step: int = 1
+    mark: int = 0
 
     @classmethod
     def whole(cls, width: int, height: int) -> "Crop":
@@ -101,7 +104,7 @@ class Planner:
 
     def group(self, row: int) -> int | None:
         """Neighbouring rows with the same number share a position; None: it has its own."""
-        return {"none": None, "image": 0, "row": row // self.columns}[self.share]
+        return None if self.share == "none" else 0 if self.share == "image" else row // self.columns
 
     def grid(self, crop: Crop) -> tuple[int, int]:
         """Rows and columns of patches of a crop."""
@@ -109,23 +112,24 @@ class Planner:
         return -(-(bottom - top) // crop.step) // self.patch, -(-(right - left) // crop.step) // self.patch
 
     def read(self, image: np.ndarray) -> tuple[Media, list[int | str]]:
-        """uint8[h, w, 3] -> patches [V, P, p * p * 3] and grid [V, 2], and the spelling."""
+        """uint8[h, w, 3] -> media without B and I, and the spelling."""
         image = self.pad(image)
         crops = self.plan(image.shape[1], image.shape[0])
         patches = np.zeros((self.views, self.patches, self.patch**2 * 3), np.float32)
-        grid = np.zeros((self.views, 2), np.int32)
+        grid, marks = np.zeros((self.views, 2), np.int32), np.zeros(self.views, np.int32)
         for view, (crop, pixels) in enumerate(zip(crops, cut(image, crops), strict=True)):
-            grid[view] = self.grid(crop)
+            grid[view], marks[view] = self.grid(crop), crop.mark
             scaled = (pixels.astype(np.float32) / 255.0 - np.float32(self.mean)) / np.float32(self.std)
             flat = patchify(scaled[None], self.patch)[0]
             patches[view, : len(flat)] = flat
-        return Media(patches, grid), self.spell(crops)
+        return Media(patches, grid, marks), self.spell(crops)
 
     def nothing(self, images: int) -> Media:
         """`images` places without an image."""
         return Media(
             np.zeros((images, self.views, self.patches, self.patch**2 * 3), np.float32),
             np.zeros((images, self.views, 2), np.int32),
+            np.zeros((images, self.views), np.int32),
         )
 
 

@@ -24,7 +24,8 @@ from research.training.task import (
 
 def batch_pictures(batch: Batch) -> Pictures:
     """The images of a batch of `Conversations`."""
-    return Pictures(Media(batch["patches"], batch["grid"]), batch["slot"], batch["positions"])
+    media = Media(batch["patches"], batch["grid"], batch["marks"])
+    return Pictures(media, batch["slot"], batch["positions"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,8 @@ class Tower(LayerStack, kw_only=True):
         class_token: one learned token in front, with a position of its own.
         feature: which layer's output the tokens are, counted from the end: -1 is the last, -2 (LLaVA) the one before.
         patch_bias: of the patch embedding (SigLIP has one, CLIP none).
-        pre_norm, post_norm: norms of what enters the first layer (CLIP), and of the tokens and the last tap (SigLIP).
+        pre_norm, post_norm: templates of norms of what enters the first layer (CLIP), and of the tokens and the last tap (SigLIP).
+        norm_all: every tap goes through `post_norm`, not the last alone.
         flexible: whether grids differ from view to view; else the table is added as it is, which is much less work.
     """
 
@@ -86,6 +87,7 @@ class Tower(LayerStack, kw_only=True):
     patch_bias: bool = True
     pre_norm: nn.Module | None = None
     post_norm: nn.Module | None = LayerNorm()
+    norm_all: bool = False
     flexible: bool = False
 
     def setup(self) -> None:
@@ -94,6 +96,9 @@ class Tower(LayerStack, kw_only=True):
         self.positions = parameter(self, "positions", init, (self.side**2 + self.class_token, self.width))
         if self.class_token:
             self.token = parameter(self, "class_token", init, (1, self.width))
+        # Copies, as towers side by side may have been given one template.
+        self.first_norm = None if self.pre_norm is None else self.pre_norm.clone(parent=None)
+        self.last_norm = None if self.post_norm is None else self.post_norm.clone(parent=None)
         self.make_layers()
 
     def __call__(self, media: Media) -> Seen:
@@ -116,15 +121,17 @@ class Tower(LayerStack, kw_only=True):
             start = jnp.broadcast_to((self.token + first).astype(x.dtype), (x.shape[0], 1, self.width))
             x = jnp.concatenate([start, x], axis=1)
             there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
+        if self.first_norm is not None:
+            x = self.first_norm(x)
         context = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), there.astype(jnp.int32))
         taps = [x]
         for layer in range(self.num_layers):
             stream, _ = self._run_span(self._enter(taps[-1]), context, None, layer, layer + 1)
             taps.append(stream.x.reshape(x.shape))
-        if self.post_norm is not None:
-            taps[-1] = self.post_norm(taps[-1])
+        if self.last_norm is not None:
+            taps = [self.last_norm(tap) if self.norm_all else tap for tap in taps[:-1]] + [
+                self.last_norm(taps[-1])
+            ]
         if not -self.num_layers - 1 <= self.feature < 0:
             raise UserError(f"Tower: feature={self.feature}: from -1 to {-self.num_layers - 1} is expected")
         tokens = taps[self.feature][:, int(self.class_token) :]

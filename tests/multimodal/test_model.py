@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_told(toy):
         Prompts.of([("<image> what", [image(), image()])], toy[0].planner, TEXT)
     with pytest.raises(UserError, match="rows 4 wide, and the decoder's tokens are 8 wide"):
         splice(jnp.zeros((1, 2, 8)), jnp.zeros((1, 3, 4)), jnp.zeros((1, 2), jnp.int32))
-    media = Media(jnp.zeros((1, 1, 1, 9, 48)), jnp.zeros((1, 1, 1, 2), jnp.int32))
+    media = Media(jnp.zeros((1, 1, 1, 9, 48)), jnp.zeros((1, 1, 1, 2), int), jnp.zeros((1, 1, 1), int))
     with pytest.raises(UserError, match="4 positions and views have 9 patches"):
         model = vlm(planner=Square(patch=4, side=12))
         jax.eval_shape(

@@ -1,11 +1,12 @@
 """A tiny model that reads images, for the tests of its parts and of the systems."""
 
+import jax
 import numpy as np
 
 from research.data.shapes import vocabulary
 from research.language.decoder import DecoderLM
 from research.multimodal.connectors import PatchProjection
-from research.multimodal.media import Media, Square
+from research.multimodal.media import Square
 from research.multimodal.model import VLM
 from research.multimodal.tower import Tower
 from research.nn.attention import Attention
@@ -42,4 +43,4 @@ def image(seed=0, height=9, width=13):
 def media(planner, *images):
     """Of one row, with the axis B."""
     read = [planner.read(x)[0] for x in images]
-    return Media(np.stack([m.patches for m in read])[None], np.stack([m.grid for m in read])[None])
+    return jax.tree.map(lambda *x: np.stack(x)[None], *read)
