@@ -8,9 +8,9 @@ Of these components r are trained and the rest, W' = W - scale down up, is froze
 takes the r smallest in the context of what shall be kept, instruction-previewed adaptation (IPA) the r largest in that
 of the task. The weighting is by G~ itself, not by its root: that would be the best fit of the outputs (EoRA).
 
-Damping (section 3.2): d = 0.01 times the mean of G's diagonal is added to the diagonal; while | G~ G~^-1 - I |_F is
-at least 0.05, d is doubled. The paper's code divides every sample's inputs by their largest value first; here, as in
-the paper's formula, G is the plain sum, whose factor changes nothing.
+Damping (section 3.2): d = 0.01 times the mean of G's diagonal is added to the diagonal; while | G~ G~^-1 - I |_F is at
+least 0.05, d is doubled. A factor of G changes no component, but how much of it each factor gets, which Adam feels: the
+paper's code divides every sample's inputs by their largest value, here G has a mean diagonal of 1.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ PyTree = Any
 
 
 def damped(gram: np.ndarray) -> tuple[Root, float]:
-    """gram [in, in] -> the weighting by the damped matrix, and the d it took, in means of the diagonal."""
+    """gram [in, in] -> the weighting by the damped matrix of mean diagonal 1 + d, and d."""
     gram = np.asarray(gram, np.float64)
-    mean, one = np.trace(gram) / len(gram), np.eye(len(gram))
-    damping = 0.01
-    while True:
-        whole = gram + damping * mean * one
-        if np.linalg.norm(whole @ np.linalg.inv(whole) - one) < 0.05 or not mean > 0:
-            return root(gram, "whole", ridge=damping), damping
+    mean, one, damping = np.trace(gram) / len(gram), np.eye(len(gram)), 0.01
+    if not mean > 0:
+        return root(gram, "whole"), damping  # which says what is wrong
+    gram = gram / mean
+    while np.linalg.norm((gram + damping * one) @ np.linalg.inv(gram + damping * one) - one) >= 0.05:
         damping *= 2
+    return root(gram, "whole", ridge=damping), damping
 
 
 @dataclasses.dataclass(frozen=True)
