@@ -24,6 +24,7 @@ from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, cosine, muon, wsd
 from research.training.stages import Stage
+from research.training.sweeps import Sweep, grid, log_uniform
 from research.training.task import LanguageModelling
 
 PRESETS = ("tiny", "base", "paper")
@@ -105,4 +106,19 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         of(Stage, name="pretrain", steps=75_000, batch_size=128, optimizer=optimizer),
         dict(every=1000),
         checkpoint_every=1000,
+    )
+
+
+def get_sweep(preset: str = "tiny") -> Sweep:
+    """How the smallest and the largest granularity trade: joint or sampled training, and what the smallest weighs."""
+    weights = {"task.loss_weights": ((1.0, 1.0, 1.0, 1.0), (4.0, 2.0, 1.0, 1.0), (1.0, 1.0, 2.0, 4.0))}
+    fronts = dict(metric="validation/XL/loss", pareto=("validation/S/loss", "validation/XL/loss"))
+    if preset == "search":
+        rate = "stages.0.optimizer.schedule.peak"
+        return Sweep(
+            space={rate: log_uniform(1e-3, 3e-2), "clip": log_uniform(0.1, 10.0)}, trials=16, **fronts
+        )
+    return Sweep(
+        points=grid({"task.training": ("sampled",)}) + grid({"task.training": ("joint",), **weights}),
+        **fronts,
     )

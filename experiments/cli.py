@@ -14,8 +14,8 @@
         PROGRAM.run(main)
 
 Each program has flags of its own (nothing global), so that any number of programs can be imported together.
-Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 75 stopped before the end
-(SIGTERM, or another process of the run was lost) and to be started again, 130 interrupted.
+Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 3 the loss diverged, 75
+stopped before the end (SIGTERM, or another process of the run was lost) and to be started again, 130 interrupted.
 """
 
 import errno
@@ -130,7 +130,7 @@ class Program:
             before()
             return main(arguments) or 0
         except UserError as error:
-            return self._fail(str(error), argv)
+            return self._fail(str(error), argv, error.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -206,9 +206,9 @@ class Program:
             raise UserError(f"unexpected argument {arguments[0]!r}{known}")
         return arguments
 
-    def _fail(self, message: str, argv: Sequence[str]) -> int:
+    def _fail(self, message: str, argv: Sequence[str], code: int = 2) -> int:
         # Looked up in argv, because parsing itself may be what failed.
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
-        return 2
+        return code

@@ -128,6 +128,16 @@ def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     return config
 
 
+def load_sweep(spec: str | Path) -> Any:
+    """What `get_sweep(preset)` of a config file returns. Raises UserError as `load_config`, or if it has none."""
+    file, preset = (str(spec), None) if Path(spec).suffix in (".py", ".json") else _split_preset(str(spec))
+    if not Path(file).is_file():
+        raise UserError(f"{file}: no such config file{hint(_nearest_file(Path(file)))}")
+    if Path(file).suffix != ".py":
+        raise UserError(f"{file}: a sweep is defined by get_sweep(preset) of a .py file")
+    return _run_config_file(Path(file), preset, "get_sweep")
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as JSON text, exactly: `from_json(to_json(c)) == c`, tuples, floats and None included."""
     if not isinstance(config, ConfigDict):
@@ -363,7 +373,7 @@ def _nearest_file(path: Path) -> str | None:
     return nearest(str(path), files) or by_stem.get(nearest(path.stem, by_stem) or "")
 
 
-def _run_config_file(path: Path, preset: str | None) -> ConfigDict:
+def _run_config_file(path: Path, preset: str | None, function: str = "get_config") -> Any:
     name = f"_config_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -376,7 +386,10 @@ def _run_config_file(path: Path, preset: str | None) -> ConfigDict:
         if preset is not None and preset not in presets:
             hint_text = hint(nearest(preset, presets))
             raise UserError(f"no preset {preset!r}{hint_text} (presets: {', '.join(presets)})")
-        config = module.get_config() if preset is None else module.get_config(preset)
+        if not hasattr(module, function):
+            raise UserError(f"it defines no {function}(preset)")
+        made = getattr(module, function)
+        result = made() if preset is None else made(preset)
     except Exception as error:  # whatever a file does wrong is told with its line
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
@@ -386,9 +399,9 @@ def _run_config_file(path: Path, preset: str | None) -> ConfigDict:
         raise UserError(f"{path}{f':{lines[-1]}' if lines else ''}: {what}") from error
     finally:
         del sys.modules[name]
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config returned {show(config)}, expected a config made with of(...)")
-    return config
+    if function == "get_config" and not isinstance(result, ConfigDict):
+        raise UserError(f"{path}: get_config returned {show(result)}, expected a config made with of(...)")
+    return result
 
 
 # ------------------------------------------------------------------------------------------- overrides

@@ -11,6 +11,8 @@ class UserError(Exception):
     `error: <message>` and exit with 2; any other exception that escapes is a defect of ours.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str):
         # One line is the contract, whatever an underlying library put into its own message.
         super().__init__(" ".join(str(message).split()))

@@ -21,7 +21,7 @@ from research.training import hosts, partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate, Evaluation
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
-from research.training.metrics import MetricsWriter
+from research.training.metrics import MetricsWriter, final_metrics, metric_label
 from research.training.monitor import Diverged, Monitor, Pending
 from research.training.partial import kept
 from research.training.partitioning import REPLICATE_BELOW, Axis
@@ -215,7 +215,7 @@ class _Run:
         self.writer: MetricsWriter | None = None
         self.best: str | None = None
         if trainer.evaluators:
-            self.best = _label(trainer.evaluators[0].name, self.evaluation.variants(self.shapes)[0], "loss")
+            self.best = metric_label(trainer.evaluators[0].name, self.evaluation.variants(self.shapes)[0], "loss")
         self.checkpoints: Checkpoints | None = None
         if directory is not None:
             self.checkpoints = Checkpoints(
@@ -406,7 +406,7 @@ class _Run:
                         step = plan.last
                 if self.checkpoints is not None:
                     self.checkpoints.wait()
-            return state, self._final()
+            return state, final_metrics(self.writer.rows)
         finally:
             self.close()
 
@@ -548,23 +548,13 @@ class _Run:
                     {"step": step, "kind": "eval", "name": evaluator.name, "variant": variant, **values}
                 )
                 scores |= {
-                    _label(evaluator.name, variant, name): value
+                    metric_label(evaluator.name, variant, name): value
                     for name, value in values.items()
                     if not isinstance(value, list)
                 }
                 label = " ".join(part for part in (evaluator.name, variant) if part)
                 self.progress.message(f"step {step}: {label} loss {values['loss']:.4f}")
         return scores
-
-    def _final(self) -> dict[str, float]:
-        final: dict[str, float] = {}
-        for row in self.writer.rows:
-            numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and k != "step"}
-            if row["kind"] == "train":
-                final |= {f"train/{name}": value for name, value in numbers.items()}
-            else:
-                final |= {_label(row["name"], row["variant"], name): value for name, value in numbers.items()}
-        return final
 
     def _warn(self, text: str) -> None:
         if self.main:
@@ -636,7 +626,3 @@ def matrix_elements(params: PyTree, model: Any = None) -> int:
 
 def _copy(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.copy, tree)
-
-
-def _label(evaluator: str, variant: str, metric: str) -> str:
-    return "/".join(part for part in (evaluator, variant, metric) if part)

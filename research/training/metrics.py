@@ -20,6 +20,23 @@ def read_rows(path: str | os.PathLike) -> list[Row]:
     return [row for row, _ in _scan(Path(path))]
 
 
+def metric_label(evaluator: str, variant: str, metric: str) -> str:
+    """`evaluator/variant/metric`, without the variant where it has no name."""
+    return "/".join(part for part in (evaluator, variant, metric) if part)
+
+
+def final_metrics(rows: list[Row]) -> dict[str, float]:
+    """The last of every number: `train/loss`, and `<evaluator>/<variant>/<metric>`."""
+    final: dict[str, float] = {}
+    for row in rows:
+        numbers = {k: v for k, v in row.items() if isinstance(v, float | int) and k != "step"}
+        if row["kind"] == "train":
+            final |= {f"train/{name}": value for name, value in numbers.items()}
+        else:
+            final |= {metric_label(row["name"], row["variant"], name): value for name, value in numbers.items()}
+    return final
+
+
 def _scan(path: Path) -> list[tuple[Row, int]]:
     """[(row, byte offset of its end)]."""
     rows, offset = [], 0

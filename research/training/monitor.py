@@ -22,6 +22,8 @@ SETTLED = 20  # losses before that means anything
 class Diverged(UserError):
     """The loss became NaN or infinite, or exploded."""
 
+    exit_code = 3
+
 
 @dataclass(frozen=True)
 class Pending:

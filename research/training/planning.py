@@ -128,7 +128,8 @@ def _measure(step: Any, state: State, batch: dict[str, Any], mesh: jax.sharding.
         closed = jax.make_jaxpr(step)(state, batch)
     specs = [_spec(leaf.sharding.spec, leaf.ndim) for leaf in jax.tree.leaves(state)]
     specs += [_spec((BATCH_AXES,), leaf.ndim) for leaf in jax.tree.leaves(batch)]
-    dividing = {name for leaf in jax.tree.leaves(state.params) for name in sum(_spec(leaf.sharding.spec, leaf.ndim), ())}
+    shardings = [_spec(leaf.sharding.spec, leaf.ndim) for leaf in jax.tree.leaves(state.params)]
+    dividing = {name for spec in shardings for name in sum(spec, ())}
     return tally(closed, specs, dict(mesh.shape), [name for name in BATCH_AXES if name in dividing])
 
 

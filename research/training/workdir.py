@@ -42,6 +42,7 @@ __all__ = [
     "Loaded",
     "Workdir",
     "find_task",
+    "lock_directory",
     "load_model",
     "open_workdir",
     "read_checkpoint",
@@ -111,7 +112,7 @@ def _open(
     try:
         _check_contents(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _lock(directory)
+        lock = lock_directory(directory)
     except OSError as error:
         raise UserError(f"workdir {directory} cannot be opened: {error}") from None
     try:
@@ -143,7 +144,11 @@ def _check_contents(directory: Path) -> None:
         )
 
 
-def _lock(directory: Path) -> IO[str]:
+def lock_directory(directory: Path) -> IO[str]:
+    """The open file that keeps other processes out of a directory until it is closed, or its process dies.
+
+    Raises `UserError` naming the process that holds it.
+    """
     # The kernel drops this lock with the process, so no crash leaves a stale one.
     lock = open(directory / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the workdir is)
     try:

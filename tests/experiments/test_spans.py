@@ -54,10 +54,10 @@ def test_a_plan_is_made_and_generates(tmp_path, capsys, monkeypatch):
     assert call(spans, *arguments) == 0
     out, err = capsys.readouterr()
     made = Plan.load(file)
-    spans = ", ".join(
+    rules = ", ".join(
         f"{a:+d} {b:g} N: {s}" for (a, b), s in zip(made.rules[0], made.spans(24)[0], strict=True)
     )
-    assert f"layer 0: {spans}\n" in out and "up to 24 tokens of prompt and output" in out
+    assert f"layer 0: {rules}\n" in out and "up to 24 tokens of prompt and output" in out
     assert "calibration at 24 tokens: 2 rows" in err and "integer program 4 of 4" in err
 
     using = [f"--workdir={directory}", f"--plan={file}", "--prompt=import os"]
