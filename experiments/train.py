@@ -50,6 +50,12 @@ PATIENCE = PROGRAM.define(
     "Seconds without a sign of life after which a process of the run counts as lost, which ends the others.",
     lower_bound=2,
 )
+PROFILE = PROGRAM.define(
+    flags.DEFINE_string,
+    "profile",
+    None,
+    "Trace FIRST_STEP:STEPS into the workdir's profile/, for Perfetto (ui.perfetto.dev) and XProf.",
+)
 FIGURES = PROGRAM.define(flags.DEFINE_boolean, "figures", True, "Draw the loss curves at the end.")
 
 
@@ -69,7 +75,9 @@ def train(config: "ConfigDict") -> None:
     from research.config import build
     from research.errors import UserError
     from research.training.loop import Trainer
+    from research.training.profiling import parse_profile
 
+    profile = None if PROFILE.value is None else parse_profile(PROFILE.value)
     trainer = build(config)
     if not isinstance(trainer, Trainer):
         raise UserError(
@@ -77,7 +85,7 @@ def train(config: "ConfigDict") -> None:
         )
     if WORKDIR.value is None:
         prepare(trainer)
-        metrics = trainer.run(progress=not QUIET.value)
+        metrics = trainer.run(progress=not QUIET.value, profile=profile)
         if jax.process_index() == 0:
             show(metrics)
         return
@@ -85,7 +93,7 @@ def train(config: "ConfigDict") -> None:
 
     with open_workdir(WORKDIR.value, config, tokenizer_path=tokenizer_path(config, trainer.data)) as workdir:
         prepare(trainer)
-        metrics = trainer.run(workdir, progress=not QUIET.value)
+        metrics = trainer.run(workdir, progress=not QUIET.value, profile=profile)
         if jax.process_index() != 0:
             return
         show(metrics)

@@ -127,8 +127,14 @@ def _checksum(path: Path, *, sync: bool = False) -> tuple[int, int]:
 
 
 def checksums(directory: Path, *, sync: bool = False) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of every file but the manifest; with `sync` they are on the disk afterwards."""
-    files = sorted(path for path in (directory / STATE).rglob("*") if path.is_file())
+    """Size and CRC-32 of every file but the manifest; with `sync` they are on the disk afterwards.
+
+    Raises `Damaged` for a symbolic link, which would be read outside of the checkpoint.
+    """
+    entries = sorted((directory / STATE).rglob("*"))
+    if link := next((path for path in entries if path.is_symlink()), None):
+        raise Damaged(f"{link.relative_to(directory)} is a link; a checkpoint holds its own files")
+    files = [path for path in entries if path.is_file()]
     names = [path.relative_to(directory).as_posix() for path in files]
     with ThreadPoolExecutor(8) as pool:
         sums = pool.map(lambda path: _checksum(path, sync=sync), files)
@@ -158,6 +164,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise Damaged(f"the checksum of {MANIFEST} differs")
     if content["format"] != FORMAT:
         raise UserError(f"checkpoint {directory} has format {content['format']}; this version reads {FORMAT}")
+    for name in (*content["leaves"], *content["files"]):
+        # Leaves become keys of the store, and where it is one of files, paths: none may lead out of the checkpoint.
+        if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
+            raise Damaged(f"{MANIFEST} names {name!r}, which is no name inside of it")
     return content
 
 

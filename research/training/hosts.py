@@ -120,7 +120,8 @@ def ending_together(patience: int = PATIENCE) -> Iterator[None]:
             atexit.register(_leave, CONTINUES)
             raise UserError(f"{_lost('another process')} ({first_line})") from error
         # Registered last, so it runs before jax's own, which waits for the others.
-        atexit.register(_leave, error.exit_code if isinstance(error, UserError) else 1)
+        code = error.exit_code if isinstance(error, UserError) else 2 if isinstance(error, OSError) else 1
+        atexit.register(_leave, code)
         lifeline.release(f"process {jax.process_index()} ({first_line or type(error).__name__})")
         raise
     except BaseException:

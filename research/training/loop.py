@@ -26,6 +26,7 @@ from research.training.monitor import Diverged, Monitor, Pending
 from research.training.partial import kept
 from research.training.partitioning import REPLICATE_BELOW, Axis
 from research.training.paths import named_leaves
+from research.training.profiling import Profile
 from research.training.progress import Progress, human, peak_flops
 from research.training.stages import Stage, split
 from research.training.state import State, init_key, initial_state
@@ -88,14 +89,18 @@ class Trainer:
         return sum(stage.steps for stage in self.stages)
 
     def run(
-        self, workdir: Any = None, progress: bool = True, devices: Sequence[jax.Device] | None = None
+        self,
+        workdir: Any = None,
+        progress: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+        profile: tuple[int, int] | None = None,
     ) -> dict[str, float]:
         """Trains to the end, from the latest checkpoint of `workdir` if there is one; returns final metrics.
 
         `train/loss` and the like are of the last step, `<evaluator>/<variant>/<metric>` of the last
         evaluation (without the variant where it has no name).
         """
-        return self.train(workdir, progress, devices=devices)[1]
+        return self.train(workdir, progress, devices=devices, profile=profile)[1]
 
     def train(
         self,
@@ -103,16 +108,20 @@ class Trainer:
         progress: bool = True,
         params: PyTree | None = None,
         devices: Sequence[jax.Device] | None = None,
+        profile: tuple[int, int] | None = None,
     ) -> tuple[State, dict[str, float]]:
         """As `run`, but also returns the final state.
 
         workdir: a directory, an open `Workdir`, or `None` to write nothing. params: what to start from
-        instead of `task.init`; it is copied. devices: those of the mesh, by default all. Raises `UserError`
+        instead of `task.init`; it is copied. devices: those of the mesh, by default all. profile: (first step, steps)
+        that are traced into `profile/` of the workdir. Raises `UserError`
         for what the config, the data or the workdir got wrong, and `Diverged`. On SIGTERM a run with a
         workdir saves and exits with code 75 (`hosts.CONTINUES`).
         """
         directory = None if workdir is None else Path(getattr(workdir, "path", workdir))
-        return _Run(self, directory, progress, params, devices).train()
+        if profile is not None and directory is None:
+            raise UserError("a profile is written into the workdir, and this run has none")
+        return _Run(self, directory, progress, params, devices, profile=profile).train()
 
     def compile_first_stage(
         self, devices: Sequence[jax.Device] | None = None
@@ -195,9 +204,12 @@ class _Run:
         params: PyTree | None,
         devices: Sequence[jax.Device] | None,
         mesh: jax.sharding.AbstractMesh | None = None,
+        profile: tuple[int, int] | None = None,
     ):
         self.trainer, self.directory, self._given = trainer, directory, params
         self.main = jax.process_index() == 0
+        folder = None if directory is None else directory / "profile"
+        self.profile = Profile(profile if self.main else None, folder)
         self.mesh = partitioning.make_mesh(trainer.mesh, devices) if mesh is None else mesh
         if hasattr(trainer.task, "check_mesh"):
             trainer.task.check_mesh(self.mesh)
@@ -215,7 +227,9 @@ class _Run:
         self.writer: MetricsWriter | None = None
         self.best: str | None = None
         if trainer.evaluators:
-            self.best = metric_label(trainer.evaluators[0].name, self.evaluation.variants(self.shapes)[0], "loss")
+            self.best = metric_label(
+                trainer.evaluators[0].name, self.evaluation.variants(self.shapes)[0], "loss"
+            )
         self.checkpoints: Checkpoints | None = None
         if directory is not None:
             self.checkpoints = Checkpoints(
@@ -420,7 +434,11 @@ class _Run:
         clock = _Clock(plan, getattr(trainer.task, "model", None), self.shapes, self.mesh, start)
         batch = self._next(batches, plan, record)
         for step in range(start + 1, plan.last + 1):
+            self.profile.before(step, state)
             state, metrics = step_function(state, batch)
+            if self.profile.after(step, state):
+                self.progress.message(f"steps up to {step} are traced in {self.directory / 'profile'}")
+                clock.restart(step)
             state = self.rearrange(state, step)
             end = record + stage.batch_size
             source = f"records {record}..{end - 1} of stage {stage.name!r}"
@@ -567,10 +585,13 @@ class _Run:
 
     def close(self) -> None:
         """Waits for a checkpoint in the making and closes the files."""
-        if self.writer is not None:
-            self.writer.close()
-        if self.checkpoints is not None:
-            self.checkpoints.close()
+        self.profile.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.close()
 
 
 class _Clock:

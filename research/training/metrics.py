@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,14 @@ class MetricsWriter:
         for key, value in row.items():
             tag = "/".join([*parts, key])
             if isinstance(value, list):
-                _add_histogram(board, tag, value, row["step"])
+                board.add(_histogram(tag, value), row["step"])
             elif key not in LABELS:
-                board.add_scalar(tag, value, row["step"])
+                board.add(_scalar(tag, value), row["step"])
 
-    def _event_file(self) -> Any:
+    def _event_file(self) -> "_EventFile":
         if self._board is None:
-            # Imported here because protobuf takes a while and nothing is written before the first step.
-            from tensorboardX import SummaryWriter
-
             purge = self._step + 1 if self._step else None
-            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=10)
+            self._board = _EventFile(self._directory / "tensorboard", purge)
         return self._board
 
     def close(self) -> None:
@@ -110,9 +108,48 @@ class MetricsWriter:
             self._board.close()
 
 
-def _add_histogram(board: Any, tag: str, values: list[float], step: int) -> None:
+class _EventFile:
+    """A TensorBoard event file, written by the thread that logs.
+
+    Not by tensorboardX's own thread: where that fails, on a full disk, it ends, and what waits for it waits for ever.
+    """
+
+    FLUSH = 10.0  # seconds
+
+    def __init__(self, directory: Path, purge_step: int | None):
+        # Imported here because protobuf takes a while and nothing is written before the first step.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file, self._event = EventsWriter(str(directory / "events")), Event
+        self._flushed = time.monotonic()
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(step=purge_step, file_version="brain.Event:2"))
+            self._file.write_event(Event(step=purge_step, session_log=start, wall_time=time.time()))
+
+    def add(self, summary: Any, step: int) -> None:
+        self._file.write_event(self._event(step=step, summary=summary, wall_time=time.time()))
+        if time.monotonic() - self._flushed > self.FLUSH:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _scalar(tag: str, value: float) -> Any:
+    from tensorboardX.summary import scalar
+
+    return scalar(tag, value)
+
+
+def _histogram(tag: str, values: list[float]) -> Any:
     """A list as a histogram whose bucket i holds its i-th value: TensorBoard stacks them over the steps."""
-    board.add_histogram_raw(
+    from tensorboardX.summary import histogram_raw
+
+    return histogram_raw(
         tag,
         min=0,
         max=len(values),
@@ -121,5 +158,4 @@ def _add_histogram(board: Any, tag: str, values: list[float], step: int) -> None
         sum_squares=sum(value * value for value in values),
         bucket_limits=list(range(1, len(values) + 1)),
         bucket_counts=values,
-        global_step=step,
     )

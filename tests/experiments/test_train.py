@@ -59,8 +59,14 @@ def config(tmp_path):
 
 
 def test_a_run_continued_in_a_new_process_ends_in_the_same_bits(config, run_program, tmp_path):
-    whole = run_program("train", f"--config={config}", "--workdir=whole")
+    whole = run_program("train", f"--config={config}", "--workdir=whole", "--profile=7:2")
     assert whole.returncode == 0, whole.stderr
+    # A trace changes nothing: the run is compared with one that has none.
+    kinds = {
+        path.name.partition(".")[2] for path in (tmp_path / "whole/profile").rglob("*") if path.is_file()
+    }
+    assert "steps up to 8 are traced" in whole.stderr
+    assert {"json.gz", "xplane.pb"} <= {kind.rpartition("trace.")[2] for kind in kinds} | kinds, kinds
     half = run_program(
         "train", f"--config={config}", "--workdir=parts", "--config.stages.0.steps=10", "--quiet"
     )
@@ -111,6 +117,8 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path, monkeypatch, c
             ("--config=digits.py", "--config.mesh.fspd=2"),
             "mesh: unknown axis 'fspd'; did you mean 'fsdp'",
         ),
+        (train, ("--config=digits.py", "--profile=3"), "--profile=3: expected FIRST_STEP:STEPS"),
+        (train, ("--config=digits.py", "--profile=3:1"), "a profile is written into the workdir"),
         (evaluate, ("--workdir=nowhere",), "nowhere is not a workdir"),
     ],
 )

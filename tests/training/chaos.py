@@ -155,7 +155,7 @@ class Runs:
                     random.uniform(0, 8)
                 )  # before its first step, or in the middle of one, or of saving
             else:
-                goal = self.logged() + int(random.integers(1, 16))
+                goal = self.logged() + int(random.integers(1, 14))
                 while self.logged() < goal and all(child.poll() is None for child in children):
                     time.sleep(0.01)
                 time.sleep(random.uniform(0, 0.3))
@@ -163,8 +163,10 @@ class Runs:
             if kind == "fill":
                 ballast = self.workdir.parent / "ballast"
                 fill(ballast)
-                codes = [child.wait(timeout=300) for child in children]
-                ballast.unlink()
+                try:
+                    codes = [child.wait(timeout=120) for child in children]
+                finally:
+                    ballast.unlink()
                 assert set(codes) <= {0, 2, 75}, f"{codes}: {self.errors()}"
             elif kind == "terminate":
                 children[int(random.integers(self.processes))].send_signal(signal.SIGTERM)

@@ -79,3 +79,15 @@ def test_a_vector_is_a_list_in_the_rows_and_a_histogram_in_tensorboard(tmp_path)
     tag = "train/layer_0/mlp/load"
     (event,) = [value for _, value in written(tmp_path / "tensorboard") if value.tag == tag]
     assert (list(event.histo.bucket_limit), list(event.histo.bucket)) == ([1, 2], [0.25, 0.75])
+
+
+def test_a_full_disk_is_an_error_at_the_next_row(tmp_path, monkeypatch):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write({"step": 1, "kind": "train", "loss": 1.0})
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write({"step": 2, "kind": "train", "loss": 1.0})
