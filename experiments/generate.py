@@ -11,7 +11,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --prompt='def ' --cache=gear:bits=2,rank=2,outliers=0.02
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     python -m experiments.generate --prompt='def ' --sparse=tidal:k=64,select=1,reselect=3 --sparse_correct=64
-    python -m experiments.generate --workdir=runs/eve --image=a.png --prompt='<image> what colour is the circle ?'
+    python -m experiments.generate --workdir=runs/eve --image=a.png --prompt='<image> what colour is the circle'
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several

@@ -135,8 +135,8 @@ class _World:
 class Scenes(_World):
     """Pictures of side x side cells with a few shapes, no two of one shape and no two of one colour.
 
-    Questions: "what colour is the circle ?", "what shape is red ?", "what is left of the circle ?", "how many shapes
-    are there ?", "describe the picture".
+    Questions: "what colour is the circle", "what shape is red", "what is left of the circle", "how many shapes are
+    there", "describe the picture".
 
     Args:
         side: cells along each side.
@@ -174,11 +174,11 @@ class Scenes(_World):
         shape, colour = SHAPES[kinds[row, column]], COLOURS[colours[row, column]]
         ask = self.asks[random.randint(len(self.asks))]
         if ask == "colour":
-            return f"what colour is the {shape} ?", colour
+            return f"what colour is the {shape}", colour
         if ask == "shape":
-            return f"what shape is {colour} ?", shape
+            return f"what shape is {colour}", shape
         if ask == "number":
-            return "how many shapes are there ?", DIGITS[len(there)]
+            return "how many shapes are there", DIGITS[len(there)]
         if ask == "place":
             word, step = (("left of", (0, -1)), ("right of", (0, 1)), ("above", (-1, 0)), ("below", (1, 0)))[
                 random.randint(4)
@@ -186,7 +186,7 @@ class Scenes(_World):
             other = row + step[0], column + step[1]
             inside = 0 <= other[0] < self.side and 0 <= other[1] < self.side
             found = SHAPES[kinds[other]] if inside and kinds[other] >= 0 else "nothing"
-            return f"what is {word} the {shape} ?", found
+            return f"what is {word} the {shape}", found
         said = " and ".join(f"a {COLOURS[colours[r, c]]} {SHAPES[kinds[r, c]]}" for r, c in there)
         return "describe the picture", said
 
@@ -195,8 +195,8 @@ class Scenes(_World):
 class Pages(_World):
     """Pages of 8 x 8 pixel cells with a few digits of 5 x 7 dots, no two of one colour.
 
-    Questions: "what digit is red ?", which needs the page's own resolution, and "how many digits are there ?", which
-    needs the whole page.
+    Questions: "what digit is red", which needs the page's own resolution, and "how many digits are there", which needs
+    the whole page.
 
     Args:
         shapes: ((rows, columns), ...) of cells; a page has one of them.
@@ -226,9 +226,9 @@ class Pages(_World):
     def _ask(self, random: np.random.RandomState, kinds: np.ndarray, colours: np.ndarray) -> tuple[str, str]:
         there = np.argwhere(kinds >= 0)
         if self.asks[random.randint(len(self.asks))] == "number":
-            return "how many digits are there ?", DIGITS[len(there)]
+            return "how many digits are there", DIGITS[len(there)]
         row, column = there[random.randint(len(there))]
-        return f"what digit is {COLOURS[colours[row, column]]} ?", DIGITS[kinds[row, column] - len(SHAPES)]
+        return f"what digit is {COLOURS[colours[row, column]]}", DIGITS[kinds[row, column] - len(SHAPES)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from research.errors import UserError
 from research.multimodal.media import Media
 from research.multimodal.model import Pictures
 from research.nn.reports import apply_reporting
+from research.training.checkpoint_files import mismatches
+from research.training.paths import named_leaves
 from research.training.task import (
     Batch,
     LanguageModelling,
@@ -18,8 +20,8 @@ from research.training.task import (
     cast_floats,
     dropout_rngs,
     language_metrics,
-    saved_parameters,
 )
+from research.training.workdir import load_model
 
 
 def batch_pictures(batch: Batch) -> Pictures:
@@ -35,11 +37,11 @@ class VisionLanguage(LanguageModelling):
     Metrics: those of `LanguageModelling`, and `answers`, the share of rows whose tokens with weight are all right.
 
     Args:
-        parts: ((subtree, run or model directory), ...): what a run begins with, as ("decoder", "runs/lm"); a subtree is
-            a path below the model's parameters, the rest is drawn.
+        parts: ((subtree, run or model directory, subtree there), ...): what a run begins with, as ("decoder",
+            "runs/lm", "") and ("tower", "runs/tower", "tower"); subtrees are paths, "" is all, the rest is drawn.
     """
 
-    parts: tuple[tuple[str, str], ...] = ()
+    parts: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def start(self) -> Callable[[jax.Array], Any]:
@@ -50,8 +52,8 @@ class VisionLanguage(LanguageModelling):
 
         def begin(key: jax.Array) -> Any:
             params = jax.jit(self.init)(key)
-            for path, directory in self.parts:
-                params = _with_part(params, path.split("/"), directory, path)
+            for path, directory, inner in self.parts:
+                params = _with_part(params, path.split("/"), _saved(directory, inner), path)
             return params
 
         return begin
@@ -81,12 +83,26 @@ def answers(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(whole, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32)
 
 
-def _with_part(tree: Any, names: list[str], directory: str, path: str) -> Any:
-    """The tree with the subtree of a path read from a directory."""
+def _saved(directory: str, inner: str) -> Any:
+    """The parameters of a directory below a path."""
+    tree = load_model(directory).params
+    for name in filter(None, inner.split("/")):
+        if name not in tree:
+            raise UserError(
+                f"VisionLanguage.parts: {directory} has no {inner!r}; there it has {', '.join(tree)}"
+            )
+        tree = tree[name]
+    return tree
+
+
+def _with_part(tree: Any, names: list[str], part: Any, path: str) -> Any:
+    """The tree with another subtree at a path."""
     if not names:
-        return saved_parameters(directory, tree)
+        if difference := mismatches(named_leaves(part), named_leaves(tree), path, dtypes=False):
+            raise UserError(f"VisionLanguage.parts: what is saved does not fit the model: {difference}")
+        return part
     name, *rest = names
     if not isinstance(tree, dict) or name not in tree:
         known = ", ".join(tree) if isinstance(tree, dict) else "nothing"
         raise UserError(f"VisionLanguage.parts: the model has no {path!r}; there it has {known}")
-    return tree | {name: _with_part(tree[name], rest, directory, path)}
+    return tree | {name: _with_part(tree[name], rest, part, path)}

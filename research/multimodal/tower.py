@@ -75,7 +75,7 @@ class Tower(LayerStack, kw_only=True):
         class_token: one learned token in front, with a position of its own.
         feature: which layer's output the tokens are, counted from the end: -1 is the last, -2 (LLaVA) the one before.
         patch_bias: of the patch embedding (SigLIP has one, CLIP none).
-        pre_norm, post_norm: templates of norms of what enters the first layer (CLIP), and of the tokens and the last tap (SigLIP).
+        pre_norm, post_norm: templates of the norm of what enters the first layer (CLIP), and of the last tap (SigLIP).
         norm_all: every tap goes through `post_norm`, not the last alone.
         flexible: whether grids differ from view to view; else the table is added as it is, which is much less work.
     """

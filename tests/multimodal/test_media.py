@@ -74,7 +74,7 @@ def test_the_world_says_what_it_shows():
     for i in range(8):
         (question, answer), (kinds, colours) = scenes[i].turns[0], scenes.cells(i)
         words = question.split()
-        shape = words[-2]
+        shape = words[-1]
         ((row, column),) = np.argwhere(kinds == scenes.kinds.index(shape))
         if "colour" in words:
             assert answer == ("red", "green", "blue", "yellow", "purple", "white")[colours[row, column]]
