@@ -94,7 +94,8 @@ def join(
         jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=2 * patience)
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: the other processes of this run can't be joined: {line}") from error
+        hint = "; is jax[k8s] installed?" if "Kubernetes" in where else ""
+        raise UserError(f"{where}: the other processes of this run can't be joined: {line}{hint}") from error
     return True
 
 
