@@ -80,7 +80,8 @@ CLAIM = Claim(
     "LLaVA-1.5).",
     setting="Generated pages of 64 x 96, 96 x 64 and 64 x 64 pixels with two to four digits of 5 x 7; a tower of 32 x "
     "32 pixels, frozen, that learned to name digits at their own size; a decoder of two layers; "
-    f"{ALIGN} updates of the connector and {INSTRUCT} of connector and decoder, {seeing.BATCH} questions each; two seeds.",
+    f"{ALIGN} updates of the connector and {INSTRUCT} of connector and decoder, {seeing.BATCH} questions each; "
+    "two seeds.",
     measures={
         "answers": "share of digits read",
         "loss": "nats a token",
