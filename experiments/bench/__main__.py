@@ -8,6 +8,7 @@
     python -m experiments.bench context                   a decoding step by context: attention, TidalDecode, spans,
                                                           Mamba-2, and Llama of transformers
     python -m experiments.bench ssm                       Mamba-2 against that of transformers
+    python -m experiments.bench quant                     decoding with weights of 16, 8, 4 and 2 bits against float32
     python -m experiments.bench startup                   start of a process to its first training step
     python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
                                                           drafters on one target; a config is trained first
@@ -45,6 +46,7 @@ PARTS = (
     "moe",
     "context",
     "ssm",
+    "quant",
     "startup",
     "costs",
     "drafters",
@@ -54,7 +56,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
     __doc__,
-    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | startup | costs | drafters | all ...",
+    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | quant | startup | costs | drafters"
+    " | all ...",
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
@@ -155,6 +158,10 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import ssm
 
         return [row.as_dict() for row in ssm.run(rounds=ROUNDS.value)]
+    if part == "quant":
+        from experiments.bench import quant
+
+        return [row.as_dict() for row in quant.run(rounds=ROUNDS.value)]
     if part == "kernels":
         from experiments.bench import kernels
         from experiments.systems import ROOT

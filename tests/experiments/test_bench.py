@@ -98,6 +98,7 @@ def test_everything_is_what_is_measured_by_default():
         "moe",
         "context",
         "ssm",
+        "quant",
         "costs",
         "drafters",
     }
