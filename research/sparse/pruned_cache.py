@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from research.errors import UserError
 from research.nn.cache import DenseCache
 from research.sparse.tokens import compact
 
@@ -23,7 +24,11 @@ class PrunedCache(struct.PyTreeNode):
 
     @classmethod
     def of(cls, empty: DenseCache, dropped: int) -> "PrunedCache":
-        """With as many slots fewer."""
+        """With as many slots fewer. Raises UserError for another cache than a dense one."""
+        if not isinstance(empty, DenseCache):
+            raise UserError(
+                f"a layer that drops tokens keeps the others as they are, not in a {type(empty).__name__}"
+            )
         slots = empty.key.shape[2] - dropped
         index = jnp.full((empty.key.shape[0], slots), _NEVER, jnp.int32)
         return cls(empty.key[:, :, :slots], empty.value[:, :, :slots], index)

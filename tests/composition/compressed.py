@@ -13,6 +13,7 @@ from research.sparse.tidal import Tidal, tidal
 from .cells import KEY, decoder, drafted_as_plain, init, louder, refused, runs
 from .moe import jetmoe
 from .quantized import int4
+from .sparse import dropping
 
 # Factors of full rank lose nothing, so that tokens can be compared; chunks are compressed all the same.
 FULL = Gear(bits=2, group=4, rank=4, buffer=8)
@@ -32,6 +33,11 @@ def _(_):
 def _(_):
     model = decoder(num_layers=2)
     with_cache(*tidal(model, init(model), Tidal(3, select=0)), FULL)
+
+
+@refused("GEAR", "Dynamic-LLaVA", "keeps the others as they are, not in a GearCache")
+def _(_):
+    with_cache(*dropping(), FULL)
 
 
 @runs("DARE, TIES", "MatFormer", "a slice of the merged model is the merge of the slices, exactly")
