@@ -110,7 +110,8 @@ def stage(
 ) -> ConfigDict:
     """AdamW on a cosine after a warm-up of 3 %; what no pattern of `trainable` names keeps its bits."""
     schedule = of(cosine, peak=peak, warmup=max(round(0.03 * steps), 1), floor=fields.pop("floor", 0.0))
-    optimizer = of(adamw, schedule=schedule, weight_decay=fields.pop("weight_decay", 0.0))
+    own = {name: fields.pop(name) for name in ("weight_decay", "rates") if name in fields}
+    optimizer = of(adamw, schedule=schedule, **({"weight_decay": 0.0} | own))
     return of(
         Stage,
         name=name,

@@ -1,12 +1,12 @@
 """LLaVA-UHD against squashing and padding, on pages whose digits are legible at their own size alone."""
 
-import functools
 from pathlib import Path
-from typing import Any
+
+from ml_collections import ConfigDict
 
 from configs import llava, llava_uhd
 from experiments.claims import seeing
-from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
+from experiments.claims.harness import Claim, Results
 from research.config import of
 from research.data.shapes import Pages
 from research.multimodal.connectors import PatchProjection
@@ -18,30 +18,21 @@ WORLD = of(Pages, shapes=llava_uhd.PAGES)
 CELLS = of(Pages, shapes=((4, 4),), objects=(1, 4))
 
 
-def prepare(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) -> dict[str, Any]:
-    towers = {"tower": (llava.toy_tower(side=4), "both")}
-    return seeing.parts(WORLD, CELLS, seed, workdir, progress, towers=towers)
+def setup(model: ConfigDict, what: str) -> seeing.Setup:
+    stages = (("align", ALIGN, ("^connector/",)), ("instruct", INSTRUCT, ("^connector/", "^decoder/")))
+    return seeing.Setup(model, stages, what)
 
 
-def train(
-    kind: str, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
-) -> dict[str, Any]:
-    if kind in ("squashed", "padded"):
-        planner = of(Square, patch=8, side=32, padded=kind == "padded")
-        connector = of(PatchProjection, width=llava.WIDTH)
-        model = of(VLM, **llava.toy_parts(planner, side=4), connector=connector)
-    else:
-        model = llava_uhd.model()
-    stages = (
-        llava.stage("align", ALIGN, ("^connector/",), seeing.BATCH, 3e-3, floor=0.1),
-        llava.stage("instruct", INSTRUCT, ("^connector/", "^decoder/"), seeing.BATCH, 3e-3, floor=0.1),
-    )
-    folder = needs["parts"].workdir
-    begun = {"decoder": (folder / "decoder", ""), "tower": (folder / "tower", "tower")}
-    trained = seeing.learn(model, WORLD, stages, seed, workdir / "run", begun, length=llava_uhd.LENGTH)
-    tokens = len(trained.model.planner.read(Pages().picture(0))[1])  # of a page of 64 x 96
-    found = seeing.answers(trained, WORLD, llava_uhd.LENGTH)
-    return found | {"tokens": tokens, "budget": (ALIGN + INSTRUCT) * seeing.BATCH}
+def square(padded: bool) -> ConfigDict:
+    planner = of(Square, patch=8, side=32, padded=padded)
+    return of(VLM, **llava.toy_parts(planner, side=4), connector=of(PatchProjection, width=llava.WIDTH))
+
+
+SETUPS = {
+    "squashed": setup(square(False), "the page squashed to 32 x 32 (LLaVA)"),
+    "padded": setup(square(True), "the page made a square, then 32 x 32 (LLaVA-1.5)"),
+    "sliced": setup(llava_uhd.model(), "LLaVA-UHD"),
+}
 
 
 def judge(results: Results) -> tuple[str, str]:
@@ -82,25 +73,9 @@ CLAIM = Claim(
     "32 pixels, frozen, that learned to name digits at their own size; a decoder of two layers; "
     f"{ALIGN} updates of the connector and {INSTRUCT} of connector and decoder, {seeing.BATCH} questions each; "
     "two seeds.",
-    measures={
-        "answers": "share of digits read",
-        "loss": "nats a token",
-        "tokens": "visual tokens of a page",
-        "text": "nats a token, decoder alone",
-        "tower accuracy": "share of cells named",
-    },
+    measures=seeing.MEASURES | {"tower accuracy": "share of cells named"},
     budget="questions",
-    arms={
-        "parts": Arm(prepare, "the decoder and the tower that all begin with"),
-        **{
-            kind: Arm(functools.partial(train, kind), what, ("parts",))
-            for kind, what in {
-                "squashed": "the page squashed to 32 x 32 (LLaVA)",
-                "padded": "the page made a square, then 32 x 32 (LLaVA-1.5)",
-                "sliced": "LLaVA-UHD",
-            }.items()
-        },
-    },
+    arms=seeing.arms(WORLD, {"tower": seeing.Eye(llava.toy_tower(side=4), CELLS)}, SETUPS, llava_uhd.LENGTH),
     judge=judge,
     figure=figure,
     seeds=(0, 1),

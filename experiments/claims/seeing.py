@@ -1,15 +1,16 @@
 """What the claims about models that read images share: parts trained apart, one budget, one axis changed at a time.
 
-    parts(world, seed, workdir, progress)                  a decoder that has read the questions blind, a tower that
-                                                           names what patches show
-    learn(model, source, stages, seed, workdir, parts)     a VLM that begins with them
-    answers(trained, source)                               {"answers": share of questions answered right, "loss": nats}
+    ARMS = arms(world, {"tower": Eye(tower, cells)}, {"llava": Setup(model, stages, "what it is"), ...}, length)
+
+The arm `parts` trains a decoder that reads the questions blind, and towers that name what patches show. The others
+begin with them, train on as many questions, and say which share of held-out ones they answer right.
 
 Everything is generated (`research.data.shapes`): no photographs, no natural language, and models of some 100k
 parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import llava
-from experiments.claims.harness import Progress, Results
+from experiments.claims.harness import Arm, Needed, Progress, Results
 from research.config import build, of
 from research.data.shapes import Cells
 from research.multimodal.media import Square
@@ -62,18 +63,26 @@ def run(
         return build(config).train(place, progress=False, params=params)[0].params
 
 
+@dataclasses.dataclass(frozen=True)
+class Eye:
+    """A tower that learns to name what `cells` show before it is frozen. label: see `Cells`; fields: of `Namer`."""
+
+    tower: ConfigDict
+    cells: ConfigDict
+    label: str = "both"
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def parts(
     world: ConfigDict,
-    cells: ConfigDict,
+    eyes: dict[str, Eye],
     seed: int,
     workdir: Path,
     progress: Progress,
-    *,
     decoder: ConfigDict | None = None,
-    towers: dict[str, tuple[ConfigDict, str]],
 ) -> dict[str, Any]:
-    """A decoder that has read the dialogues of `world` without pictures, in workdir/decoder, and of every name in
-    `towers` (config, what it learns to name: see `Cells`) a tower, in workdir/<name>, from pictures of `cells`.
+    """A decoder that has read the dialogues of `world` without pictures, in workdir/decoder, and towers, each in
+    workdir/<name>.
 
     Returns the decoder's loss on text, the towers' accuracy, and the costs.
     """
@@ -82,19 +91,81 @@ def parts(
     data = llava.conversations(world, BLIND, 40, blind=True, seed=seed)
     params = run(of(LanguageModelling, model=decoder), data, (stage,), seed, workdir / "decoder")
     found = {"text": text_loss(Trained(build(decoder), params), world), "bytes": count_bytes(params)}
-    for i, (name, (tower, label)) in enumerate(towers.items()):
-        progress((i + 1) / (len(towers) + 1), name)
-        pictures = of(Cells, world=cells, label=label)
-        classes = build(pictures)
-        shape = classes.element_spec()["images"].shape
-        model = of(Namer, tower=tower, num_classes=classes.num_classes, patch=8)
+    for i, (name, eye) in enumerate(eyes.items()):
+        progress((i + 1) / (len(eyes) + 1), name)
+        pictures = of(Cells, world=eye.cells, label=eye.label)
+        cells = build(pictures)
+        fields = dict(patch=8) | eye.fields
+        model = of(Namer, tower=eye.tower, num_classes=cells.num_classes, **fields)
+        task = of(Naming, model=model, image_shape=cells.element_spec()["images"].shape)
         stage = llava.stage("name", TOWER_STEPS, (".*",), BATCH, 3e-3, floor=0.1)
-        task = of(Naming, model=model, image_shape=shape)
         params = run(task, pictures, (stage,), seed, workdir / name)
-        held = build(of(Cells, world=_test(cells), label=label)).take(np.arange(64))
+        held = build(of(Cells, world=_test(eye.cells), label=eye.label)).take(np.arange(64))
         metrics = jax.jit(build(task).evaluate)(params, held)
         found[f"{name} accuracy"] = means(metrics, "claim")["accuracy"]
-    return found | {"budget": (LM_STEPS + TOWER_STEPS * len(towers)) * BATCH}
+    return found | {"budget": (LM_STEPS + TOWER_STEPS * len(eyes)) * BATCH}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One arm: what is trained after the parts, and how.
+
+    stages: ((name, steps, what is trained), ...). eyes: {subtree of the model: which tower of the parts}. change: makes
+    the first parameters of those with the parts in them. rates: the peak.
+    """
+
+    model: ConfigDict
+    stages: tuple[tuple[str, int, tuple[str, ...]], ...]
+    what: str
+    eyes: dict[str, str] = dataclasses.field(default_factory=lambda: {"tower": "tower"})
+    change: Callable[[Any], Any] = lambda params: params
+    peak: float = 3e-3
+
+
+def arms(
+    world: ConfigDict,
+    eyes: dict[str, Eye],
+    setups: dict[str, Setup],
+    length: int,
+    decoder: ConfigDict | None = None,
+    measure: Callable[[Trained], dict[str, Any]] = lambda trained: {},
+) -> dict[str, Arm]:
+    """The arm `parts` and one for every setup, which measures `answers`, `text` (the decoder without pictures, after
+    training), `tokens` of a picture and what `measure` adds."""
+
+    def prepare(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) -> dict[str, Any]:
+        return parts(world, eyes, seed, workdir, progress, decoder)
+
+    def train(
+        setup: Setup, seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
+    ) -> dict[str, Any]:
+        folder = needs["parts"].workdir
+        begun = {"decoder": (folder / "decoder", "")}
+        begun |= {path: (folder / name, "tower") for path, name in setup.eyes.items()}
+        stages = tuple(
+            llava.stage(name, steps, trainable, BATCH, setup.peak, floor=0.1)
+            for name, steps, trainable in setup.stages
+        )
+        options = dict(length=length, change=setup.change)
+        trained = learn(setup.model, world, stages, seed, workdir / "run", begun, **options)
+        progress(0.9, "measuring")
+        found = answers(trained, world, length) | measure(trained)
+        found["text"] = text_loss(Trained(trained.model.decoder, trained.params["decoder"]), world)
+        found["tokens"] = len(trained.model.planner.read(build(world).picture(0))[1])
+        return found | {"budget": sum(steps for _, steps, _ in setup.stages) * BATCH}
+
+    made = {"parts": Arm(prepare, "the decoder and the towers that all begin with")}
+    return made | {
+        name: Arm(functools.partial(train, setup), setup.what, ("parts",)) for name, setup in setups.items()
+    }
+
+
+MEASURES = {
+    "answers": "share of answers right",
+    "loss": "nats a token",
+    "text": "nats a token, the decoder alone without pictures",
+    "tokens": "visual tokens of a picture",
+}
 
 
 def learn(

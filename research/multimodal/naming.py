@@ -15,26 +15,37 @@ from research.training.task import Batch, Metrics, classification_metrics
 
 
 class Namer(nn.Module):
-    """images f32[B, h, w, 3] in [-1, 1] -> float32 logits [B, patches, num_classes]. Parameters: tower, head."""
+    """images f32[B, h, w, 3] in [-1, 1] -> float32 logits [B, patches, num_classes]. Parameters: tower, head.
+
+    Args:
+        whole: the class token names the picture, [B, 1, num_classes].
+        shrink: pictures are scaled down by this first.
+    """
 
     tower: Tower
     num_classes: int
     patch: int
+    whole: bool = False
+    shrink: int = 1
 
     def setup(self) -> None:
         self.head = Linear(self.num_classes, True)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        batch, height, width, _ = images.shape
+        batch, height, width, channels = images.shape
+        height, width = height // self.shrink, width // self.shrink
+        images = images.reshape(batch, height, self.shrink, width, self.shrink, channels).mean(axis=(2, 4))
         grid = jnp.broadcast_to(jnp.asarray([height, width]) // self.patch, (batch, 1, 2))
         media = Media(patchify(images, self.patch)[:, None], grid, jnp.zeros((batch, 1), int))
-        return self.head(self.tower(media).tokens[:, 0]).astype(jnp.float32)
+        seen = self.tower(media)
+        named = seen.taps[-1, :, 0, :1] if self.whole else seen.tokens[:, 0]
+        return self.head(named).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
     """Batches of `research.data.shapes.Cells`, whose cells are the patches. Metrics: `loss` in nats, `accuracy`, of the
-    cells that are not empty and, together, as much of the others."""
+    cells that are not empty and, together, as much of the others; or of the pictures, which then show one thing."""
 
     model: Namer
     image_shape: tuple[int, int, int]
@@ -47,7 +58,7 @@ class Naming:
 
     def evaluate(self, params: Any, batch: Batch) -> Metrics:
         logits = self.model.apply({"params": params}, batch["images"])
-        labels = batch["labels"].reshape(-1)
+        labels = jnp.max(batch["labels"], axis=1) if self.model.whole else batch["labels"].reshape(-1)
         full = (labels > 0).astype(jnp.float32) * jnp.repeat(batch["weights"], logits.shape[1])
         empty = jnp.repeat(batch["weights"], logits.shape[1]) - full
         share = jnp.sum(full) / jnp.maximum(jnp.sum(empty), 1.0)
