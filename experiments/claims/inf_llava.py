@@ -58,8 +58,8 @@ CLAIM = Claim(
     paper="arXiv 2407.16198, section 4",
     statement="Blocks and strided samplings, each enhanced by the other, perceive large pictures better than either.",
     setting="Generated pages of 64 x 64 pixels with two to four digits, asked for a digit or their number; a tower "
-    f"of 32 x 32 pixels, frozen; a decoder of two layers; {ALIGN} updates of the connector and {INSTRUCT} of connector and "
-    f"decoder, {seeing.BATCH} questions each; one seed.",
+    f"of 32 x 32 pixels, frozen; a decoder of two layers; {ALIGN} updates of the connector and {INSTRUCT} of connector "
+    f"and decoder, {seeing.BATCH} questions each; one seed.",
     measures=seeing.MEASURES | {"tower accuracy": "share of cells named"},
     budget="questions",
     arms=seeing.arms(
