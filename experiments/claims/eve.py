@@ -51,7 +51,7 @@ CLAIM = Claim(
     statement="A first stage that trains the patch layers alone keeps training from collapsing, and aligning patches "
     "with a frozen encoder makes it faster and better.",
     setting="Generated pictures of 24 x 24 pixels in patches of 4; a teacher that has learned to name what windows "
-    f"of 2 x 2 patches show; a decoder of two layers that has read the questions blind; {PREALIGN} and {INSTRUCT} updates "
+    f"of 2 x 2 patches show; a decoder of two layers that has read questions blind; {PREALIGN} and {INSTRUCT} updates "
     f"of {seeing.BATCH} questions; two seeds.",
     measures=seeing.MEASURES | {"teacher accuracy": "share of cells named"},
     budget="questions",
