@@ -9,6 +9,7 @@
                                                           Mamba-2, and Llama of transformers
     python -m experiments.bench ssm                       Mamba-2 against that of transformers
     python -m experiments.bench quant                     decoding with weights of 16, 8, 4 and 2 bits against float32
+    python -m experiments.bench scaling --sizes=1M        training on 1, 2, 4 and 8 devices, simulated or real
     python -m experiments.bench startup                   start of a process to its first training step
     python -m experiments.bench drafters --drafters=prompt_lookup,runs/medusa,configs/hydra.py
                                                           drafters on one target; a config is trained first
@@ -47,6 +48,7 @@ PARTS = (
     "context",
     "ssm",
     "quant",
+    "scaling",
     "startup",
     "costs",
     "drafters",
@@ -56,8 +58,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
     __doc__,
-    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | quant | startup | costs | drafters"
-    " | all ...",
+    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | quant | scaling | startup | costs | "
+    "drafters | all ...",
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
@@ -162,6 +164,10 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import quant
 
         return [row.as_dict() for row in quant.run(rounds=ROUNDS.value)]
+    if part == "scaling":
+        from experiments.bench import scaling
+
+        return [row.as_dict() for row in scaling.run(shapes[0].name, rounds=ROUNDS.value)]
     if part == "kernels":
         from experiments.bench import kernels
         from experiments.systems import ROOT

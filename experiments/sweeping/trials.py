@@ -110,14 +110,16 @@ def _trial(entry: Any, path: Path) -> Trial:
 
 
 def check_same(directory: Path, description: dict[str, Any]) -> None:
-    """Writes what is swept, or compares it with what is there. Raises `UserError` where it is another sweep."""
+    """Writes what is swept, and compares it with what is there, whose `points` may have become more at their end.
+
+    Raises `UserError` where it is another sweep.
+    """
     path = directory / "sweep.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(description, indent=1) + "\n")
-        return
-    saved = _json(path)
+    saved = _json(path) if path.exists() else {}
     for name, value in json.loads(json.dumps(description)).items():
-        if saved.get(name) != value:
+        kept = value[: len(saved.get(name, ()))] if name == "points" else value
+        if saved and saved.get(name) != kept:
             raise UserError(
                 f"{directory} holds another sweep: its {name} is not that of this config; take another workdir"
             )
+    write_atomically(path, json.dumps(description, indent=1) + "\n")

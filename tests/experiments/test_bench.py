@@ -144,3 +144,27 @@ def test_startup_sees_the_first_step(monkeypatch, tmp_path):
 def test_startup_names_what_went_wrong(tmp_path):
     with pytest.raises(UserError, match="ended with 2 on absent.py: error: .*absent.py"):
         startup.first_step("absent.py", (), tmp_path / "run", tmp_path / "cache")
+
+
+def test_the_share_of_collectives_by_hand():
+    """12 of 40 ns; what names no operation does not count."""
+    from types import SimpleNamespace as Made
+
+    from experiments.bench.scaling import Row, share, table
+
+    def event(name, duration, **stats):
+        return Made(name=name, duration_ns=duration, stats=list(stats.items()))
+
+    line = Made(
+        name="thread",
+        events=[
+            event("dot.3", 28.0, hlo_op="dot.3"),
+            event("all-reduce.1", 10.0, hlo_op="all-reduce.1"),
+            event("all-gather-start", 2.0, hlo_op="all-gather-start"),
+            event("ThunkExecutor", 1e6),
+        ],
+    )
+    assert share(Made(planes=[Made(name="/host:CPU", lines=[line])])) == 12 / 40
+    rows = [Row(1, "data", "cpu", [1.0], 0.0), Row(4, "data", "cpu", [0.5], 0.25)]
+    assert rows[1].efficiency(rows[0]) == 0.5  # twice as fast on four
+    assert "SIMULATED" in table("1M", rows) and "50%" in table("1M", rows).splitlines()[-1]

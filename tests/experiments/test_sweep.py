@@ -158,6 +158,12 @@ def test_trials_end_and_the_sweep_goes_on(folder, capsys):
     assert Path("sweep/trials/000/metrics.jsonl").stat().st_mtime_ns == before
     assert call("--config.seed=1") == 2
     assert "holds another sweep: its config is not that" in capsys.readouterr().err
+    write_config(folder, '[{rate: 0.1, "seed": 0}, {rate: 1e30, "seed": 0}, {rate: 1e30, "seed": 1}]')
+    assert call() == 0  # one more, which diverges as soon
+    err = capsys.readouterr().err
+    assert "trial 002: diverged" in err and "trial 000" not in err and "trial 001" not in err
+    write_config(folder, '[{rate: 0.1, "seed": 1}, {rate: 1e30, "seed": 0}]')
+    assert call() == 2 and "its points is not that" in capsys.readouterr().err
 
 
 class Scripted:

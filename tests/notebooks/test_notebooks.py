@@ -44,9 +44,14 @@ def test_stored_without_outputs(path):
     assert any("%pip install" in cell.source for cell in code)
 
 
-def executed(name: str, folder: Path) -> tuple[str, int]:
-    """What a notebook prints, and how many figures it draws."""
+def executed(name: str, folder: Path, smaller: dict[str, str] | None = None) -> tuple[str, int]:
+    """What a notebook prints, and how many figures it draws; `smaller` replaces texts of its code."""
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    for old, new in (smaller or {}).items():
+        found = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
+        assert found, f"{old} is not in {name}"
+        for cell in found:
+            cell.source = cell.source.replace(old, new)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     figures = [output for output in outputs if "image/png" in output.get("data", ())]
@@ -84,3 +89,18 @@ def test_attention_maps(kernel, tmp_path):
     dense, spread = re.search(r"cache: ([\d,]+) bytes dense, ([\d,]+) with", text).groups()
     assert int(spread.replace(",", "")) < 0.6 * int(dense.replace(",", ""))
     assert re.search(r"the first 24 of 24 tokens are the dense model's\n$", text)
+
+
+def test_sweep(kernel, tmp_path, monkeypatch):
+    """Two trials of two steps, as the notebook runs six of many."""
+    monkeypatch.setenv("LATHE_NOTEBOOK_STEPS", "2")
+    monkeypatch.setenv("LATHE_COMPILATION_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    text, figures = executed(
+        "07_sweep.ipynb",
+        tmp_path,
+        {"(1.0, 1.0), (4.0, 1.0), (1.0, 4.0)": "(1.0, 1.0),", "(1e-2, 3e-3)": "(1e-2, 0.0)"},
+    )
+    assert figures == 3
+    assert "trial 000: done" in text and "trial 001: done" in text
+    losses = re.findall(r"^\d{3}  .*  (\d\.\d+)$", text, re.MULTILINE)
+    assert len(losses) == 2 and all(8 < float(loss) < 9 for loss in losses)  # ln 4096 = 8.3, two steps later
