@@ -76,12 +76,13 @@ def load(
         family, model = read_config(entries, str(config_path))
         if family.experts is not None:
             family = dataclasses.replace(family, experts=as_stored(family.experts, files.names))
-        params = _read_params(files, family, model, dtype)
+        params = read_params(files, family, model, dtype)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     return model, {"params": params}, tokenizer
 
 
-def _read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str | None) -> dict[str, Any]:
+def read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str | None) -> dict[str, Any]:
+    """The parameters of a decoder of a family. `files`: its tensors, or those of a part of a checkpoint."""
     expected = shapes(model)
     places = {path: stored(path, shape, family) for path, shape in expected.items()}
     sizes = {
