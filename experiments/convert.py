@@ -9,9 +9,10 @@ adapters to and from that of the peft library.
 
 `huggingface` is what transformers and the tools around it load: config.json, safetensors, the tokenizer. The
 family (Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3) follows from the model; what none of them computes is
-refused with the reason. `lathe` is the model directory that every program here takes as a workdir. `peft` takes a
-run or directory of an adapter and writes `adapter_config.json` and safetensors; a directory of that kind becomes an
-adapter directory for the model at `--base`. No pickle is read and torch is not needed.
+refused with the reason. LLaVA-1.5, which reads images, is read and not written. `lathe` is the model directory that
+every program here takes as a workdir. `peft` takes a run or directory of an adapter and writes `adapter_config.json`
+and safetensors; a directory of that kind becomes an adapter directory for the model at `--base`. No pickle is read and
+torch is not needed.
 """
 
 from typing import TYPE_CHECKING
@@ -71,6 +72,10 @@ def main(arguments: list[str]) -> None:
     if BASE.value is not None:
         raise UserError("--base is for adapters of the peft library; --from is none")
     loaded = read()
+    if FORMAT.value == "huggingface" and hasattr(loaded.model, "planner"):
+        raise UserError(
+            f"{FROM.value}: a {type(loaded.model).__name__} reads images, which --format=lathe alone holds"
+        )
     if FORMAT.value == "huggingface":
         report = huggingface.save(
             loaded.model,
@@ -109,9 +114,13 @@ def convert_adapter() -> None:
 
 def read() -> "Loaded":
     """The model of `--from`, whichever kind of directory it is."""
+    from pathlib import Path
+
     from research.config_capture import capture
     from research.errors import UserError
     from research.interop import huggingface
+    from research.interop.fields import read_json
+    from research.interop.llava import load_llava
     from research.training.model_directory import TOKENS
     from research.training.workdir import Loaded, load_model
 
@@ -119,7 +128,8 @@ def read() -> "Loaded":
         return load_model(FROM.value, STEP.value, EMA.value)
     if STEP.value is not None or EMA.value:
         raise UserError(f"{FROM.value} is a Hugging Face directory: --step and --ema are for workdirs")
-    model, variables, tokenizer = huggingface.load(FROM.value)
+    images = read_json(Path(FROM.value) / "config.json")["model_type"] == "llava"
+    model, variables, tokenizer = (load_llava if images else huggingface.load)(FROM.value)
     return Loaded(model, variables["params"], tokenizer, capture(model), None, TOKENS)
 
 
