@@ -64,6 +64,7 @@ class Checkpoints:
         self._checkpointer: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._failed_alone = False
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints on disk, ascending, without one that is being written."""
@@ -125,20 +126,25 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            # Also a barrier: the checkpoint is complete for all, or for none.
-            failed = hosts.any_of(self._error is not None)
-            if failed and self._error is None:
-                raise UserError(f"a checkpoint in {self.directory} could not be written by another process")
+            if self._error is None and jax.process_count() > 1:
+                # Complete for all, before one of them goes on. A process that failed does not come here: the others
+                # may wait for it inside of Orbax, where nothing can be told to them, and end when it ends.
+                hosts.any_of(False)
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """Waits as `wait` does, then releases Orbax's threads."""
+        """Waits as `wait` does, then releases Orbax's threads.
+
+        Not after a failure in one of several processes: Orbax would wait for the others, and they for this one.
+        """
+        if self._failed_alone:
+            return
         try:
             self.wait()
         finally:
-            if self._checkpointer is not None:
+            if self._checkpointer is not None and not self._failed_alone:
                 self._checkpointer.close()
                 self._checkpointer = None
 
@@ -170,6 +176,7 @@ class Checkpoints:
 
     def _failed(self, error: BaseException, saving: Path, needed: int) -> BaseException:
         """Removes what a failed save left and says what it was, in one line if it is the user's to fix."""
+        self._failed_alone = jax.process_count() > 1
         if jax.process_index() == 0:
             shutil.rmtree(saving, ignore_errors=True)
         target = f"checkpoint {saving.with_suffix('')}"

@@ -118,11 +118,10 @@ def ending_together(patience: int = PATIENCE) -> Iterator[None]:
         if not isinstance(error, UserError) and _is_loss(error):
             # A collective may notice it first; whose connection was closed is known a moment later.
             time.sleep(2 * _GRACE)
-            atexit.register(_leave, CONTINUES)
+            _leave_soon(CONTINUES)
             raise UserError(f"{_lost('another process')} ({first_line})") from error
-        # Registered last, so it runs before jax's own, which waits for the others.
         code = error.exit_code if isinstance(error, UserError) else 2 if isinstance(error, OSError) else 1
-        atexit.register(_leave, code)
+        _leave_soon(code)
         lifeline.release(f"process {jax.process_index()} ({first_line or type(error).__name__})")
         raise
     except BaseException:
@@ -142,6 +141,18 @@ def _lost(who: str) -> str:
         f"process {jax.process_index()} of {jax.process_count()} ends: {who} of this run was lost; start all of them "
         "again with the same command, to continue from the last checkpoint"
     )
+
+
+def _leave_soon(code: int) -> None:
+    """Ends the process once its error has been told, whatever still waits for the others: jax at the exit, a thread."""
+    atexit.register(_leave, code)  # registered last, so it runs before jax's own
+
+    def end() -> None:
+        time.sleep(5 * _GRACE)
+        _leave(code)
+
+    # Python waits for threads that are no daemons before it comes to what is registered.
+    threading.Thread(target=end, name="leave", daemon=True).start()
 
 
 def _leave(code: int) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,11 @@ class _Run:
         folder = None if directory is None else directory / "profile"
         self.profile = Profile(profile if self.main else None, folder)
         self.mesh = partitioning.make_mesh(trainer.mesh, devices) if mesh is None else mesh
+        if self.mesh.shape["seq"] > 1 and not _divides_positions(getattr(trainer.task, "model", None)):
+            raise UserError(
+                f"mesh: seq={self.mesh.shape['seq']} divides positions, but nothing in the model does; give its "
+                "attention kernel=of(RingAttention) (research.nn.ring_attention)"
+            )
         if hasattr(trainer.task, "check_mesh"):
             trainer.task.check_mesh(self.mesh)
         self.shown = progress and self.main
@@ -643,6 +648,16 @@ def matrix_elements(params: PyTree, model: Any = None) -> int:
         if leaf.ndim >= 2 and (path.split("/")[-1] != "table" or (tied and path.startswith("embedding/")))
     )
     return round(elements)
+
+
+def _divides_positions(part: Any) -> bool:
+    """Whether a module, or one in its fields, works where positions are divided among devices."""
+    if isinstance(part, tuple | list):
+        return any(map(_divides_positions, part))
+    if getattr(part, "divides_positions", False):
+        return True
+    names = [each.name for each in fields(part)] if is_dataclass(part) else []
+    return any(_divides_positions(getattr(part, name)) for name in names if name != "parent")
 
 
 def _copy(tree: PyTree) -> PyTree:

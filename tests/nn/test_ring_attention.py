@@ -1,0 +1,145 @@
+"""Attention in a ring of 8 simulated devices: the same as on one, with its gradients, and divided indeed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.matlm import decoder
+from research.config import build, of
+from research.data.pipeline import RecordDataset
+from research.errors import UserError
+from research.language.decoder import DecoderLM
+from research.nn.attention import Attention
+from research.nn.attention_kernels import DenseAttention
+from research.nn.masks import Causal, Full, Window
+from research.nn.mlp import GatedMLP
+from research.nn.ring_attention import RingAttention
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+from research.training.loop import Trainer
+from research.training.optimizers import constant, sgd
+from research.training.partitioning import make_mesh
+from research.training.stages import Stage
+from research.training.task import LanguageModelling
+
+B, H, KV, T, D = 2, 4, 2, 32, 8
+
+
+def arrays():
+    random = np.random.default_rng(0)
+    query, key, value, target = (
+        jnp.asarray(random.standard_normal((B, heads, T, D)), jnp.float32) for heads in (H, KV, KV, H)
+    )
+    segments = jnp.asarray(
+        [[1] * 11 + [2] * 21, [1] * 28 + [0] * 4], jnp.int32
+    )  # two documents; one and padding
+    return query, key, value, target, segments
+
+
+def outputs(kernel, rule, softcap, mesh):
+    """The output, and the gradients of its product with a fixed array."""
+    query, key, value, target, segments = arrays()
+
+    def run(query, key, value):
+        out = kernel(query, key, value, rule, segments=segments, prefix=None, scale=0.3, softcap=softcap)
+        return jnp.sum(out * target * (segments > 0)[:, None, :, None]), out
+
+    step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
+    with jax.set_mesh(mesh):
+        (_, out), gradients = step(query, key, value)
+    real = np.asarray(segments > 0)[:, None, :, None]
+    return [np.asarray(out) * real, *map(np.asarray, gradients)]
+
+
+@pytest.mark.parametrize(
+    "rule, softcap, sizes",
+    [
+        (Causal(), None, {"seq": 8}),
+        (Window(9), 5.0, {"data": 2, "seq": 2, "tensor": 2}),
+        (Full(), None, {"seq": 8}),
+    ],
+)
+def test_the_same_as_on_one_device(rule, softcap, sizes):
+    expected = outputs(DenseAttention(), rule, softcap, make_mesh({}, jax.devices()[:1]))
+    found = outputs(RingAttention(), rule, softcap, make_mesh(sizes))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)  # sums of 32 terms near 1, in another order
+
+
+def test_no_device_holds_all_positions():
+    query, key, value, _, segments = arrays()
+
+    def run(query, key, value):
+        kernel = RingAttention()
+        return kernel(query, key, value, Causal(), segments=segments, prefix=None, scale=1.0, softcap=None)
+
+    with jax.set_mesh(make_mesh({"seq": 8})):
+        text = jax.jit(run).lower(query, key, value).compile().as_text()
+    assert "collective-permute" in text
+    assert f"f32[{B},{KV},{H // KV * T},{T}]" not in text and "all-gather" not in text
+
+
+def test_a_decoder_trains_as_on_one_device():
+    """The loss of a step and the parameters after two, positions over 4 devices and rows over 2."""
+    fields = dict(num_heads=2, head_dim=8, rotary=of(Rotary), kernel=of(RingAttention))
+    block = of(Block, attention=of(Attention, **fields), mlp=of(GatedMLP, hidden_dim=16))
+    shape = dict(vocab_size=64, width=16, max_length=16, num_layers=1, token_layout="batched")
+    task = of(LanguageModelling, model=of(DecoderLM, blocks=(block,), **shape))
+
+    def trained(mesh, devices):
+        stage = of(Stage, name="s", steps=2, batch_size=4, optimizer=of(sgd, schedule=of(constant, peak=0.1)))
+        trainer = build(of(Trainer, task=task, data=of(Numbers), stages=(stage,), mesh=mesh))
+        state, metrics = trainer.train(progress=False, devices=devices)
+        return metrics["train/loss"], state.params
+
+    loss, params = trained({"data": 2, "seq": 4}, None)
+    expected, one = trained({}, jax.devices()[:1])
+    assert loss == pytest.approx(expected, rel=2e-6)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(
+            a, b, atol=1e-6
+        )  # a rate of 0.1 times gradients whose sums differ by rounding
+
+
+class Numbers(RecordDataset):
+    """Rows of random tokens."""
+
+    def element_spec(self):
+        spec = {
+            name: jax.ShapeDtypeStruct((16,), np.int32)
+            for name in self.take(np.arange(1))
+            if name != "weights"
+        }
+        return spec | {"weights": jax.ShapeDtypeStruct((16,), np.float32)}
+
+    def __len__(self):
+        return 64
+
+    def take(self, numbers):
+        text = np.stack([np.random.default_rng(n).integers(0, 64, 17) for n in numbers]).astype(np.int32)
+        ones = np.ones((len(numbers), 16), np.int32)
+        places = np.broadcast_to(np.arange(16, dtype=np.int32), ones.shape)
+        rows = {"tokens": text[:, :-1], "targets": text[:, 1:], "segments": ones, "positions": places}
+        return rows | {"target_bytes": ones, "weights": ones.astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    "sizes, shape, message",
+    [
+        ({"seq": 8}, (1, 4, 12, 4), "12 positions are no multiple of the mesh's seq=8"),
+        ({"seq": 4, "tensor": 2}, (1, 3, 16, 4), "3 heads over 3 key heads are no multiple of tensor=2"),
+    ],
+)
+def test_what_does_not_divide_is_refused(sizes, shape, message):
+    x = jnp.zeros(shape)
+    with jax.set_mesh(make_mesh(sizes)), pytest.raises(UserError, match=message):
+        RingAttention()(x, x, x, Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
+
+
+def test_a_mesh_that_nothing_in_the_model_follows_is_refused():
+    task = of(LanguageModelling, model=decoder(width=16, num_layers=1, num_heads=2, hidden_dim=16, length=16))
+    stage = of(Stage, name="s", steps=1, batch_size=4, optimizer=of(sgd, schedule=of(constant, peak=0.1)))
+    trainer = build(of(Trainer, task=task, data=of(Numbers), stages=(stage,), mesh={"seq": 4, "data": 2}))
+    with pytest.raises(UserError, match="seq=4 divides positions, but nothing in the model does"):
+        trainer.run(progress=False)
