@@ -12,7 +12,20 @@ import pytest
 
 from research.errors import UserError
 
-from . import adapters, chains, compressed, decoding, elastic, moe, quantized, spans, sparse, ssm, vision  # noqa: F401  (they fill CELLS)
+from . import (  # noqa: F401  (they fill CELLS)
+    adapters,
+    chains,
+    compressed,
+    decoding,
+    elastic,
+    moe,
+    multimodal,
+    quantized,
+    spans,
+    sparse,
+    ssm,
+    vision,
+)
 from .cells import CELLS, PAGE, Cell, page, write
 
 

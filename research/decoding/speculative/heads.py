@@ -12,13 +12,17 @@ from research.nn import weights
 def copy_head(target: Target) -> Any:
     """The parameters that the target's head reads: `head`, or `embedding` where the two are tied.
 
-    A structured kernel (quantized, say) is copied as the array it stands for.
+    A structured kernel (quantized, say) is copied as the array it stands for. Of a model that reads images they are its
+    own, or those of its `decoder`.
     """
-    name = "head" if "head" in target.params else "embedding"
+    own = any(name in target.params for name in ("head", "embedding"))
+    params = target.params if own else target.params["decoder"]
+    name = "head" if "head" in params else "embedding"
     kernels = jax.tree.map(
-        weights.materialize, target.params[name], is_leaf=lambda leaf: isinstance(leaf, weights.Weight)
+        weights.materialize, params[name], is_leaf=lambda leaf: isinstance(leaf, weights.Weight)
     )
-    return {name: jax.tree.map(jnp.copy, kernels)}
+    copied = {name: jax.tree.map(jnp.copy, kernels)}
+    return copied if own else {"decoder": copied}
 
 
 def head_logits(target: Target, head: Any, hidden: jax.Array) -> jax.Array:

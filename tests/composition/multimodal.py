@@ -1,0 +1,156 @@
+"""Models that read images, with the other parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.data.shapes import vocabulary
+from research.decoding.generator import Generator
+from research.decoding.prepare import prepare
+from research.decoding.proposers import Target
+from research.moe.layer import MoE
+from research.multimodal.dragonfly import Zooms, ZoomSelection
+from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
+from research.multimodal.eve import EVE, AnyAspect, PatchEmbeddingLayer, SequenceProjection
+from research.multimodal.iaa import IAA, InsertedLayers
+from research.multimodal.inf_llava import BlocksAndStrides, DualPerspective
+from research.multimodal.llava_uhd import Slices, WindowResampler
+from research.multimodal.media import Square
+from research.multimodal.mousi import ExpertFusion, Experts, Panel
+from research.multimodal.prompts import Prompts
+from research.nn.attention import Attention
+from research.nn.masks import Window
+from research.nn.quantized import quantize, quantize_kernels
+from research.nn.rotary import Rotary
+from research.nn.transformer import Block
+from research.nn.weights import Weight, materialize
+from research.ssm.mamba2 import Mamba2
+from tests.multimodal.toys import WIDTH, decoder, image, tower, vlm
+from tests.programs import call, drawn
+
+from .cells import DRAFTERS, KEY, louder, refused, runs
+
+TOKENS = jnp.zeros((1, 2), jnp.int32)
+
+
+def asked(model):
+    """Two prompts of unequal lengths, one with two images."""
+    prompts = [
+        ("<image> what is <image>", [image(1), image(2)]),
+        ("describe the picture <image>", [image(3)]),
+    ]
+    return Prompts.of(prompts, model.planner, vocabulary())
+
+
+def drafted_as_plain(name, model, params):
+    """The drafter's output is that of plain decoding, for prompts with images."""
+    drafter, target = DRAFTERS[name], Target(*reversed(prepare(model, params)))
+    own = jax.jit(lambda: drafter.create(KEY, target))()
+    prompts = asked(model)
+    options = dict(max_new_tokens=10, beside=prompts.beside)
+    plain = Generator(model, params).generate(prompts.tokens, **options)
+    drafted = Generator(model, params, proposer=drafter, proposer_params=own)
+    assert drafted.generate(prompts.tokens, **options).samples == plain.samples
+
+
+def inner_adaptor():
+    model = vlm(IAA, hooks=(InsertedLayers(decoder().blocks[0], (0, 1)),))
+    return model, louder(drawn(model, TOKENS))
+
+
+@runs(
+    "IAA",
+    "tree decoding (Medusa), prompts with images",
+    "inserted layers keep the accepted path in caches of their own: the tokens of plain decoding",
+)
+def _(_):
+    drafted_as_plain("Medusa", *inner_adaptor())
+
+
+@runs(
+    "eP-ALM",
+    "tree decoding (Medusa), prompts with images",
+    "upper layers have a row more than those below: the tokens of plain decoding",
+)
+def _(_):
+    hook = LateToken(start=1, stop=2, levels=1, num_layers=2)
+    parts = dict(tower=tower(class_token=True, norm_all=True), connector=SoftPrompt(2, WIDTH), hooks=(hook,))
+    model = vlm(EPALM, Square(patch=4, side=8, count=2), **parts)
+    drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
+
+
+@refused("MouSi", "shared positions in windowed layers", "a window counts tokens by their positions")
+def _(_):
+    planner = Experts(patch=4, side=8, counts=(4,), share="image")
+    parts = dict(tower=Panel((tower(),)), connector=ExpertFusion(WIDTH, (1,)))
+    vlm(planner=planner, rule=Window(4), **parts).init_cache(1, 16)
+
+
+def quantized_like_multiplied_out(model):
+    """With every kernel in int4, the image's rows are those of the kernels multiplied out."""
+    params = quantize_kernels(drawn(model, TOKENS), lambda kernel: quantize(kernel, 4, 4))
+    whole = jax.tree.map(
+        lambda x: materialize(x) if isinstance(x, Weight) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, Weight),
+    )
+    assert jax.tree.structure(whole) != jax.tree.structure(params)
+    (seen,) = asked(model).beside(32)
+    (_, one), (_, other) = (call(model, p, seen.media, method="see") for p in (params, whole))
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)  # sums of at most 64 terms of order 1
+
+
+@runs(
+    "INF-LLaVA",
+    "int4 weights",
+    "in tower and connector: the image's rows are those of the kernels multiplied out",
+)
+def _(_):
+    planner = BlocksAndStrides(patch=2, side=4, parts=2)
+    connector = DualPerspective(WIDTH, 2, 2)
+    quantized_like_multiplied_out(vlm(planner=planner, tower=tower(width=64), connector=connector))
+
+
+def with_experts():
+    """A decoder whose FFNs are mixtures of experts."""
+    attention = Attention(2, 4, rotary=Rotary())
+    mixture = MoE(num_experts=2, k=1, hidden_dim=8)
+    return decoder().clone(blocks=(Block(attention, mixture),), num_layers=1)
+
+
+def gradients_reach(model, *parts):
+    """All of these parts get a gradient from the logits."""
+    params, prompts = drawn(model, TOKENS), asked(model)
+    (seen,) = prompts.beside(max(map(len, prompts.tokens)))
+    tokens = jnp.zeros(seen.slot.shape, jnp.int32)
+    gradients = jax.jit(
+        jax.grad(lambda p: jnp.sum(jnp.square(model.apply({"params": p}, tokens, seen)))),
+    )(params)
+    for part in parts:
+        assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients[part]))
+
+
+@runs("LLaVA-UHD", "mixture of experts", "tower and connector learn through a decoder of experts")
+def _(_):
+    planner = Slices(patch=4, side=8, most=3, queries=1)
+    connector = WindowResampler(1, WIDTH, 2)
+    model = vlm(planner=planner, tower=tower(flexible=True), connector=connector)
+    gradients_reach(model.clone(decoder=with_experts()), "connector")
+
+
+@runs("EVE", "mixture of experts", "the patch layers learn through a decoder of experts")
+def _(_):
+    layer = PatchEmbeddingLayer(8, num_heads=2)
+    model = vlm(EVE, AnyAspect(patch=2, side=8), tower=layer, connector=SequenceProjection(WIDTH))
+    gradients_reach(model.clone(decoder=with_experts()), "tower", "connector")
+
+
+@runs("Dragonfly", "Mamba-2 layers", "its tokens and line breaks are read by a decoder without attention")
+def _(_):
+    block = Block(Mamba2(num_heads=2, head_dim=4, state_dim=4, chunk=8), None)
+    model = vlm(planner=Zooms(patch=2, side=4, keep=1), tower=tower(class_token=True))
+    model = model.clone(
+        decoder=decoder().clone(blocks=(block,), num_layers=1, max_length=256),
+        connector=ZoomSelection(WIDTH, 1),
+    )
+    gradients_reach(model, "connector")
