@@ -110,15 +110,15 @@ def get_config(preset: str = "tiny") -> ConfigDict:
 
 
 def get_sweep(preset: str = "tiny") -> Sweep:
-    """How the smallest and the largest granularity trade: joint or sampled training, and what the smallest weighs."""
+    """How the smallest and the largest granularity trade: sampled or joint training, and what each weighs.
+
+    A searcher draws the rate and the clipping instead.
+    """
     weights = {"task.loss_weights": ((1.0, 1.0, 1.0, 1.0), (4.0, 2.0, 1.0, 1.0), (1.0, 1.0, 2.0, 4.0))}
-    fronts = dict(metric="validation/XL/loss", pareto=("validation/S/loss", "validation/XL/loss"))
-    if preset == "search":
-        rate = "stages.0.optimizer.schedule.peak"
-        return Sweep(
-            space={rate: log_uniform(1e-3, 3e-2), "clip": log_uniform(0.1, 10.0)}, trials=16, **fronts
-        )
     return Sweep(
         points=grid({"task.training": ("sampled",)}) + grid({"task.training": ("joint",), **weights}),
-        **fronts,
+        space={"stages.0.optimizer.schedule.peak": log_uniform(1e-3, 3e-2), "clip": log_uniform(0.1, 10.0)},
+        trials=16,
+        metric="validation/XL/loss",
+        pareto=("validation/S/loss", "validation/XL/loss"),
     )

@@ -2,7 +2,7 @@
 
     python -m experiments.sweep --config=configs/matlm.py:tiny --workdir=runs/sweep
     python -m experiments.sweep --config=configs/matlm.py:tiny --workdir=runs/sweep --config.seed=1 --parallel=2
-    python -m experiments.sweep --config=configs/matlm.py:search --workdir=runs/tpe --search=tpe
+    python -m experiments.sweep --config=configs/matlm.py:tiny --workdir=runs/tpe --search=tpe
     python -m experiments.sweep --config=... --workdir=/shared/sweep --backend=ray --address=auto --resources=GPU=1
 
 Each trial is a run of `experiments.train` with a workdir of its own below the sweep's; as many run at a time as there
@@ -15,6 +15,7 @@ With --search=tpe, Optuna proposes the points of the sweep's `space` and trials 
 the same step are pruned; its storage lies in the workdir. Ray and Optuna: pip install -e '.[sweep]'.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -81,13 +82,13 @@ def main(arguments: list[str]) -> None:
     base, sweep = CONFIG.load(), load_sweep(CONFIG.value)
     if not isinstance(sweep, Sweep):
         raise UserError(f"{CONFIG.value}: get_sweep returned {type(sweep).__name__}, expected a Sweep")
-    if bool(sweep.space) != (SEARCH.value is not None):
+    searched = SEARCH.value is not None
+    if not (sweep.space if searched else sweep.points):
         need = (
-            "has a space to search: give --search=tpe"
-            if sweep.space
-            else "lists its points: leave out --search"
+            "has no space to search: leave out --search" if searched else "has no points: give --search=tpe"
         )
         raise UserError(f"{CONFIG.value}: the sweep {need}")
+    sweep = dataclasses.replace(sweep, **({"points": ()} if searched else {"space": {}}))
     for point in sweep.points or [{name: _some(draw) for name, draw in sweep.space.items()}]:
         configured(base, point)  # a field that is spelled wrongly is told before anything runs
     directory = local_directory(WORKDIR.value)

@@ -29,7 +29,7 @@ CONTINUES = (
 )
 _MESSAGE = 2048  # bytes of an error that all processes are told
 _CONNECT = 60.0  # seconds within which all processes must have connected
-_GRACE = 1.0  # seconds that a process has to fail with the same error as another
+_GRACE = 1.0  # seconds that the others have to say why they end
 _DONE = b"\0"
 
 
@@ -122,7 +122,9 @@ def ending_together(patience: int = PATIENCE) -> Iterator[None]:
             raise UserError(f"{_lost('another process')} ({first_line})") from error
         code = error.exit_code if isinstance(error, UserError) else 2 if isinstance(error, OSError) else 1
         _leave_soon(code)
-        lifeline.release(f"process {jax.process_index()} ({first_line or type(error).__name__})")
+        lifeline.release(f"{code} process {jax.process_index()} ({first_line or type(error).__name__})")
+        if jax.process_index() == 0:
+            time.sleep(_GRACE)  # jax aborts the others as soon as this one is gone
         raise
     except BaseException:
         lifeline.release()
@@ -144,7 +146,8 @@ def _lost(who: str) -> str:
 
 
 def _leave_soon(code: int) -> None:
-    """Ends the process once its error has been told, whatever still waits for the others: jax at the exit, a thread."""
+    """Ends the process once its error has been told, whatever still waits for the others: jax at the exit, a
+    thread."""
     atexit.register(_leave, code)  # registered last, so it runs before jax's own
 
     def end() -> None:
@@ -189,7 +192,8 @@ class _Lifeline:
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def release(self, failure: str = "") -> None:
-        """The run is over here: whoever ends from now on may. The others are told, also of a failure."""
+        """The run is over here: whoever ends from now on may. The others are told, also of a failure, with its
+        code."""
         self._released.set()
         for link in self._links.values():
             with contextlib.suppress(OSError):
@@ -244,16 +248,18 @@ class _Lifeline:
                     selector.unregister(key.fileobj)
 
     def _give_up(self, process: int, said: bytes) -> None:
-        # What stops every process at once, such as a mistake in the config, is told by each of them.
-        if self._released.wait(_GRACE):
+        if self._released.is_set():
             return
-        who = said.decode(errors="replace") or f"process {process}"
+        told = said.decode(errors="replace") or f"{CONTINUES} process {process}"
         for other, link in self._links.items():
             if other != process:
                 with contextlib.suppress(OSError):
-                    link.sendall(who.encode())
-        print(f"error: {_lost(who)}", file=sys.stderr)
-        _leave(CONTINUES)
+                    link.sendall(told.encode())
+        code, _, who = told.partition(" ")
+        # What every process would fail with again, such as a mistake, ends all of them with the same code.
+        failed = f"process {jax.process_index()} of {jax.process_count()} ends: {who} failed"
+        print(f"error: {_lost(who) if int(code) == CONTINUES else failed}", file=sys.stderr)
+        _leave(int(code))
 
 
 def _receive(link: socket.socket, count: int) -> bytes:

@@ -120,10 +120,10 @@ def drawn(fields: Mapping[str, Draw], count: int, seed: int = 0) -> tuple[Point,
 class Sweep:
     """What is tried, and what counts.
 
-    points: trials, in order (`grid`, `zipped`, `product`, `drawn`, or a list). space: instead of points, what a
-    searcher draws from (`--search=tpe`), `trials` times. metric: a final metric of the run, as
-    `<evaluator>/<variant>/<metric>` without a variant that has no name; the smaller the better unless `maximize`.
-    pareto: two metrics, both to be small, whose front is drawn. seed: of the searcher.
+    points: trials, in order (`grid`, `zipped`, `product`, `drawn`, or a list). space: what a searcher draws from
+    instead (`--search=tpe`), `trials` times. metric: a final metric of the run, as `<evaluator>/<variant>/<metric>`,
+    without a variant that has no name; the smaller the better unless `maximize`. pareto: two metrics, both to be
+    small, whose front is drawn. seed: of the searcher.
     """
 
     points: Sequence[Point] = ()
@@ -135,8 +135,8 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self):
-        if bool(self.points) == bool(self.space):
-            raise UserError("sweep: it has points, or a space to search, and not both")
+        if not self.points and not self.space:
+            raise UserError("sweep: it has neither points nor a space to search")
         if self.trials < 1:
             raise UserError(f"sweep: trials is {self.trials}; it must be at least 1")
         shown = [repr(sorted(point.items())) for point in self.points]

@@ -103,7 +103,7 @@ def test_the_front_by_hand():
     [
         (lambda: zipped({"a": (1,), "b": (1, 2)}), "as many values each"),
         (lambda: product([{"a": 1}], [{"a": 2}]), "two parts set a"),
-        (lambda: Sweep(), "points, or a space"),
+        (lambda: Sweep(), "neither points nor a space"),
         (lambda: Sweep(points=[{"a": 1}, {"a": 1}]), "there twice"),
         (lambda: log_uniform(0, 1), "above 0"),
         (lambda: uniform(1, 1), "must be less"),
@@ -273,7 +273,7 @@ def test_the_table_is_ordered_and_its_text_harmless(tmp_path):
     "points, arguments, message",
     [
         ('[{"sed": 1}]', (), "config.sed: unknown field of Trainer; did you mean seed?"),
-        ('[{"seed": 1}]', ("--search=tpe",), "lists its points: leave out --search"),
+        ('[{"seed": 1}]', ("--search=tpe",), "has no space to search: leave out --search"),
         ('[{"seed": 1}]', ("--resources=GPU",), "expected NAME=AMOUNT"),
     ],
 )
