@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from research.config import build, from_json, load_config, of, to_json
 from research.decoding.generator import Generator
 from research.decoding.speculative.loading import find_drafter
 from research.nn.weights import stored_bits
+from research.training.loop import Trainer
 from research.training.model_directory import save_model
 from research.training.optimizers import constant
 from research.training.task import LanguageModelling
@@ -110,6 +112,17 @@ def test_the_tiny_config_builds_and_trains(system: System, targets: Callable[[Sy
     assert np.isfinite(metrics["train/loss"])
     leaves = jax.tree.leaves(state.params)
     assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
+    if params is not None:
+        keep_their_bits(trainer, params, state.params)
+
+
+def keep_their_bits(trainer: Trainer, before: Any, after: Any) -> None:
+    """What no stage trains is frozen bit for bit, whatever the optimizers decay; what one trains has changed."""
+    masks = [stage.mask(before) for stage in trainer.stages]
+    trained = jax.tree.map(lambda *flags: any(flags), *masks)
+    same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), before, after)
+    assert all(jax.tree.leaves(jax.tree.map(lambda t, s: t or s, trained, same)))
+    assert not all(jax.tree.leaves(same))
 
 
 @pytest.mark.parametrize("system", read_catalogue(), ids=lambda system: system.name)
