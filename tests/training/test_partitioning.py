@@ -231,3 +231,37 @@ def test_default_rules_cover_every_large_parameter_of_the_models(scan_layers):
             axes = {axis for entry in sharding.spec if entry for axis in np.atleast_1d(entry)}
             if path.endswith("kernel"):
                 assert axes == {"fsdp", "tensor"}, path
+
+
+class Chip:
+    """A device of one of several slices."""
+
+    platform, device_kind = "other", "other"
+
+    def __init__(self, number: int, slices: int):
+        self.id = number
+        self.slice_index = self.process_index = number * slices // 16
+
+
+def test_slices_lie_along_data_or_else_along_fsdp():
+    def slice_numbers(sizes, slices):
+        grid = make_mesh(sizes, [Chip(i, slices) for i in range(16)]).devices
+        return np.vectorize(lambda chip: chip.slice_index)(grid).reshape(grid.shape[:2])
+
+    # data x fsdp: each row of data is one slice, which fsdp never leaves.
+    assert slice_numbers({"data": 2, "fsdp": 8}, 2).tolist() == [[0] * 8, [1] * 8]
+    assert slice_numbers({"data": 4, "fsdp": 4}, 2).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    assert slice_numbers({"fsdp": 16}, 2).tolist() == [[0] * 8 + [1] * 8]
+    with pytest.raises(UserError, match="neither data=1 nor fsdp=2 is a multiple"):
+        make_mesh({"fsdp": 2, "tensor": 8}, [Chip(i, 4) for i in range(16)])
+
+
+def test_what_is_whole_though_large_is_marked():
+    params = {"mlp": {"up": {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}}}
+    for sizes, rules, marked in (
+        ({"fsdp": 8}, (("mlp/up/kernel", ()),), True),
+        ({"fsdp": 8}, (), False),
+        ({"data": 8}, (), False),  # nothing is meant to be divided
+    ):
+        text = partitioning.table(params, parameter_shardings(params, make_mesh(sizes), rules))
+        assert ("large, and whole on every device" in text) == marked
