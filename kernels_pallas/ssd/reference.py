@@ -29,39 +29,44 @@ def ssd(
     def chunked(y: jax.Array) -> jax.Array:
         return y.reshape(batch, -1, chunk, *y.shape[2:])
 
+    # Of two operands that share a dimension the second stays as it lies in memory and the first is turned: so the
+    # larger one is second, and states are [N, r, P] here.
     xs = chunked(x).reshape(batch, -1, chunk, groups, heads // groups, channels)
     b, c, segments = chunked(b), chunked(c), chunked(segments)
-    total = jnp.cumsum(chunked(log_decay.astype(jnp.float32)), axis=2)  # [b, K, Q, H], to and with each token
-    grouped = total.reshape(*total.shape[:3], groups, -1)
+    decays = chunked(log_decay.astype(jnp.float32)).reshape(*xs.shape[:-1])
+    # To and with each token, [b, K, G, r, Q]: a product, as a cumulative sum would be computed anew by all that reads it.
+    before_and_with = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
+    total = jnp.einsum("bkjgr,ij->bkgri", decays, before_and_with, precision="highest")
 
     # Inside a chunk: y_i = sum_{j <= i} exp(total_i - total_j) (C_i B_j) x_j.
     scores = jnp.einsum("bkign,bkjgn->bkgij", c, b, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones((chunk, chunk), bool)) & (segments[..., :, None] == segments[..., None, :])
-    weights = decay_between(grouped, seen[:, :, None, None]) * scores[:, :, :, None]
+    weights = _decay(total, seen[:, :, None, None]) * scores[:, :, :, None]
     y = jnp.einsum("bkgrij,bkjgrp->bkigrp", weights.astype(x.dtype), xs, preferred_element_type=jnp.float32)
 
     # What each chunk adds to the state at its end, and how much of the state before it is left there.
-    last = grouped[:, :, -1:]
-    to_end = jnp.exp(last - grouped) * (segments == segments[..., -1:])[..., None, None]
+    last = total[..., -1:]
+    to_end = jnp.exp(last - total) * (segments == segments[..., -1:])[:, :, None, None]
     added = jnp.einsum(
-        "bkjgrp,bkjgn->bkgrpn",
-        (xs * to_end[..., None]).astype(x.dtype),
+        "bkjgn,bkjgrp->bkgnrp",
         b,
+        (xs * jnp.moveaxis(to_end, -1, 2)[..., None]).astype(x.dtype),
         preferred_element_type=jnp.float32,
     )
     before = jnp.concatenate([segments[:, :1, 0], segments[:, :-1, -1]], axis=1)  # the segment of the state
-    kept = jnp.exp(last[:, :, 0]) * (before == segments[..., -1])[..., None, None]  # [b, K, G, r]
+    kept = jnp.exp(last[..., 0]) * (before == segments[..., -1])[..., None, None]  # [b, K, G, r]
 
     def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         kept, added = chunk
-        return kept[..., None, None] * state + added, state
+        return kept[:, :, None, :, None] * state + added, state
 
-    state = state.astype(jnp.float32).reshape(batch, groups, -1, channels, size)
+    state = jnp.moveaxis(state.astype(jnp.float32).reshape(batch, groups, -1, channels, size), -1, 2)
     final, states = jax.lax.scan(step, state, (kept.swapaxes(0, 1), added.swapaxes(0, 1)))
-    from_start = jnp.exp(grouped) * (segments == before[..., None])[..., None, None]
-    y = y + from_start[..., None] * jnp.einsum("bkign,kbgrpn->bkigrp", c.astype(jnp.float32), states)
+    from_start = jnp.exp(total) * (segments == before[..., None])[:, :, None, None]
+    carried = jnp.einsum("bkign,kbgnrp->bkigrp", c.astype(jnp.float32), states)
+    y = y + jnp.moveaxis(from_start, -1, 2)[..., None] * carried
     y = y.reshape(batch, -1, heads, channels)[:, :length].astype(x.dtype)
-    return y, final.reshape(batch, heads, channels, size)
+    return y, jnp.moveaxis(final, 2, -1).reshape(batch, heads, channels, size)
 
 
 def ssd_step(
@@ -77,9 +82,13 @@ def ssd_step(
 
 
 def decay_between(total: jax.Array, seen: jax.Array) -> jax.Array:
-    """total [..., T, G, r], seen bool[..., 1, 1, T, T] -> exp(total_i - total_j) where seen, else 0: [..., G, r, T, T].
+    """total [..., T, G, r], seen bool[..., 1, 1, T, T] -> exp(total_i - total_j) where seen, else 0: [..., G, r, T, T]."""
+    return _decay(jnp.moveaxis(total, -3, -1), seen)
+
+
+def _decay(total: jax.Array, seen: jax.Array) -> jax.Array:
+    """total [..., T], seen bool[..., T, T] -> exp(total_i - total_j) where seen, else 0.
 
     Masked before the exponential: above the diagonal it could overflow, and its gradient would be NaN.
     """
-    total = jnp.moveaxis(total, -3, -1)
     return jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))

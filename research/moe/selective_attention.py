@@ -37,9 +37,10 @@ from research.moe.selection import (
 from research.nn import weights
 from research.nn.attention import Context
 from research.nn.attention_kernels import AttentionKernel, AutoAttention, CachedKernel, PlainCachedAttention
+from research.nn.compute_once import compute_once
 from research.nn.linear import Linear
 from research.nn.masks import Causal, Full
-from research.nn.rotary import Rotary, compute_once, rotate
+from research.nn.rotary import Rotary, rotate
 
 UnitGate = Literal["unit", "unit_straight_through"]
 # Key and value [B, n, P, d] of new tokens, and which of them each head takes, bool[B, n, P, 1].
@@ -293,7 +294,7 @@ class SMHA(nn.Module):
     def _angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """positions int32[a, b, c] -> cosines and sines [a, b, c, d / 2]."""
         shape = positions.shape
-        tables = compute_once(self.rotary(positions.reshape(-1, shape[-1]), self.head_dim))
+        tables = tuple(map(compute_once, self.rotary(positions.reshape(-1, shape[-1]), self.head_dim)))
         return tuple(table.reshape(*shape, -1) for table in tables)
 
     def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:

@@ -16,9 +16,10 @@ from research.nn.attention_kernels import (
     CachedKernel,
     PlainCachedAttention,
 )
+from research.nn.compute_once import compute_once
 from research.nn.linear import Linear
 from research.nn.masks import Causal, Full, MaskRule, Prefix, Steps, Window
-from research.nn.rotary import Rotary, compute_once, rotate
+from research.nn.rotary import Rotary, rotate
 
 
 class Context(struct.PyTreeNode):
@@ -146,7 +147,7 @@ def attend(
     [B, T, H, d] and the new rows, [B, Hkv, T, d] each.
     """
     if rotary is not None:
-        angles = compute_once(rotary(context.positions, query.shape[-1]))
+        angles = tuple(map(compute_once, rotary(context.positions, query.shape[-1])))
         query, key = rotate(query, *angles), rotate(key, *angles)
     query, key, value = (y.swapaxes(1, 2) for y in (query, key, value))  # [B, heads, T, d]
     numbers = dict(scale=scale, softcap=softcap)

@@ -92,20 +92,6 @@ class Rotary:
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def compute_once(tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The same cosines and sines, on CPU computed once for all heads and layers.
-
-    XLA:CPU fuses them into the rotation of every head of every layer, and computes them anew there: a
-    twentieth of a training step and a fiftieth of a decoding step. It fuses nothing into a product, and one
-    with the identity is exact; optimization barriers it drops before it fuses.
-    """
-    if jax.default_backend() != "cpu":
-        return tables
-    cosines, sines = tables
-    identity = jnp.eye(cosines.shape[-1], dtype=cosines.dtype)
-    return tuple(jnp.dot(table, identity, precision="highest") for table in (cosines, sines))
-
-
 def rotate(x: jax.Array, cosines: jax.Array, sines: jax.Array) -> jax.Array:
     """Rotate x [B, T, heads, head_dim] by cosines and sines [B, T, head_dim / 2]; float32 inside."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.nn.attention import Context
+from research.nn.compute_once import compute_once
 from research.nn.linear import Linear, parameter
 from research.nn.norm import RMSNorm
 from research.ssm.recurrent import Convolution, RecurrentCache, Rows, init_a, init_dt, recur
@@ -74,6 +75,8 @@ class Mamba2(nn.Module):
         projected = projected.reshape(batch, length, -1)
         z, inputs, dt = jnp.split(projected, [self.inner, self.inner + self.channels], axis=-1)
         mixed = nn.silu(Convolution(self.conv_width, self.conv_bias, name="conv")(inputs, context, cache))
+        if cache is None:
+            mixed = compute_once(mixed)
         x, b, c = jnp.split(mixed, [self.inner, self.channels - self.num_groups * self.state_dim], axis=-1)
         x = x.reshape(batch, length, self.num_heads, self.head_dim)
         b, c = (y.reshape(batch, length, self.num_groups, self.state_dim) for y in (b, c))

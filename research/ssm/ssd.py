@@ -156,5 +156,7 @@ def advance(
     to_end = jnp.exp(total[:, -1:] - total) * real[..., None]
     groups = b.shape[2]
     xs = (x.astype(jnp.float32) * to_end[..., None]).reshape(*x.shape[:2], groups, -1, x.shape[-1])
-    added = jnp.einsum("btgrp,btgn->bgrpn", xs, b.astype(jnp.float32)).reshape(state.shape)
+    # xs is the larger operand, and the second one is multiplied as it lies in memory.
+    added = jnp.einsum("btgn,btgrp->bgnrp", b.astype(jnp.float32), xs)
+    added = jnp.moveaxis(added, 2, -1).reshape(state.shape)
     return jnp.exp(total[:, -1])[..., None, None] * state + added

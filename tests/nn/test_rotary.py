@@ -2,13 +2,12 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.nn.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling, compute_once, rotate
+from research.nn.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling, rotate
 
 
 def turn(positions, x, rotary=Rotary()):  # noqa: B008  (frozen)
@@ -81,24 +80,3 @@ def test_yarn_scales_the_rotated_vectors():
 def test_an_odd_head_is_refused():
     with pytest.raises(UserError, match="even head_dim, not 3"):
         Rotary()(jnp.zeros((1, 1), jnp.int32), 3)
-
-
-def test_tables_computed_once_have_the_same_bits():
-    tables = jax.jit(lambda positions: Rotary()(positions, 64))(jnp.arange(300)[None])
-    for table, once in zip(tables, jax.jit(compute_once)(tables), strict=True):
-        assert (table == once).all()
-
-
-def test_xla_computes_tables_once_and_not_where_they_are_used():
-    def cosines(uses: int, prepare) -> int:
-        def loss(x, positions):
-            tables = prepare(Rotary()(positions, 64))
-            for _ in range(uses):
-                x = jnp.tanh(rotate(x, *tables))
-            return jnp.sum(x)
-
-        x, positions = jnp.ones((2, 32, 2, 64)), jnp.zeros((2, 32), jnp.int32)
-        return jax.jit(jax.grad(loss)).lower(x, positions).compile().as_text().count(" cosine(")
-
-    assert cosines(4, compute_once) == cosines(1, compute_once) == 1
-    assert cosines(4, lambda tables: tables) > 1  # else the trick is no longer needed
