@@ -34,7 +34,7 @@ def ssd(
     xs = chunked(x).reshape(batch, -1, chunk, groups, heads // groups, channels)
     b, c, segments = chunked(b), chunked(c), chunked(segments)
     decays = chunked(log_decay.astype(jnp.float32)).reshape(*xs.shape[:-1])
-    # To and with each token, [b, K, G, r, Q]: a product, as a cumulative sum would be computed anew by all that reads it.
+    # To and with each token, [b, K, G, r, Q]: a product, as a cumulative sum is computed anew by all that reads it.
     before_and_with = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
     total = jnp.einsum("bkjgr,ij->bkgri", decays, before_and_with, precision="highest")
 
@@ -82,7 +82,8 @@ def ssd_step(
 
 
 def decay_between(total: jax.Array, seen: jax.Array) -> jax.Array:
-    """total [..., T, G, r], seen bool[..., 1, 1, T, T] -> exp(total_i - total_j) where seen, else 0: [..., G, r, T, T]."""
+    """total [..., T, G, r], seen bool[..., 1, 1, T, T] -> exp(total_i - total_j) where seen, else 0,
+    [..., G, r, T, T]."""
     return _decay(jnp.moveaxis(total, -3, -1), seen)
 
 
