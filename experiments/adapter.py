@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> None:
     from research.errors import UserError
     from research.nn.accounting import count_bytes, count_parameters
     from research.training.model_directory import save_model
-    from research.training.partial import read_adapter, save_adapter
+    from research.training.partial import save_adapter
+    from research.training.workdir import read_adapter
 
     if OUTPUT.value is None and MERGE.value is None:
         raise UserError("nothing to do: give --output=FOLDER, --merge=FOLDER, or both")

@@ -97,7 +97,8 @@ def convert_adapter() -> None:
     """An adapter of ours to peft's format, or one of theirs to an adapter directory."""
     from research.errors import UserError
     from research.interop import peft
-    from research.training.partial import read_adapter, save_adapter
+    from research.training.partial import save_adapter
+    from research.training.workdir import read_adapter
 
     if not peft.is_peft(FROM.value):
         _, task, saved = read_adapter(FROM.value, STEP.value, EMA.value)

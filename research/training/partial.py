@@ -115,35 +115,6 @@ def load_adapter(directory: str | os.PathLike[str]) -> tuple[ConfigDict, PyTree]
     return config, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def read_adapter(
-    path: str | os.PathLike[str], step: int | None = None, ema: bool = False
-) -> tuple[ConfigDict, Any, PyTree]:
-    """The config, the task, and what was saved, of a run or of an adapter directory.
-
-    Raises `UserError` if it holds a model, or if the run saves all its parameters.
-    """
-    from research.training.workdir import find_task, read_checkpoint, read_config
-
-    folder = files.local_directory(path)
-    if (folder / ADAPTER).exists():
-        if step is not None or ema:
-            raise UserError(
-                f"{folder} is an adapter directory, with one set of parameters: no step, no average"
-            )
-        config, saved = load_adapter(folder)
-    else:
-        config, saved = read_config(folder / "config.json"), None
-    if "task" not in config:
-        raise UserError(f"{path} holds a model, not an adapter")
-    where, node = find_task(config)
-    task = configs.build(node, where)
-    if not hasattr(task, "recall"):
-        raise UserError(f"{path} was not trained as an adapter: its task is {type(task).__name__}")
-    if saved is None:
-        saved, _ = read_checkpoint(folder, None, step, "ema" if ema else "params")
-    return config, task, saved
-
-
 def _content(folder: Path) -> tuple[ConfigDict, str]:
     try:
         content = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))

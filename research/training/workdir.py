@@ -241,6 +241,33 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, ema: bool 
     return _load_from_run(directory, step, "ema" if ema else "params")
 
 
+def read_adapter(
+    path: str | os.PathLike[str], step: int | None = None, ema: bool = False
+) -> tuple[ConfigDict, Any, PyTree]:
+    """The config, the task, and what was saved, of a run or of an adapter directory.
+
+    Raises `UserError` if it holds a model, or if the run saves all its parameters.
+    """
+    folder = directory_of(path)
+    if (folder / ADAPTER).exists():
+        if step is not None or ema:
+            raise UserError(
+                f"{folder} is an adapter directory, with one set of parameters: no step, no average"
+            )
+        config, saved = load_adapter(folder)
+    else:
+        config, saved = read_config(folder / CONFIG), None
+    if "task" not in config:
+        raise UserError(f"{path} holds a model, not an adapter")
+    where, node = find_task(config)
+    task = configs.build(node, where)
+    if not hasattr(task, "recall"):
+        raise UserError(f"{path} was not trained as an adapter: its task is {type(task).__name__}")
+    if saved is None:
+        saved, _ = read_checkpoint(folder, None, step, "ema" if ema else "params")
+    return config, task, saved
+
+
 def directory_of(path: str | os.PathLike[str]) -> Path:
     """Where a workdir or model directory is; `package:...` is in this package."""
     inside = str(path).removeprefix("package:")
