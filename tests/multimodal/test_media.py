@@ -83,7 +83,7 @@ def test_the_world_says_what_it_shows():
             r, c = row + step[0], column + step[1]
             there = 0 <= r < 3 and 0 <= c < 3 and kinds[r, c] >= 0
             assert answer == (scenes.kinds[kinds[r, c]] if there else "nothing")
-        assert 0 not in vocabulary().encode(question.replace("<image>", "") + answer)
+        assert 0 not in vocabulary().encode(question.replace("<image>", "") + " " + answer)
     cells = Cells(Pages(size=4, shapes=((2, 3),), objects=(2, 2)), "colour").take(np.arange(4))
     assert cells["images"].shape == (4, 16, 24, 3) and ((cells["labels"] > 0).sum(1) == 2).all()
     bright = cells["images"].reshape(4, 2, 8, 3, 8, 3).max(axis=(2, 4, 5)).reshape(4, 6) > 0.5

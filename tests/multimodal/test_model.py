@@ -1,12 +1,16 @@
 """The machine: an empty image is no image, prompts with images decode as they are read, packed rows don't meet."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from experiments import generate
+from research.config_capture import capture
 from research.data.dialogues import Dialogue
 from research.data.shapes import TOKENIZER, vocabulary
 from research.decoding.generator import Generator
@@ -15,9 +19,10 @@ from research.multimodal.conversations import Conversations
 from research.multimodal.media import Media, Square
 from research.multimodal.model import Pictures, splice
 from research.multimodal.prompts import Prompts, pictures, write
-from research.multimodal.task import batch_pictures
+from research.multimodal.task import VisionLanguage, batch_pictures
 from research.multimodal.tower import cubic_weights, resized_positions
 from research.nn.masks import Steps, step_ends
+from research.training.model_directory import save_model
 from tests.multimodal.toys import image, vlm
 from tests.programs import call, drawn
 
@@ -170,17 +175,18 @@ def test_an_images_rows_see_each_other_where_steps_say_so(toy):
 
 def test_positions_are_interpolated():
     # A grid of the table's own size: the identity, bit for bit.
-    np.testing.assert_array_equal(jax.jit(lambda n: cubic_weights(n, 4, 4))(jnp.asarray(4)), np.eye(4))
+    weights = jax.jit(lambda n: cubic_weights(n, 4, 4))
+    np.testing.assert_array_equal(weights(jnp.asarray(4)), np.eye(4))
     # Half the size: place 0 lies between samples 0 and 1. Keys' kernel with a = -0.75 at distances 0.5 and 1.5 is
     # (1.25 / 2 - 2.25) / 4 + 1 = 0.59375 and -0.75 (((1.5 - 5) 1.5 + 8) 1.5 - 4) = -0.09375; sample -1 is sample 0.
-    half = np.asarray(cubic_weights(jnp.asarray(2), 2, 4))
+    half = np.asarray(weights(jnp.asarray(2)))
     np.testing.assert_allclose(half[0], [0.5, 0.59375, -0.09375, 0.0], atol=1e-6)
     np.testing.assert_allclose(half[1], half[0][::-1], atol=1e-6)
     table = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
     grids = jnp.asarray([[4, 4], [2, 3], [0, 0]])
     found = np.asarray(jax.jit(resized_positions, static_argnums=2)(table, grids, 16))
     np.testing.assert_array_equal(found[0], table)
-    rows, columns = (np.asarray(cubic_weights(jnp.asarray(n), n, 4)) for n in (2, 3))
+    rows, columns = (np.asarray(weights(jnp.asarray(n)))[:n] for n in (2, 3))
     wanted = np.einsum("ir,jc,rcd->ijd", rows, columns, table.reshape(4, 4, 3)).reshape(6, 3)
     np.testing.assert_allclose(found[1, :6], wanted, atol=1e-6)
 
@@ -196,3 +202,37 @@ def test_what_does_not_fit_is_told(toy):
         jax.eval_shape(
             model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), Pictures(media, None, None)
         )
+
+
+def test_a_run_begins_with_parts_of_others(toy, tmp_path):
+    config = capture(toy[0].decoder)
+    save_model(tmp_path / "lm", config, toy[1]["decoder"])
+    begun = VisionLanguage(toy[0], parts=(("decoder", str(tmp_path / "lm"), ""),)).start(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, begun["decoder"], toy[1]["decoder"])
+    layer = VisionLanguage(toy[0], parts=(("tower/layer_0", str(tmp_path / "lm"), "layer_0"),))
+    with pytest.raises(UserError, match="does not fit the model: attention/key/bias"):
+        layer.start(jax.random.key(0))
+    wrong = VisionLanguage(toy[0], parts=(("decoder/layer_9", str(tmp_path / "lm"), "layer_0"),))
+    with pytest.raises(UserError, match="the model has no 'decoder/layer_9'"):
+        wrong.start(jax.random.key(0))
+
+
+def test_the_program_shows_images_before_a_prompt_that_has_no_place_for_them(toy, tmp_path):
+    Image.fromarray(image(1)).save(tmp_path / "a.png")
+    loaded = SimpleNamespace(model=toy[0], tokenizer=TEXT)
+    path = str(tmp_path / "a.png")
+    tokens, beside = generate.show(["what", "what <image>"], [path], loaded, "runs/a")
+    (seen,) = beside(8)
+    assert [len(row) for row in tokens] == [6, 6]
+    assert seen.slot.tolist() == [[-1, 0, 1, 2, 3, -1, -1, -1], [-1, -1, 0, 1, 2, 3, -1, -1]]
+    with pytest.raises(UserError, match="1 <image> in the text, but 2 images"):
+        generate.show(["<image>"], [path, path], loaded, "runs/a")
+    with pytest.raises(UserError, match="runs/a holds a DecoderLM, which reads no images"):
+        generate.show(["what"], [path], SimpleNamespace(model=toy[0].decoder, tokenizer=TEXT), "runs/a")
+
+
+def test_a_prefix_sees_itself_up_to_the_first_answer(toy):
+    batch = Conversations(Said(), toy[0].planner, 24, steps="prefix", shuffle=False).take(np.arange(1))
+    first = int(np.flatnonzero(batch["weights"][0])[0]) + 1  # the first token of the answer
+    assert batch["step_ends"][0][:first].tolist() == [first] * first
+    assert batch["step_ends"][0][first:].tolist() == list(range(first + 1, 25))
