@@ -49,7 +49,10 @@ DEFAULT_RULES: Rules = (
     # change into a divided batch, for which XLA copies the whole activation to every device.
     (r"(^|/)embedding/table", (("tensor", "fsdp"), None)),
     # As many rows as positions, often an odd number: only the width is divided.
-    (r"(^|/)patch_embedding/positions$", (None, "fsdp")),
+    (r"(^|/)(patch_embedding|tower(/experts_\d+)?|teacher)/positions$", (None, "fsdp")),
+    # What stands between a tower and a decoder, and tables of its learned rows.
+    (r"^(tower|connector|align|hooks_\d+)/(.*/)?\w+/kernel$", ("fsdp", "tensor")),
+    (r"^connector/(queries|prompt|columns_\d+)$", ()),
     (r"(^|/)(scale|bias|class_token)$", ()),
 )
 
