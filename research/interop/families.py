@@ -367,7 +367,7 @@ def _jetmoe_block(config: Fields, family: Family, rotary: Rotary, layer_type: st
 
 def _refuse_unsupported(config: Fields, family: Family) -> None:
     for name, reason in {
-        "quantization_config": "quantized checkpoints are not read; convert to float32, float16 or bfloat16",
+        "quantization_config": "quantized parts of a checkpoint are not read; convert to float32, float16 or bfloat16",
         "per_layer_config": "settings per layer are not supported",
         "auto_map": "the directory brings model code of its own, which is never run",
     }.items():

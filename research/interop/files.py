@@ -26,6 +26,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_WORDS = {"I32": np.dtype(np.int32)}
 _SHARD_BYTES = 4 * 2**30
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -68,12 +69,19 @@ class TensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as it is stored: float32, float16 or bfloat16."""
+        return self._read(name, _STORED)
+
+    def read_words(self, name: str) -> np.ndarray:
+        """A tensor of int32."""
+        return self._read(name, _WORDS)
+
+    def _read(self, name: str, dtypes: dict[str, np.dtype]) -> np.ndarray:
         path, handle = self._handles[name]
         stored = handle.get_slice(name).get_dtype()
-        if stored not in _STORED:
-            raise UserError(f"{path}: {name} is stored as {stored}; supported: {', '.join(_STORED)}")
+        if stored not in dtypes:
+            raise UserError(f"{path}: {name} is stored as {stored}; supported: {', '.join(dtypes)}")
         try:
-            return handle.get_tensor(name).view(_STORED[stored])
+            return handle.get_tensor(name).view(dtypes[stored])
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: {name} can't be read: {error}") from None
 

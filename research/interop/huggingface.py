@@ -4,7 +4,8 @@
     report = save(model, variables, "exported", tokenizer=tokenizer, dtype="bfloat16")
 
 Families: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), Mixtral, Qwen 2 and 3 MoE, OLMoE, JetMoE and Mamba-2,
-from the `config.json` of transformers 4 or 5.
+from the `config.json` of transformers 4 or 5. Kernels of GPTQ's and AWQ's checkpoints stay packed
+(`research.interop.quantized_files`).
 `expressible(model)` tells before training whether a model can be saved, and as what.
 """
 
@@ -23,7 +24,9 @@ from research.interop.families import FAMILIES, Family, read_config
 from research.interop.fields import Fields, read_json
 from research.interop.files import TensorFiles, cast, check_dtype, some
 from research.interop.names import Stored, expert_count, layer_count, shapes, stored
+from research.interop.quantized_files import ENTRY, PackedFiles, read_packing
 from research.language.decoder import DecoderLM
+from research.nn.weights import Kernel
 from research.training.paths import nested
 
 __all__ = ["FAMILIES", "Export", "expressible", "is_huggingface", "load", "save"]
@@ -45,7 +48,8 @@ def load(
     Args:
         directory: holds `config.json`, `model.safetensors` (or shards and their index), and maybe
             `tokenizer.json`.
-        dtype: of the parameters: "float32", "float16" or "bfloat16"; None keeps what is stored.
+        dtype: of the parameters: "float32", "float16" or "bfloat16"; None keeps what is stored, as packed kernels
+            always do.
 
     Returns:
         The model, its variables {"params": ...} (`model.apply(variables, tokens)` gives float32 logits), and
@@ -60,6 +64,8 @@ def load(
         raise UserError(f"{directory} is not a directory")
     config_path = directory / "config.json"
     entries = read_json(config_path)
+    packing = read_packing(directory, entries)
+    entries = {name: value for name, value in entries.items() if name != ENTRY}
     with TensorFiles(directory) as files:
         depth = layer_count(files.names)
         # Before the model is made: a depth that no file backs would take for ever.
@@ -76,13 +82,17 @@ def load(
         family, model = read_config(entries, str(config_path))
         if family.experts is not None:
             family = dataclasses.replace(family, experts=as_stored(family.experts, files.names))
-        params = read_params(files, family, model, dtype)
+        readable = files if packing is None else PackedFiles(files, packing)
+        params = read_params(readable, family, model, dtype)
     tokenizer = Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
     return model, {"params": params}, tokenizer
 
 
-def read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str | None) -> dict[str, Any]:
+def read_params(
+    files: TensorFiles | PackedFiles, family: Family, model: DecoderLM, dtype: str | None
+) -> dict[str, Any]:
     """The parameters of a decoder of a family. `files`: its tensors, or those of a part of a checkpoint."""
+    packed = files if isinstance(files, PackedFiles) else None
     expected = shapes(model)
     places = {path: stored(path, shape, family) for path, shape in expected.items()}
     sizes = {
@@ -100,6 +110,8 @@ def read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str
         found.discard(_HEAD)
     if missing := sorted(sizes.keys() - found):
         raise UserError(f"{files.directory}: missing tensors {some(missing)}{_instead(found - sizes.keys())}")
+    if packed is not None:
+        found -= {name for name in found - sizes.keys() if packed.empty(name)}
     if unexpected := sorted(found - sizes.keys()):
         raise UserError(
             f"{files.directory}: tensors that {family.model_type} doesn't have: {some(unexpected)}"
@@ -112,13 +124,23 @@ def read_params(files: TensorFiles, family: Family, model: DecoderLM, dtype: str
     if wrong:
         raise UserError(f"{files.directory}: {'; '.join(wrong[:4])}{_more(wrong)}")
 
-    def read(place: Stored) -> jnp.ndarray:
+    def read(place: Stored) -> Kernel:
+        if packed is not None and any(map(packed.packed, place.names)):
+            return _packed_kernel(packed, place)
         tensors = [files.read(name) for name in place.names]
         if dtype is not None:
             tensors = [cast(tensor, dtype, name) for tensor, name in zip(tensors, place.names, strict=True)]
         return jnp.asarray(place.assemble(tensors))
 
     return nested({path: read(place) for path, place in places.items()})
+
+
+def _packed_kernel(files: PackedFiles, place: Stored) -> Kernel:
+    apart = [name for name in place.names if not files.packed(name)]
+    if apart or not place.transposed or place.depthwise or place.part != (0, 1):
+        what = f"but not {some(apart)}" if apart else "which is no kernel of one projection"
+        raise UserError(f"{files.directory}: {place.names[0]} is packed, {what}")
+    return files.kernel(place.names, place.per_expert)
 
 
 def _instead(surplus: set[str]) -> str:
