@@ -348,6 +348,35 @@ def test_mousi_counts_positions_and_shares_its_second_layer():
     )
 
 
+def test_one_expert_of_mousi_is_llava():
+    model = vlm(planner=Experts(patch=4, side=8, counts=(4,)), connector=ExpertFusion(WIDTH, (1,)))
+    model = model.clone(tower=Panel((tower(),)))
+    params = drawn(model, TOKENS)
+    llava = params | {
+        "tower": params["tower"]["experts_0"],
+        "connector": {
+            "projection": {
+                "linear_1": params["connector"]["first_0"],
+                "linear_2": params["connector"]["second"],
+            }
+        },
+    }
+    tokens, seen = asked(model.planner)
+    np.testing.assert_array_equal(call(model, params, tokens, seen), call(vlm(), llava, tokens, seen))
+
+
+def test_rows_that_share_a_position_have_no_order():
+    # One layer: what an image's rows are does not depend on what stands before them.
+    planner = Square(patch=4, side=8, share="image")
+    model = vlm(planner=planner, layers=1)
+    params = louder(drawn(model, TOKENS))
+    for share, same in (("image", True), ("none", False)):
+        tokens, seen = asked(Square(patch=4, side=8, share=share), "<image> what digit")
+        mixed = seen.replace(slot=np.concatenate([seen.slot[:, [2, 0, 3, 1]], seen.slot[:, 4:]], axis=1))
+        one, other = (np.asarray(call(model, params, tokens, x))[:, 4:] for x in (seen, mixed))
+        assert np.allclose(one, other, atol=1e-4) == same
+
+
 # IAA
 
 
