@@ -157,8 +157,12 @@ def find_topology(text: str) -> Any:
 
     from jax.experimental import topologies
 
-    versions()
     chip, _, shape = text.partition(":")
+    package = "jax-cuda12-plugin" if chip == "h100" else "libtpu"
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"--compile: {package} is not installed; pip install -e '.[aot]'") from error
     if chip == "h100":
         facts = (Path(__file__).parent / "h100_sxm.txtpb").read_text(encoding="utf-8")
         options = {"target_config": facts, "topology": f"1x1x{shape}"}

@@ -34,7 +34,8 @@ KINDS = ("kill", "lose", "truncate", "terminate", "fill", "clock")
 STEPS = 200
 # Steps of this model take a millisecond; a moment's sleep lets something happen to each of them.
 CHILD = """
-import sys, time
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR1, all_threads=True)
 years, nap = int(sys.argv[1]), float(sys.argv[2])
 now = time.time
 time.time = lambda: now() + years * 365 * 24 * 3600
@@ -127,8 +128,18 @@ class Runs:
         path = self.workdir / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
-    def errors(self) -> str:
-        return "\n".join((self.folder / f"errors{k}.txt").read_text()[-2000:] for k in range(self.processes))
+    def wait(self, children: list[subprocess.Popen], timeout: float = 600) -> list[int]:
+        """Their exit codes. AssertionError, with the stacks of all threads, if one does not end in time."""
+        try:
+            return [child.wait(timeout=timeout) for child in children]
+        except subprocess.TimeoutExpired:
+            for child in children:
+                child.send_signal(signal.SIGUSR1)
+            time.sleep(2)
+            raise AssertionError(f"a process does not end: {self.errors(20_000)}") from None
+
+    def errors(self, most: int = 2000) -> str:
+        return "\n".join((self.folder / f"errors{k}.txt").read_text()[-most:] for k in range(self.processes))
 
     def finish(self, years: int = 0, *, here: bool = False) -> None:
         """Runs to the end; AssertionError unless every process says that it is there. `here`: in this process."""
@@ -143,7 +154,7 @@ class Runs:
                 with open_workdir(self.workdir, config) as workdir:
                     build(config).run(workdir, progress=False, devices=jax.devices()[:4])
             return
-        codes = [child.wait(timeout=600) for child in self.start(years, nap=0.0)]
+        codes = self.wait(self.start(years, nap=0.0))
         assert codes == [0] * self.processes, f"{codes}: {self.errors()}"
 
     def disturb(self, kind: str, random: np.random.Generator, years: int = 0) -> bool:
@@ -164,19 +175,19 @@ class Runs:
                 ballast = self.workdir.parent / "ballast"
                 fill(ballast)
                 try:
-                    codes = [child.wait(timeout=120) for child in children]
+                    codes = self.wait(children)
                 finally:
                     ballast.unlink()
                 assert set(codes) <= {0, 2, 75}, f"{codes}: {self.errors()}"
             elif kind == "terminate":
                 children[int(random.integers(self.processes))].send_signal(signal.SIGTERM)
-                codes = [child.wait(timeout=300) for child in children]
+                codes = self.wait(children)
                 # Before the loop listens, a signal ends the process as it ends any.
                 assert set(codes) <= {0, 75, -signal.SIGTERM}, f"{codes}: {self.errors()}"
             elif kind == "lose":
                 victim = int(random.integers(self.processes))
                 children[victim].kill()
-                codes = [child.wait(timeout=60) for child in children]
+                codes = self.wait(children)
                 others = {code for k, code in enumerate(codes) if k != victim}
                 # One that is not connected yet has nobody to lose; jax itself ends it, with SIGABRT.
                 assert others <= {0, 75, 2, -signal.SIGABRT}, f"{codes}: {self.errors()}"

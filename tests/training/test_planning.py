@@ -69,8 +69,8 @@ def test_loops_count_as_often_as_they_run():
     assert costs.gathered == 5 * 16 * 16 * 4 * 3 / 4  # one layer at a time
 
 
-def trainer(**mesh):
-    model = decoder(width=64, num_layers=2, num_heads=4, hidden_dim=256, length=64)
+def trainer(layers=2, **mesh):
+    model = decoder(width=64, num_layers=layers, num_heads=4, hidden_dim=256, length=64)
     stage = of(Stage, name="m", steps=1, batch_size=16, optimizer=of(adamw, schedule=of(constant, peak=1e-3)))
     task, data = of(LanguageModelling, model=model), of(TokenDataset, length=64)
     return build(of(Trainer, task=task, data=data, stages=(stage,), mesh=mesh))
@@ -99,11 +99,11 @@ def test_the_plan_is_what_the_compiler_says():
 def test_the_largest_batch_fits_and_the_next_does_not():
     chip = CHIPS["v5e"]
     small = Topology("small", type(chip)(**{**vars(chip), "memory": 50e6}), 8)
-    made = plan(trainer(fsdp=8), small)
+    made = plan(trainer(1, fsdp=8), small)
     assert made.largest_batch % 8 == 0 and made.largest_batch > made.batch_size
     at = {}
     for size in (made.largest_batch, made.largest_batch + 8):
-        bigger = trainer(fsdp=8)
+        bigger = trainer(1, fsdp=8)
         object.__setattr__(bigger.stages[0], "batch_size", size)
         at[size] = plan(bigger, small).fits
     assert list(at.values()) == [True, False]
@@ -124,6 +124,7 @@ def test_the_program_plans_a_model_of_hundreds_of_billions(tmp_path, capsys, mon
     flags = [f"--config.task.task.model.{name}={value}" for name, value in fields.items()]
     flags += [
         "--config.task.training=sampled",
+        "--config.task.divisors=2,1",
         "--config.mesh.fsdp=128",
         "--config.mesh.tensor=4",
         "--config.stages.0.batch_size=512",
