@@ -3,14 +3,18 @@
 import jax
 import numpy as np
 
+from research.adapters.lora import LoRA
+from research.adapters.tuning import AdapterTuning
 from research.compression.baselines import GPTQ, RoundToNearest
 from research.compression.blocks import plain
 from research.compression.chain import Chain
 from research.compression.decoupleq import DecoupleQ
 from research.compression.eora import EoRA
 from research.compression.finequant import FineQuant
+from research.config_capture import capture
 from research.elastic.matformer import extract
 from research.elastic.slicing import ElasticSpec
+from research.interop import huggingface
 from research.moe.momentum import MomentumBlock
 from research.nn.attention import Attention
 from research.nn.mlp import GatedMLP
@@ -18,8 +22,24 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import stored_bits
 from research.ssm.mamba2 import Mamba2
+from research.training.model_directory import save_model
+from research.training.task import LanguageModelling
 
-from .cells import HIDDEN, close, decoder, drafted_as_plain, init, logits, louder, make_batch, refused, runs
+from .cells import (
+    HIDDEN,
+    KEY,
+    close,
+    decoder,
+    drafted_as_plain,
+    init,
+    logits,
+    louder,
+    make_batch,
+    mean,
+    refused,
+    runs,
+    train,
+)
 
 
 def compressed(model, params, *methods):
@@ -72,3 +92,33 @@ def _(_):
 def _(_):
     model = decoder()
     compressed(model, init(model), RoundToNearest(4), GPTQ(2))
+
+
+@runs(
+    "MatFormer, then int4 + EoRA, then LoRA",
+    "merge, export to Hugging Face",
+    "each step evaluated: the tuned model's loss is lower than before, the merged one's the same, the exported "
+    "parameters are the merged ones, exactly",
+)
+def _(directory):
+    whole = decoder()
+    model, cut = extract(whole, louder(init(whole)), ElasticSpec((0,), (8,)))
+    evaluate = jax.jit(LanguageModelling(model).evaluate)
+
+    def loss(params):
+        return mean(evaluate(plain(params), make_batch()))
+
+    small = compressed(model, cut, FineQuant(4), EoRA(2))
+    assert abs(loss(small) - loss(cut)) < 0.02 * loss(cut)
+    save_model(directory / "int4", capture(model), small)
+    tuning = AdapterTuning(LoRA(rank=2, alpha=4.0), str(directory / "int4"))
+    state, _ = train(tuning, tuning.start(KEY), steps=3, trainable=("^adapter/",))
+    tuned = loss(tuning.unpack(state.params))
+    assert tuned < loss(small)
+    merged_model, merged, told = tuning.merge(state.params)
+    assert merged_model == model and "frozen in fewer bits and are arrays now" in told
+    np.testing.assert_allclose(loss(merged), tuned, rtol=1e-5)
+    huggingface.save(model, {"params": merged}, directory / "exported")
+    exported_model, exported, _ = huggingface.load(directory / "exported")
+    jax.tree.map(np.testing.assert_array_equal, exported["params"], merged)
+    close(logits(exported_model, exported["params"]), logits(model, merged))
