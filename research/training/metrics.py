@@ -34,7 +34,9 @@ def final_metrics(rows: list[Row]) -> dict[str, float]:
         if row["kind"] == "train":
             final |= {f"train/{name}": value for name, value in numbers.items()}
         else:
-            final |= {metric_label(row["name"], row["variant"], name): value for name, value in numbers.items()}
+            final |= {
+                metric_label(row["name"], row["variant"], name): value for name, value in numbers.items()
+            }
     return final
 
 
