@@ -5,11 +5,13 @@
     python -m experiments.evaluate --workdir=runs/matlm --split=test --json
     python -m experiments.evaluate --workdir=runs/matlm --widths=S,S,M,M --widths=M,M,L,L
     python -m experiments.evaluate --workdir=runs/compressed
+    python -m experiments.evaluate --workdir=runs/slice --like=runs/lora
 
 One row for each variant (the granularities of a nested model, for instance): loss in nats, accuracy, bits per
 byte for text, parameters. `--widths` measures submodels of a nested model instead (Mix'n'Match). `--split`
 reads another split of the evaluators' data than the config names. The moving average is measured where the run
-keeps one, as in training. A model directory is measured whole, on the data of the run it was trained by.
+keeps one, as in training. A model directory is measured whole, on the data of the run it was trained by, or of the run
+or directory at `--like`.
 """
 
 import json
@@ -45,6 +47,12 @@ WIDTHS = PROGRAM.define(
     [],
     "A submodel instead: one word a layer, as in extract. Repeatable.",
 )
+LIKE = PROGRAM.define(
+    flags.DEFINE_string,
+    "like",
+    None,
+    "Of a model directory: the run, model or adapter directory whose evaluators' data to measure on.",
+)
 JSON = PROGRAM.define(
     flags.DEFINE_boolean, "json", False, "Print JSON: {evaluator: {variant: {metric: value}}}."
 )
@@ -52,12 +60,15 @@ JSON = PROGRAM.define(
 
 def main(arguments: list[str]) -> None:
     from research.config import build
+    from research.errors import UserError
     from research.training.evaluators import Evaluation
     from research.training.model_directory import WEIGHTS
     from research.training.partial import ADAPTER
     from research.training.workdir import directory_of
 
     path = directory_of(WORKDIR.value)
+    if LIKE.value is not None and not (path / WEIGHTS).exists():
+        raise UserError(f"{path} is no model directory, and says itself what to measure on: no --like")
     if (path / WEIGHTS).exists() or (path / ADAPTER).exists():
         evaluators, task, params, mesh, step = saved_model(path)
     else:
@@ -86,7 +97,7 @@ def read(path: "Path", name: str) -> "ConfigDict":
     from research.training.workdir import read_config
 
     if not (path / name).exists():
-        what = "is not a workdir" if name == "config.json" else "does not say what it was trained on"
+        what = "is not a workdir" if name == "config.json" else "does not say what it was trained on (--like)"
         raise UserError(f"{path} {what}: it has no {name}")
     config = read_config(path / name)
     if not config.get("evaluators"):
@@ -101,19 +112,24 @@ def saved_model(path: "Path") -> tuple[Any, Any, Any, Any, None]:
 
     from research.config import build
     from research.errors import UserError
-    from research.training.model_directory import EXPERIMENT
+    from research.training.model_directory import EXPERIMENT, WEIGHTS
     from research.training.partial import ADAPTER, read_adapter_config
     from research.training.partitioning import make_mesh
     from research.training.task import LanguageModelling
-    from research.training.workdir import load_model
+    from research.training.workdir import directory_of, load_model
 
     if STEP.value is not None or WIDTHS.value:
         flag = "--step" if STEP.value is not None else "--widths"
         raise UserError(f"{path} is no run, and has one set of parameters: no {flag}")
     adapter = (path / ADAPTER).exists()
-    config = read_adapter_config(path) if adapter else read(path, EXPERIMENT)
+    source = path if LIKE.value is None else directory_of(LIKE.value)
+    if (source / ADAPTER).exists():
+        config = read_adapter_config(source)
+    else:
+        model_directory = LIKE.value is None or (source / WEIGHTS).exists()
+        config = read(source, EXPERIMENT if model_directory else "config.json")
     if not config.get("evaluators"):
-        raise UserError(f"{path}: the run has no evaluators, so nothing says what to measure")
+        raise UserError(f"{source}: the run has no evaluators, so nothing says what to measure")
     config = replaced(config, SPLIT.value, BATCHES.value)
     loaded = load_model(path)
     if loaded.inputs[0].dtype != "int32":

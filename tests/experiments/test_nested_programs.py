@@ -136,6 +136,11 @@ def test_ship_rounds_measures_and_compares(made, capsys):
         ),
         (extract, ["--widths=S,M,L"], "error: --widths names 3 layers, the model has 2"),
         (evaluate, ["--widths=Q"], "error: width 'Q' of layer 0 is not a granularity"),
+        (
+            evaluate,
+            ["--like=elsewhere"],
+            "is no model directory, and says itself what to measure on: no --like",
+        ),
         (generate, ["--prompt=def", "--widths=3"], "error: width '3' of layer 0 is not a granularity"),
         (generate, ["--prompt=" + "def " * 200], "context"),
     ],
