@@ -10,8 +10,8 @@ The result is a model directory that evaluate, generate, train (`start_from`) an
 stay packed in it and in memory, and convert multiplies them out for Hugging Face. Methods: round_to_nearest, gptq,
 finequant, decoupleq, and, behind one of these, eora, svd, act_s. Each takes those of --bits, --group and --rank that it
 has; all of its options are fields of a config. Text to observe comes from the sources that training takes. A table says
-what each method did to the size and to held-out text, compression.png in the new directory draws it. Without --workdir
-the model that ships is compressed.
+what each method did to the size and to held-out text, and with --speed to decoding; compression.png in the new
+directory draws loss against size. Without --workdir the model that ships is compressed.
 """
 
 import sys
@@ -60,6 +60,9 @@ BATCHES = PROGRAM.define(
 PER_LAYER = PROGRAM.define(
     flags.DEFINE_boolean, "per_layer", False, "Print a row for every compressed kernel."
 )
+SPEED = PROGRAM.define(
+    flags.DEFINE_boolean, "speed", False, "Measure after each step how fast it decodes; compiles each time."
+)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
 )
@@ -68,6 +71,7 @@ DTYPE = PROGRAM.define(
     flags.DEFINE_enum, "dtype", "float32", "Precision of what is not compressed.", ["float32", "bfloat16"]
 )
 ROWS = 8
+PROMPT, NEW_TOKENS, TIMES = 8, 64, 3  # of --speed
 
 
 def main(arguments: list[str]) -> None:
@@ -84,18 +88,26 @@ def main(arguments: list[str]) -> None:
     original = params if ORIGINAL.value is None else original_of(ORIGINAL.value, model)
     measure = Measure(model, loaded, chain)
     batches = chain.batches(model, loaded.tokenizer) if chain.needs_data else []
+    speed = Speed(model, measure.prompt) if SPEED.value else None
     rows, notes = [("before", 0.0, *measure(params))], []
+    speeds = [] if speed is None else [speed(params)]
     for step in chain.run(model, params, batches, original, tell):
         name = name_of(step.method)
         notes += [f"{name}: {note}" for note in step.notes]
         rows.append((name, step.seconds, *measure(step.params)))
         params = step.params
+        if speed is not None:
+            speeds.append(speed(params))
     bits = bits_per_weight([row[2] for row in rows], params)
     lines = [
         (name, f"{size // 8:,}", f"{of_weight:.3f}", f"{loss:.4f}", f"{byte:.4f}", f"{seconds:.0f}")
         for (name, seconds, size, loss, byte), of_weight in zip(rows, bits, strict=True)
     ]
     heads = ("", "bytes", "bits per weight", "loss", "bits per byte", "seconds")
+    if speed is not None:
+        heads = (*heads, "tokens/s")
+        lines = [(*line, f"{value:.0f}") for line, value in zip(lines, speeds, strict=True)]
+        notes.append(speed.note)
     card = describe(path, chain, heads, lines, notes)
     experiment = experiment_of(path)
     save_model(
@@ -173,6 +185,7 @@ class Measure:
         rows = min(BATCHES.value * ROWS, len(data) // ROWS * ROWS or len(data))
         starts = range(0, rows, ROWS)
         self._batches = [data.take(np.arange(at, min(at + ROWS, rows))) for at in starts]
+        self.prompt = self._batches[0]["tokens"][0, :PROMPT].tolist()
         self._evaluate = jax.jit(LanguageModelling(model).evaluate)
 
     def __call__(self, params: Any) -> tuple[int, float, float]:
@@ -190,6 +203,32 @@ class Measure:
         }
         mean = means(totals, "held-out text")
         return stored_bits(params), mean["loss"], mean["bits_per_byte"]
+
+
+class Speed:
+    """New tokens a second of a short greedy decode of one row, prefill included and compilation not."""
+
+    def __init__(self, model: Any, prompt: list[int]):
+        import jax
+
+        self._model, self._prompt = model, prompt
+        self._new_tokens = min(NEW_TOKENS, getattr(model, "max_length", NEW_TOKENS + PROMPT) - len(prompt))
+        device = jax.devices()[0].device_kind
+        self.note = (
+            f"tokens/s: median of {TIMES} greedy decodes of {self._new_tokens} tokens after {len(prompt)}, one row, "
+            f"float32, on {device}"
+        )
+
+    def __call__(self, params: Any) -> float:
+        import statistics
+
+        from research.decoding.generator import Generator
+        from research.decoding.sampling import Sampling
+
+        generator = Generator(self._model, params, ends=())
+        options = dict(max_new_tokens=self._new_tokens, sampling=Sampling(temperature=0.0))
+        stats = [generator.generate([self._prompt], **options).stats for _ in range(TIMES)]
+        return statistics.median(found.tokens_per_second for found in stats)
 
 
 def compressed(params: Any) -> dict[str, Any]:

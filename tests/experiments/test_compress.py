@@ -104,6 +104,14 @@ def test_the_new_directory_is_taken_by_the_other_programs(trained, compressed, t
     assert measured == pytest.approx(float(row.split("|")[4]), abs=2e-4)
 
     assert run(convert, f"--from={compressed}", f"--to={tmp_path / 'hf'}", "--format=huggingface") == 0
+    # Of a directory that says nothing of its data: measured on that of another.
+    assert run(convert, f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'floats'}", "--format=lathe") == 0
+    assert run(evaluate, f"--workdir={tmp_path / 'floats'}", "--batches=1") == 2
+    assert "does not say what it was trained on (--like)" in capsys.readouterr().err
+    like = (f"--workdir={tmp_path / 'floats'}", f"--like={trained}", "--batches=1", "--json")
+    assert run(evaluate, *like) == 0
+    again = json.loads(capsys.readouterr().out)["results"]["validation"][""]["loss"]
+    assert again == pytest.approx(measured, rel=1e-4)  # the order of sums
     model, variables, _ = huggingface.load(tmp_path / "hf")
     tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
     # Products of a kernel and of its terms are summed in another order.
@@ -120,10 +128,13 @@ def test_the_tables(trained, compressed, tmp_path, capsys):
         f"--output={tmp_path / 'more'}",
         "--method=svd",
     )
-    assert (
-        run(compress, *arguments, "--rank=16", "--calibration=arithmetic", "--batches=1", "--per_layer") == 0
-    )
+    data = ("--rank=16", "--calibration=arithmetic", "--batches=1", "--per_layer", "--speed")
+    assert run(compress, *arguments, *data) == 0
     out = capsys.readouterr().out
+    # The model has room for 32 tokens, of which the prompt takes 8.
+    assert "median of 3 greedy decodes of 24 tokens after 8" in out
+    rows = [line.split("│") for line in out.splitlines() if line.startswith(("│ before", "│ svd"))]
+    assert [len(row) for row in rows] == [9, 9] and all(float(row[7]) > 0 for row in rows)
     lines = [line for line in out.splitlines() if "layer_0/attention/query/kernel" in line]
     assert len(lines) == 1 and "4 bits in groups of 16 + rank 2 + rank 16" in " ".join(lines[0].split())
     # 4 bits and a scale, and 2 * 18 factors of 16 bits for each of 16 weights; nothing is left to correct but rounding.
