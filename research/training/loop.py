@@ -1,8 +1,6 @@
 """The training loop: stages, evaluators, checkpoints and records around one compiled step per stage."""
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,24 +13,25 @@ import numpy as np
 import optax
 
 from research.errors import UserError
-from research.nn.accounting import active_share, count_parameters
+from research.nn.accounting import count_parameters
 from research.training import checkpoint_files as files
 from research.training import hosts, partitioning
 from research.training.checkpoints import Checkpoints
+from research.training.clock import Clock
 from research.training.evaluators import Evaluate, Evaluation
 from research.training.feed import Dataset, batch_spec, check_batch_size, feed
 from research.training.metrics import MetricsWriter, final_metrics, metric_label
 from research.training.monitor import Diverged, Monitor, Pending
 from research.training.partial import kept
 from research.training.partitioning import REPLICATE_BELOW, Axis
-from research.training.paths import named_leaves
 from research.training.profiling import Profile
-from research.training.progress import Progress, human, peak_flops
+from research.training.progress import Progress, human
 from research.training.stages import Stage, split
 from research.training.state import State, init_key, initial_state
 from research.training.step import make_step
 from research.training.structures import with_structures
 from research.training.task import Task
+from research.training.termination import Termination
 from research.training.workdir import read_checkpoint
 
 PyTree = Any
@@ -156,26 +155,6 @@ class Trainer:
         if state is None:
             raise UserError(f"{run.directory}: there is no checkpoint yet")
         return state, run.mesh
-
-
-class _Termination:
-    """While open, SIGTERM only sets `requested`. Signals reach the main thread; elsewhere it does nothing."""
-
-    def __init__(self, active: bool):
-        self.requested = False
-        self._active = active and threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "_Termination":
-        if self._active:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._previous)
-
-    def _note(self, *_: Any) -> None:
-        self.requested = True
 
 
 @dataclass(frozen=True)
@@ -413,7 +392,7 @@ class _Run:
             step = int(state.step) if resumed else 0
             self.progress = Progress(self.trainer.steps, step, shown=self.shown)
             self.writer = MetricsWriter(self.directory, step, writes=self.main)
-            with self.progress, _Termination(self.directory is not None) as termination:
+            with self.progress, Termination(self.directory is not None) as termination:
                 self._announce(step, resumed)
                 if resumed:
                     self._evaluate(step, state, again=False)
@@ -429,14 +408,21 @@ class _Run:
         finally:
             self.close()
 
-    def _train_stage(self, plan: _Plan, start: int, state: State, termination: _Termination) -> State:
+    def _train_stage(self, plan: _Plan, start: int, state: State, termination: Termination) -> State:
         stage, trainer = plan.stage, self.trainer
         step_function = self.compile(plan)
         spec = batch_spec(plan.data, stage.batch_size)
         record = plan.record + (start - plan.first) * stage.batch_size
         batches = feed(plan.data, record, stage.batch_size, self.mesh, spec)
         monitor = Monitor("objective" if stage.loss_weights else "loss", trainer.explode)
-        clock = _Clock(plan, getattr(trainer.task, "model", None), self.shapes, self.mesh, start)
+        clock = Clock(
+            plan.data,
+            plan.stage.batch_size,
+            getattr(trainer.task, "model", None),
+            self.shapes,
+            self.mesh,
+            start,
+        )
         batch = self._next(batches, plan, record)
         for step in range(start + 1, plan.last + 1):
             self.profile.before(step, state)
@@ -530,7 +516,7 @@ class _Run:
             + (f"; resuming after step {step}" if resumed else "")
         )
 
-    def _log(self, plan: _Plan, monitor: Monitor, clock: "_Clock", *, everything: bool) -> None:
+    def _log(self, plan: _Plan, monitor: Monitor, clock: Clock, *, everything: bool) -> None:
         try:
             settled = monitor.settle(0) if everything else monitor.settle()
         except Diverged as error:
@@ -597,57 +583,6 @@ class _Run:
         finally:
             if self.checkpoints is not None:
                 self.checkpoints.close()
-
-
-class _Clock:
-    """Throughput between logged steps."""
-
-    def __init__(self, plan: _Plan, model: Any, shapes: PyTree, mesh: jax.sharding.Mesh, step: int):
-        spec = batch_spec(plan.data, plan.stage.batch_size)
-        self._unit = "tokens" if "tokens" in spec else "records"
-        self._count = math.prod(spec["tokens"].shape) if "tokens" in spec else plan.stage.batch_size
-        device = mesh.devices.flat[0]
-        peak = peak_flops(device.device_kind)
-        # 6 FLOP for every token and matrix element (forward 2, backward 4), without attention's products.
-        self._mfu = (
-            6 * matrix_elements(shapes, model) / (peak * mesh.size)
-            if peak and self._unit == "tokens"
-            else None
-        )
-        self._warm = False
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Forgets the time that passed since: it went into something else than steps."""
-        self._step, self._time = step, time.perf_counter()
-
-    def rate(self, step: int) -> tuple[float | None, str, float | None]:
-        """(per second since the last call or restart, unit, model FLOPs utilisation or `None`).
-
-        The first call, which includes the device's warming up, has no rate.
-        """
-        now = time.perf_counter()
-        steps, seconds = step - self._step, now - self._time
-        self.restart(step)
-        if steps <= 0 or not self._warm:
-            self._warm = True
-            return None, self._unit, None
-        rate = steps * self._count / seconds
-        return rate, self._unit, None if self._mfu is None else rate * self._mfu
-
-
-def matrix_elements(params: PyTree, model: Any = None) -> int:
-    """Elements of the matrices that a token is multiplied by: not an embedding that is only looked up, and of the
-    experts of `model` those that it goes to."""
-    leaves = named_leaves(params)
-    share = active_share(model)
-    tied = not any("head" in path.split("/") for path in leaves)
-    elements = sum(
-        leaf.size * share(path)
-        for path, leaf in leaves.items()
-        if leaf.ndim >= 2 and (path.split("/")[-1] != "table" or (tied and path.startswith("embedding/")))
-    )
-    return round(elements)
 
 
 def _divides_positions(part: Any) -> bool:

@@ -191,7 +191,9 @@ def test_chunks_are_compressed_once_from_the_originals_row_by_row_and_survive_a_
         np.testing.assert_array_equal(dense[row, :, slots[-2:]], 1)
         before = cache.layers[0].read(cache.length)[0].materialize()[row, :, slots[:-2]]
         np.testing.assert_array_equal(dense[row, :, slots[:-2]], before)
-    with pytest.raises(UserError, match="a roll-back to 5 tokens reaches into compressed chunks: .* go back 4 tokens"):
+    with pytest.raises(
+        UserError, match="a roll-back to 5 tokens reaches into compressed chunks: .* go back 4 tokens"
+    ):
         cache.rollback(jnp.full((3,), 5))
     chosen = after.select(jnp.array([2, 0]))
     np.testing.assert_array_equal(chosen.layers[0].held, [0, 64])

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from research.training import progress
-from research.training.loop import matrix_elements
+from research.training.clock import matrix_elements
 from research.training.progress import Progress
 
 
