@@ -75,10 +75,10 @@ def test_decoding(kernel, tmp_path):
 
 
 def test_moe(kernel, tmp_path):
-    text, figures = executed("03_moe.ipynb", tmp_path)
+    text, figures = executed("03_moe.ipynb", tmp_path, {"STEPS = 80": "STEPS = 25"})
     assert figures == 4
     losses = re.findall(r"held-out loss (\d\.\d+)", text)
-    assert len(losses) == 2 and all(float(loss) < 5 for loss in losses)  # 8.3 before the first step
+    assert len(losses) == 2 and all(float(loss) < 7.5 for loss in losses)  # 8.3 before the first step
     assert len(re.findall(r"layer \d: distance from the average routing: digits \d+%", text)) == 3
 
 
