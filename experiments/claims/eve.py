@@ -27,15 +27,15 @@ SETUPS = {
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Yes, if alignment answers at least 5 points more than none and the decoder's text suffers more without the first
-    stage than with it; partly, if one of the two holds."""
+    """Yes, if alignment answers at least 5 points more than none, and if without the first stage the decoder's text
+    suffers more with every seed and answers are no better; partly, if one of the two holds."""
     whole, straight, alone = (seeing.mean(results, arm) for arm in SETUPS)
     text = {arm: seeing.mean(results, arm, "text") for arm in ("parts", *SETUPS)}
-    held = (whole >= alone + 0.05) + (text["no first stage"] > text["whole"])
+    seeds = zip(results["no first stage"]["text"], results["whole"]["text"], strict=True)
+    held = (whole >= alone + 0.05) + (all(a > b for a, b in seeds) and straight <= whole)
     return ("no", "partly", "yes")[held], (
         f"Right answers: whole recipe {whole:.3f}, no first stage {straight:.3f}, no alignment {alone:.3f}; nats of "
-        f"text "
-        f"without pictures: before {text['parts']:.3f}, whole {text['whole']:.3f}, no first stage "
+        f"text without pictures: before {text['parts']:.3f}, whole {text['whole']:.3f}, no first stage "
         f"{text['no first stage']:.3f}, no alignment {text['no alignment']:.3f}. A collapse as of 7B parameters is not "
         "expected at this size."
     )
