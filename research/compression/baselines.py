@@ -5,22 +5,20 @@ group, or the part of it that has the least squared error of the weights, of `cl
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research.compression.blocks import SELECT, Notes, Walk, check_array, kernels_at, quantize_arrays, replace
-from research.compression.chain import PyTree, Tell
+from research.compression.chain import PyTree, Subject
 from research.compression.rounding import Affine, Uniform, feed_back
 from research.errors import UserError
 from research.nn.packed import check_bits
 from research.nn.quantized import Quantized, quantize
 from research.nn.weights import Kernel
-from research.training.observe import Batch, Gram
+from research.training.observe import Gram
 
 
 def clip_parts(count: int) -> tuple[float, ...]:
@@ -56,16 +54,8 @@ class RoundToNearest:
         """A kernel [..., in, out] -> the same, packed."""
         return _quantize(kernel, self.bits, self.group, self.symmetric, self.clips, self.scale_dtype)
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
-        return quantize_arrays(self.name, params, self.quantize, self.select), []
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
+        return quantize_arrays(self.name, subject.params, self.quantize, self.select), []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +83,11 @@ class GPTQ:
         check_bits(self.bits)
         clip_parts(self.clips)
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
-        walk, notes = Walk(model, params, batches, self.select), Notes()
-        params = dict(params)
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
+        walk, notes = Walk(subject.model, subject.params, subject.batches, self.select), Notes()
+        params = dict(subject.params)
         for _ in range(walk.layers):
-            tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
+            subject.tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
             name, block = walk.name, params[walk.name]
             paths = walk.paths(block)
             grams = walk.grams(block, paths)

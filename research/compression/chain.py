@@ -25,6 +25,27 @@ PyTree = Any
 Tell = Callable[[str], None]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What a method compresses.
+
+    Args:
+        model: its layers unrolled.
+        original: the parameters that are to be approximated, arrays.
+        params: those of the chain so far, arrays and structured weights.
+        batches: language batches, on the host; empty where the method needs none.
+        key: of whatever is drawn; None where the method draws nothing.
+        tell: prints a line about progress.
+    """
+
+    model: nn.Module
+    original: PyTree
+    params: PyTree
+    batches: Sequence[Batch] = ()
+    key: jax.Array | None = None
+    tell: Tell = lambda line: None  # noqa: E731
+
+
 class Method(Protocol):
     """A compression method. Implementations are frozen dataclasses, whose fields are its options.
 
@@ -35,24 +56,8 @@ class Method(Protocol):
     needs_data: ClassVar[bool]
     needs_compressed: ClassVar[bool]
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
         """The compressed parameters, and notes for the user.
-
-        Args:
-            model: its layers unrolled.
-            original: the parameters that are to be approximated, arrays.
-            params: those of the chain so far, arrays and structured weights.
-            batches: language batches, on the host; empty where the method needs none.
-            key: of whatever is drawn.
-            tell: prints a line about progress.
 
         Raises:
             UserError: whatever can't be done, naming the kernel and the option.
@@ -152,7 +157,7 @@ class Chain:
         for method, key in zip(self.methods, keys, strict=True):
             begun = time.perf_counter()
             own = batches if method.needs_data else ()
-            params, notes = method.compress(model, original, params, own, key, tell)
+            params, notes = method.compress(Subject(model, original, params, own, key, tell))
             jax.block_until_ready(params)
             yield Step(method, params, notes, time.perf_counter() - begun)
 

@@ -20,7 +20,6 @@ models; that of its image models, projected gradient descent, is not here.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -41,7 +40,7 @@ from research.compression.blocks import (
     replace,
     through,
 )
-from research.compression.chain import PyTree, Tell
+from research.compression.chain import PyTree, Subject
 from research.compression.rounding import Affine, Uniform, feed_back
 from research.errors import UserError
 from research.nn.packed import check_bits, check_group
@@ -90,21 +89,13 @@ class DecoupleQ:
                 f"epochs={self.epochs}, rate={self.rate}"
             )
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
-        walk, notes = Walk(model, params, batches, self.select), Notes()
-        params = dict(params)
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
+        walk, notes = Walk(subject.model, subject.params, subject.batches, self.select), Notes()
+        params = dict(subject.params)
         before, after = [], []
-        for key_ in jax.random.split(key, walk.layers):
+        for key_ in jax.random.split(subject.key, walk.layers):
             name = walk.name
-            tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
+            subject.tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
             block, grids = params[name], {}
             for stage in walk.stages(block):
                 grams = walk.grams(block, stage)
@@ -118,7 +109,7 @@ class DecoupleQ:
                 block = replace(block, {path: grids[path].kernel() for path in stage})
             if self.epochs and grids:
                 block, loss = tune(
-                    walk, original[name], block, grids, self.bits, self.epochs, self.rate, key_
+                    walk, subject.original[name], block, grids, self.bits, self.epochs, self.rate, key_
                 )
                 before.append(loss[0])
                 after.append(loss[-1])

@@ -18,19 +18,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research.compression.blocks import SELECT, Notes, Walk, each, kernels_at, replace, selected
-from research.compression.chain import PyTree, Tell
+from research.compression.chain import PyTree, Subject
 from research.errors import UserError
 from research.nn.lowrank import Root, low_rank, root
 from research.nn.packed import check_bits
 from research.nn.quantized import quantize
 from research.nn.weights import Kernel, LowRank, Sum, Weight, materialize
-from research.training.observe import Batch, Gram
+from research.training.observe import Gram
 
 Space = Literal["eigen", "plain", "activation"]
 _NAMES = {"eigen": "eora", "plain": "svd", "activation": "act_s"}
@@ -76,23 +75,14 @@ class EoRA:
     def needs_data(self) -> bool:
         return self.space != "plain"
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
-        notes = Notes()
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
+        original, params, notes = subject.original, dict(subject.params), Notes()
         if not self.needs_data:
             paths = selected(params, self.select)
             return replace(params, self._corrections("", original, params, paths, {}, notes)), notes.lines()
-        walk = Walk(model, params, batches, self.select)
-        params = dict(params)
+        walk = Walk(subject.model, params, subject.batches, self.select)
         for _ in range(walk.layers):
-            tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
+            subject.tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
             name, block = walk.name, params[walk.name]
             paths = [
                 path

@@ -12,19 +12,16 @@ that granularity is found for each matrix from its weights; this rule, and alpha
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from research.compression.blocks import SELECT, quantize_arrays
-from research.compression.chain import PyTree, Tell
+from research.compression.chain import PyTree, Subject
 from research.errors import UserError
 from research.nn.packed import check_bits
 from research.nn.quantized import Quantized, quantize
-from research.training.observe import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +60,7 @@ class FineQuant:
             group //= 2
         return group
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
         chosen: Counter[str] = Counter()
 
         def quantizer(kernel: jax.Array) -> Quantized:
@@ -79,7 +68,7 @@ class FineQuant:
             chosen[f"{group} of {kernel.shape[-2]} inputs"] += 1
             return _quantize(kernel, self.bits, group, self.scale_dtype)
 
-        params = quantize_arrays(self.name, params, quantizer, self.select)
+        params = quantize_arrays(self.name, subject.params, quantizer, self.select)
         return params, [
             f"groups: {', '.join(f'{what} in {count}' for what, count in sorted(chosen.items()))} kernels"
         ]

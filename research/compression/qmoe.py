@@ -20,7 +20,6 @@ cut off.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -38,7 +37,7 @@ from research.compression.blocks import (
     selected,
     through,
 )
-from research.compression.chain import PyTree, Tell
+from research.compression.chain import PyTree, Subject
 from research.compression.rounding import Ends, Ternary, feed_back, fit, round_to_nearest
 from research.errors import UserError
 from research.nn.attention import Context
@@ -79,30 +78,22 @@ class QMoE:
     def needs_data(self) -> bool:
         return self.feedback
 
-    def compress(
-        self,
-        model: nn.Module,
-        original: PyTree,
-        params: PyTree,
-        batches: Sequence[Batch],
-        key: jax.Array,
-        tell: Tell,
-    ) -> tuple[PyTree, list[str]]:
+    def compress(self, subject: Subject) -> tuple[PyTree, list[str]]:
+        params, notes = dict(subject.params), Notes()
         try:
             paths = selected(params, self.select)
         except UserError:
             raise UserError(
                 "qmoe compresses experts, and this model has none: its layers have no .../experts/..."
             ) from None
-        params, notes = dict(params), Notes()
         if not self.feedback:
             flat = kernels_at(params, paths)
             return replace(
                 params, {path: self._round(path, w, None, notes) for path, w in flat.items()}
             ), notes.lines()
-        walk = Walk(model, params, batches, self.select)
+        walk = Walk(subject.model, params, subject.batches, self.select)
         for _ in range(walk.layers):
-            tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
+            subject.tell(f"{self.name}: block {walk.index + 1} of {walk.layers}")
             name, block = walk.name, params[walk.name]
             found = walk.paths(block)
             if found:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from research.compression import merging
+from research.compression.chain import Subject
 from research.compression.gear import Gear, with_cache
 from research.compression.qmoe import QMoE
 from research.elastic.matformer import extract
@@ -68,7 +69,7 @@ def coded():
     """A decoder of JetMoE's, every expert coded."""
     model = jetmoe()
     params = louder(init(model))
-    return model, QMoE(feedback=False).compress(model, params, params, (), KEY, print)[0]
+    return model, QMoE(feedback=False).compress(Subject(model, params, params))[0]
 
 
 @runs(

@@ -9,6 +9,7 @@ import pytest
 
 from kernels_pallas.qmoe_decode.dictionary import BITS, fingerprint
 from research.compression.blocks import plain
+from research.compression.chain import Subject
 from research.compression.qmoe import QMoE
 from research.compression.rounding import Ternary, feed_back, fit, round_to_nearest
 from research.config_capture import capture
@@ -55,7 +56,7 @@ def batch(seed=1, rows=4, length=64):
 
 @functools.cache
 def compressed():
-    return QMoE(together=2).compress(model(), params(), params(), [batch()], None, lambda line: None)
+    return QMoE(together=2).compress(Subject(model(), params(), params(), [batch()]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,7 +129,7 @@ def test_experts_alone_are_compressed_and_decode_as_they_are_multiplied_out():
         logits(model(), found, tokens), logits(model(), plain(found), tokens), atol=1e-4
     )
     # The second block is calibrated behind the compressed first one: its experts are not those of the other order.
-    nearest, _ = QMoE(feedback=False).compress(model(), params(), params(), (), None, lambda line: None)
+    nearest, _ = QMoE(feedback=False).compress(Subject(model(), params(), params()))
     before, after = (np.asarray(experts(tree).materialize()) for tree in (found, nearest))
     assert not np.array_equal(before, after)
     values = np.sort(np.unique(before[0, :, 0]))
@@ -139,7 +140,7 @@ def test_excluded_tokens_change_nothing_and_others_do():
     def rounded(tokens, exclude):
         one = batch() | {"tokens": tokens}
         method = QMoE(exclude=exclude, together=2)
-        found, _ = method.compress(bag, own, own, [one], None, lambda line: None)
+        found, _ = method.compress(Subject(bag, own, own, [one]))
         return np.asarray(experts(found).codes), np.asarray(experts(found).offsets)
 
     # Without attention to them, a token reaches the experts' Gram matrices by itself alone.
@@ -177,11 +178,11 @@ def dense():
             "multiplies a single matrix",
         ),
         (
-            lambda: QMoE().compress(dense(), {}, jax.eval_shape(init_dense), [batch()], None, print),
+            lambda: QMoE().compress(Subject(dense(), {}, jax.eval_shape(init_dense), [batch()])),
             "qmoe compresses experts, and this model has none",
         ),
         (
-            lambda: QMoE().compress(model(), params(), compressed()[0], [batch()], None, lambda line: None),
+            lambda: QMoE().compress(Subject(model(), params(), compressed()[0], [batch()])),
             "is TernaryCode already",
         ),
     ],
