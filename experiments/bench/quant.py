@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.bench.decode import PROMPT, random_model
 from experiments.bench.shapes import SHAPES, Shape
-from experiments.bench.turns import take_turns
+from experiments.bench.turns import Ratios, take_turns
 from research.decoding.generator import Generator
 from research.nn.quantized import quantize, quantize_kernels
 from research.nn.weights import stored_bits
@@ -28,12 +28,9 @@ BATCHES = (1, 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One way of storing the weights beside float32. seconds, baseline: of a run, one for every round. held_bytes: of
-    the parameters on the device; counted_bytes: what `stored_bits` says of them.
-
-    `ratio` compares medians and `best_ratio` the best rounds, float32 over this: above 1 this is faster.
-    """
+class Row(Ratios):
+    """One way of storing the weights beside float32. held_bytes: of the parameters on the device; counted_bytes: what
+    `stored_bits` says of them."""
 
     shape: str
     kind: str
@@ -42,17 +39,6 @@ class Row:
     baseline: tuple[float, ...]
     held_bytes: int
     counted_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.baseline) / statistics.median(self.seconds)
-
-    @property
-    def best_ratio(self) -> float:
-        return min(self.baseline) / min(self.seconds)
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"ratio": self.ratio, "best_ratio": self.best_ratio}
 
 
 def run(

@@ -9,15 +9,12 @@ from typing import Any
 from experiments.bench.contender import PAUSE
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Seconds of both sides, one of each for every round.
+class Ratios:
+    """Base of rows with the `seconds` of both sides, one of each for every round.
 
     `ratio` compares medians and `best_ratio` the best rounds, baseline over ours: above 1 ours is faster.
     """
 
-    kind: str
-    length: int
     seconds: tuple[float, ...]
     baseline: tuple[float, ...]
 
@@ -31,6 +28,16 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"ratio": self.ratio, "best_ratio": self.best_ratio}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Ratios):
+    """One measurement beside that of a peer."""
+
+    kind: str
+    length: int
+    seconds: tuple[float, ...]
+    baseline: tuple[float, ...]
 
     def line(self, other: str) -> str:
         ours, theirs = (1e3 * statistics.median(x) for x in (self.seconds, self.baseline))
