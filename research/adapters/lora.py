@@ -24,10 +24,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct, traverse_util
+from flax import traverse_util
 
 from research.errors import UserError
-from research.nn import weights
+from research.nn.dropout import Dropping
 from research.nn.lowrank import Fit, alternate, low_rank
 from research.nn.normal_float import quantize_normal
 from research.nn.weights import Kernel, LowRank, Sum, Weight
@@ -382,37 +382,6 @@ def compiled(quantizer: Quantizer) -> Callable[[jax.Array], tuple[Weight, jax.Ar
 
 
 # Dropout
-
-
-class Dropping(struct.PyTreeNode):
-    """A term that drops inputs at random while a step runs. key: typed keys [..], one for each of a stack."""
-
-    term: LowRank
-    key: jax.Array
-    rate: float = struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.term.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.term.dtype
-
-    def dot(self, x: jax.Array) -> jax.Array:
-        return weights.dot(dropped(x, self.rate, self.key), self.term)
-
-    def materialize(self) -> jax.Array:
-        raise UserError("a kernel with dropout is not multiplied out: it belongs to one step")
-
-    def narrow(self, inputs: int | None, outputs: int | None) -> "Dropping":
-        return self.replace(term=self.term.narrow(inputs, outputs))
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """x with a share of its elements 0 and the others larger, so that the mean stays."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
 def keys_like(key: jax.Array, number: int, shape: tuple[int, ...]) -> jax.Array:

@@ -30,7 +30,6 @@ from research.adapters.lora import (
     check_fit,
     check_rank,
     chosen_kernels,
-    dropped,
     flat,
     keys_like,
     tree,
@@ -39,6 +38,7 @@ from research.adapters.lora import (
 from research.errors import UserError
 from research.nn import weights
 from research.nn.attention import Context
+from research.nn.dropout import dropped
 from research.nn.linear import Linear
 from research.nn.mlp import MLP, GatedMLP
 from research.nn.reports import report_loss, report_measurement

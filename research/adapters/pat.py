@@ -38,7 +38,7 @@ from research.nn import weights
 from research.nn.mlp import MLP, GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.transformer import LayerStack
-from research.nn.weights import Kernel, Weight, materialize
+from research.nn.weights import Weight, Wrapped, materialize
 
 PyTree = Any
 
@@ -61,20 +61,11 @@ class Mixing(struct.PyTreeNode):
         return z + weights.dot(low, self.up)
 
 
-class Sifted(struct.PyTreeNode):
+class Sifted(Wrapped):
     """The kernel of a projection whose output goes through H: `kernel`, then `mixing`, then `mask` [.., D]."""
 
-    kernel: Kernel
     mixing: Mixing
     mask: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.kernel.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
         return self.mixing(weights.dot(x, self.kernel)) * self.mask.astype(x.dtype)

@@ -22,7 +22,7 @@ from research.nn import weights
 from research.nn.attention import Context
 from research.nn.quantized import quantize_kernels
 from research.nn.transformer import LayerStack, Stream, run_block
-from research.nn.weights import Kernel, Weight
+from research.nn.weights import Kernel, Weight, Wrapped
 from research.training.observe import (
     PLACES,
     Batch,
@@ -258,20 +258,11 @@ class _Log:
         self.stages[-1].append(path)
 
 
-class _Watched(struct.PyTreeNode):
+class _Watched(Wrapped):
     """A kernel that tells a log when it is multiplied."""
 
-    kernel: jax.Array
     path: str = struct.field(pytree_node=False)
     log: _Log = struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.kernel.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
         self.log.note(self.path, x)

@@ -94,6 +94,20 @@ def stored_bits(tree: Any) -> int:
     return sum(leaf.stored_bits() if isinstance(leaf, StoredWeight) else array_bits(leaf) for leaf in leaves)
 
 
+class Wrapped(struct.PyTreeNode):
+    """Base of what stands in the place of a kernel while a model runs: of the shape and dtype of `kernel`."""
+
+    kernel: Kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+
 class LowRank(struct.PyTreeNode):
     """Scale times the product of two thin matrices, down [in, rank] times up [rank, out]: arrays, or structured."""
 

@@ -21,7 +21,7 @@ from flax import struct, traverse_util
 
 from research.errors import UserError
 from research.nn import weights
-from research.nn.weights import Kernel, Weight
+from research.nn.weights import Weight, Wrapped
 from research.training.paths import is_stacked
 from research.training.task import cross_entropy
 
@@ -39,25 +39,16 @@ class Tap(struct.PyTreeNode):
     count: jax.Array
 
 
-class Tapped(struct.PyTreeNode):
+class Tapped(Wrapped):
     """A kernel that multiplies as `kernel` does and whose `tap` has the inputs' Gram matrix as its cotangent.
 
     mask: bool [..., B, T], the tokens that are observed of [B, T] or flat inputs; None for experts, whose rows are
     tokens of their own.
     """
 
-    kernel: Kernel
     tap: Tap
     mask: jax.Array | None
     path: str = struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.kernel.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
         rows = x.shape[:-1]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct, traverse_util
+from flax import traverse_util
 
 from research.decoding.proposers import Outcome, Prompt, Round, Target
 from research.decoding.speculative import losses
@@ -32,6 +32,7 @@ from research.decoding.speculative.training import Teacher, ahead
 from research.decoding.speculative.trees import Guess, RankTree
 from research.decoding.verify import Draft
 from research.errors import UserError
+from research.nn.dropout import Dropping
 from research.nn.linear import Linear
 from research.nn.weights import LowRank, Sum, materialize
 from research.training.task import Batch, Metrics, PyTree
@@ -199,35 +200,9 @@ class Medusa2(Medusa):
             term: Any = LowRank(branches[*path, "down"], self.alpha / self.rank * branches[*path, "up"])
             if self.dropout and key is not None:
                 keys = jax.random.split(jax.random.fold_in(key, number), kernel.shape[:-2])
-                term = Dropped(term, keys, self.dropout)
+                term = Dropping(term, keys, self.dropout)
             flat[path] = Sum((kernel, term))
         return target.replace(params=traverse_util.unflatten_dict(flat))
-
-
-class Dropped(struct.PyTreeNode):
-    """A kernel with dropout on its input: in training only, so it is never sliced."""
-
-    kernel: LowRank
-    key: jax.Array
-    rate: float = struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.kernel.dtype
-
-    def dot(self, x: jax.Array) -> jax.Array:
-        kept = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
-        return self.kernel.dot(jnp.where(kept, x / (1.0 - self.rate), 0.0).astype(x.dtype))
-
-    def materialize(self) -> jax.Array:
-        return self.kernel.materialize()
-
-    def narrow(self, inputs: int | None, outputs: int | None) -> "Dropped":
-        return self.replace(kernel=self.kernel.narrow(inputs, outputs))
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

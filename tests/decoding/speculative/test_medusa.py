@@ -13,11 +13,12 @@ from configs.matlm import decoder
 from research.config import build
 from research.decoding.proposers import Outcome, Prompt, Round, Target
 from research.decoding.speculative import losses
-from research.decoding.speculative.medusa import Dropped, Medusa, Medusa2
+from research.decoding.speculative.medusa import Medusa, Medusa2
 from research.decoding.speculative.training import Teacher, ahead
 from research.decoding.speculative.trees import RankTree, calibrate, chain_paths
 from research.decoding.verify import Accept
 from research.errors import UserError
+from research.nn.dropout import Dropping
 from research.nn.weights import LowRank
 from tests.programs import drawn
 
@@ -208,7 +209,7 @@ def test_the_tuned_target_is_the_one_that_was_trained(scanned):
 def test_dropout_of_a_kernel():
     kernel = LowRank(jnp.ones((1000, 1)), jnp.ones((1, 1)))
     x = jnp.ones((200, 1000))
-    y = Dropped(kernel, KEY, 0.25).dot(x)[:, 0]
+    y = Dropping(kernel, KEY, 0.25).dot(x)[:, 0]
     # Sums of 1000 terms that are 4/3 with probability 3/4: mean 1000, deviation sqrt(1000 / 3) = 18.3.
     assert abs(float(y.mean()) - 1000) < 5 * 18.3 / 200**0.5
     assert 14 < float(y.std()) < 23
