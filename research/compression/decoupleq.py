@@ -14,8 +14,9 @@ Blocks in sequence, and in a block the kernels of one input together (query, key
 with H from the block as compressed so far. Then the integers are frozen and all s, z and norms of the block are tuned:
 its outputs should be those of the original block on the same inputs, which come from the compressed blocks before it.
 
-Errors are always those of s and z as they are stored. The solver of the integers is GPTQ, as in the paper's language
-models; that of its image models, projected gradient descent, is not here.
+Errors are always those of s and z as they are stored. A symmetric grid has z = 0: the paper's code spans the largest
+magnitude m of a group by s = 2 m / (2^b - 1), and solves for s alone. The integers are GPTQ's, as in the paper's
+language models, or those of `Projected` gradient descent, as in its image models.
 """
 
 import dataclasses
@@ -51,8 +52,36 @@ from research.training.paths import named_leaves
 
 DAMP = 0.01  # of H, in the paper's code
 RETRIES = (0.01, 0.1, 1.0, 10.0, 100.0)  # of the factorisation
+EPS = 1e-5  # of Adam that moves weights, H having a mean diagonal of 1
 STOP = 1e-4  # the share of outputs below which improvements are not worth another turn
 SOLVED = 1 << 23  # float64s of the systems that are solved together
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """Integers by projected gradient descent on (w - w0)^T H (w - w0), w within the ends of its grid.
+
+    `first` steps of Adam for all weights; then, inputs of the largest moment first, an input is rounded to nearest,
+    and `between` steps move those still to come (the code's `round_fn=train`). rate: a step's, in units of weights.
+    """
+
+    first: int = 50
+    between: int = 50
+    rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.between < 0 or not self.rate > 0:
+            raise UserError(
+                f"Projected takes steps of at least 0 and a positive rate, not first={self.first}, "
+                f"between={self.between}, rate={self.rate}"
+            )
+
+    def solve(
+        self, w: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int
+    ) -> np.ndarray:
+        """The codes uint8[in, out] of w [in, out] on the grid of scale and zero [groups, out]."""
+        arrays = (jnp.asarray(part, jnp.float32) for part in (w, hessian, scale, zero))
+        return np.asarray(_projected(self, bits, *arrays)).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +94,8 @@ class DecoupleQ:
         clips: parts of the range that are tried before the first turn.
         epochs: of tuning each block; 0: none. rate: its learning rate, of Adam with betas 0.9 and 0.99.
         store: what s and the zero, 2^(b-1) - z / s in units of codes, are stored in.
+        symmetric: z = 0, of which nothing is stored.
+        solver: of the integers; None: GPTQ.
     """
 
     bits: int = 2
@@ -74,6 +105,8 @@ class DecoupleQ:
     epochs: int = 4
     rate: float = 1e-5
     store: str = "float16"
+    symmetric: bool = False
+    solver: Projected | None = None
     select: str = SELECT
 
     name: ClassVar[str] = "decoupleq"
@@ -109,11 +142,21 @@ class DecoupleQ:
                 block = replace(block, {path: grids[path].kernel() for path in stage})
             if self.epochs and grids:
                 block, loss = tune(
-                    walk, subject.original[name], block, grids, self.bits, self.epochs, self.rate, key_
+                    walk,
+                    subject.original[name],
+                    block,
+                    grids,
+                    self.bits,
+                    self.epochs,
+                    self.rate,
+                    key_,
+                    self.symmetric,
                 )
                 before.append(loss[0])
                 after.append(loss[-1])
-            params[name] = replace(block, {path: grids[path].packed(self.bits) for path in grids})
+            params[name] = replace(
+                block, {path: grid.packed(self.bits, self.symmetric) for path, grid in grids.items()}
+            )
             walk.advance(params[name])
         if before:
             shares = ", ".join(f"{b / a:.3f}" for a, b in zip(before, after, strict=True))
@@ -124,7 +167,8 @@ class DecoupleQ:
         """w [..., in, out] and the means gram [..., in, in] of its inputs -> the grid and its integers."""
 
         def one(w: np.ndarray, gram: np.ndarray) -> tuple[np.ndarray, ...]:
-            found = decouple(w, gram, self.bits, self.group, self.turns, self.clips, self.store)[0]
+            shape = self.bits, self.group, self.turns, self.clips, self.store
+            found = decouple(w, gram, *shape, symmetric=self.symmetric, solver=self.solver)[0]
             return found.codes, found.scale, found.zero
 
         return Stored(*each(one, np.asarray(w, np.float64), gram))
@@ -142,10 +186,9 @@ class Stored:
         """float32[..., in, out]."""
         return jnp.asarray(_values(self.codes, self.scale.astype(np.float32), self.zero.astype(np.float32)))
 
-    def packed(self, bits: int) -> Quantized:
-        return Quantized.from_codes(
-            jnp.asarray(self.codes), jnp.asarray(self.scale), jnp.asarray(self.zero), bits
-        )
+    def packed(self, bits: int, symmetric: bool = False) -> Quantized:
+        zero = None if symmetric else jnp.asarray(self.zero)
+        return Quantized.from_codes(jnp.asarray(self.codes), jnp.asarray(self.scale), zero, bits)
 
 
 def decouple(
@@ -156,6 +199,9 @@ def decouple(
     turns: int,
     clips: int,
     store: str = "float32",
+    *,
+    symmetric: bool = False,
+    solver: Projected | None = None,
 ) -> tuple[Stored, list[np.ndarray]]:
     """Steps 1 to 3 for one kernel w float64[in, out]: the grid, and the errors [out] after every step that was accepted
     or not, which never rise."""
@@ -176,31 +222,43 @@ def decouple(
             *(np.where(wins, new, old) for new, old in zip(_parts(other), _parts(best), strict=True))
         )
 
-    ends = _ends(w, group)
-    scale, zero = _rounded(*_range(ends, 1.0, bits), bits, store)
+    ends = _ends(w, group, symmetric)
+
+    def spanning(part: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scale, shift = _range(ends, part, bits)
+        return _rounded(scale, 0 * shift if symmetric else shift, bits, store)
+
+    def fitting(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return _rounded(*floats(w, hessian, codes, group, bits, symmetric), bits, store)
+
+    def integers(scale: np.ndarray, zero: np.ndarray) -> Stored:
+        solve = _gptq if solver is None else solver.solve
+        return Stored(solve(w, hessian, scale, zero, bits), scale, zero)
+
+    scale, zero = spanning(1.0)
     best = better(None, _nearest(w, scale, zero, bits))
-    best = better(best, _gptq(w, hessian, scale, zero, bits, group))
+    best = better(best, integers(scale, zero))
     for turn in range(turns - 1):
         reached = steps[-1]
         scale, zero = best.scale, best.zero
         if turn == 0:
-            part = _search(w, hessian, ends, clips, bits, store)
-            start = _nearest(w, *_rounded(*_range(ends, part, bits), bits, store), bits)
-            scale, zero = _rounded(*floats(w, hessian, start.codes, group, bits), bits, store)
-        best = better(best, _gptq(w, hessian, scale, zero, bits, group))
-        solved = _rounded(*floats(w, hessian, best.codes, group, bits), bits, store)
-        best = better(best, Stored(best.codes, *solved))
+            errors = [_error(w, hessian, _nearest(w, *spanning(part), bits)) for part in clip_parts(clips)]
+            part = np.asarray(clip_parts(clips))[np.argmin(errors, axis=0)]
+            scale, zero = fitting(_nearest(w, *spanning(part), bits).codes)
+        best = better(best, integers(scale, zero))
+        best = better(best, Stored(best.codes, *fitting(best.codes)))
         if np.mean(steps[-1] < reached) < STOP:
             break
     return best, steps
 
 
 def floats(
-    w: np.ndarray, hessian: np.ndarray, codes: np.ndarray, group: int, bits: int
+    w: np.ndarray, hessian: np.ndarray, codes: np.ndarray, group: int, bits: int, symmetric: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """The s and z [groups, out] of the least error for integers codes [in, out]: step 3c, float64.
 
-    Where all integers of a group are equal, s and z can't be told apart: 1 % of the mean diagonal is added there.
+    symmetric: z is 0, and of one group s = w0^T H c / c^T H c. Where all integers of a group are equal (symmetric:
+    0), s and z can't be told apart: 1 % of the mean diagonal is added there.
     """
     inputs, outputs = w.shape
     groups = inputs // group
@@ -210,7 +268,8 @@ def floats(
     between = ones.T @ by_group  # [groups, groups]
     target = hessian @ w  # [in, out]
     signed = codes.astype(np.float64) - 2 ** (bits - 1)
-    solution = np.empty((2 * groups, outputs))
+    unknowns = groups if symmetric else 2 * groups
+    solution = np.zeros((2 * groups, outputs))
     width = max(SOLVED // max(4 * groups * groups, inputs * groups), 1)
     for at in range(0, outputs, width):
         c = signed[:, at : at + width]
@@ -221,18 +280,22 @@ def floats(
             [hessian[:, owner == b] @ c[owner == b] for b in range(groups)]
         )  # [groups, in, n]
         squares = np.einsum("bagn,agn->nab", weighted.reshape(groups, groups, group, count), split)
-        mixed = np.einsum("agn,agb->nab", split, by_group.reshape(groups, group, groups))
-        system = np.empty((count, 2 * groups, 2 * groups))
-        system[:, :groups, :groups] = squares
-        system[:, :groups, groups:] = mixed
-        system[:, groups:, :groups] = mixed.swapaxes(1, 2)
-        system[:, groups:, groups:] = between
         own = target[:, at : at + width].reshape(groups, group, count)
-        right = np.concatenate([np.einsum("agn,agn->na", split, own), own.sum(1).T], axis=1)
-        equal = (split.max(1) == split.min(1)).any(0)
-        ridge = 0.01 * np.einsum("nii->n", system) / (2 * groups)
-        system += np.where(equal, ridge, 0.0)[:, None, None] * np.eye(2 * groups)
-        solution[:, at : at + width] = np.linalg.solve(system, right[..., None])[..., 0].T
+        right = np.einsum("agn,agn->na", split, own)
+        if symmetric:
+            system, equal = squares, (split == 0).all(1).any(0)
+        else:
+            mixed = np.einsum("agn,agb->nab", split, by_group.reshape(groups, group, groups))
+            system = np.empty((count, unknowns, unknowns))
+            system[:, :groups, :groups] = squares
+            system[:, :groups, groups:] = mixed
+            system[:, groups:, :groups] = mixed.swapaxes(1, 2)
+            system[:, groups:, groups:] = between
+            right = np.concatenate([right, own.sum(1).T], axis=1)
+            equal = (split.max(1) == split.min(1)).any(0)
+        ridge = 0.01 * np.einsum("nii->n", system) / unknowns
+        system += np.where(equal, np.where(ridge > 0, ridge, 1.0), 0.0)[:, None, None] * np.eye(unknowns)
+        solution[:unknowns, at : at + width] = np.linalg.solve(system, right[..., None])[..., 0].T
     return solution[:groups], solution[groups:]
 
 
@@ -245,8 +308,10 @@ def tune(
     epochs: int,
     rate: float,
     key: jax.Array,
+    symmetric: bool = False,
 ) -> tuple[PyTree, list[float]]:
-    """Step 4: s and z of all `grids`, which are replaced there, and the norms, by Adam on single sequences.
+    """Step 4: s and z of all `grids`, which are replaced there, and the norms, by Adam on single sequences; symmetric
+    grids have no z.
 
     The floats that are kept are those of the epoch with the least error over all sequences, which may be the beginning.
     Returns the block and the errors before and after, means of squares.
@@ -261,7 +326,7 @@ def tune(
         path: scales[path] * (middle - jnp.asarray(grid.zero, jnp.float32)) for path, grid in grids.items()
     }
     norms = kernels_at(start, [path for path in named_leaves(start) if path.endswith("norm/scale")])
-    free = {"scale": scales, "shift": shifts, "norm": norms}
+    free = {"scale": scales, "shift": {} if symmetric else shifts, "norm": norms}
     state, count = _adam(rate).init(free), jax.tree.leaves(rows)[0].shape[0]
     measure = lambda free: float(_mean_error(walk.block, free, codes, start, rows))  # noqa: E731
     best, first = free, measure(free)
@@ -272,9 +337,10 @@ def tune(
         if (error := measure(free)) < least:
             best, least = free, error
     for path, grid in grids.items():
-        scale, shift = (np.asarray(best[name][path], np.float64) for name in ("scale", "shift"))
-        stored = (scale.astype(grid.scale.dtype), (middle - shift / scale).astype(grid.zero.dtype))
-        grids[path] = Stored(grid.codes, *stored)
+        scale, zero = np.asarray(best["scale"][path], np.float64), grid.zero
+        if not symmetric:
+            zero = middle - np.asarray(best["shift"][path], np.float64) / scale
+        grids[path] = Stored(grid.codes, scale.astype(grid.scale.dtype), zero.astype(grid.zero.dtype))
     return replace(block, best["norm"]), [first, least]
 
 
@@ -308,10 +374,8 @@ def _mean_error(block: nn.Module, free: PyTree, codes: PyTree, start: PyTree, ro
 def _row_error(block: nn.Module, free: PyTree, codes: PyTree, start: PyTree, row: Any) -> jax.Array:
     """The mean square, over tokens and channels of one sequence, of what the block's outputs are off."""
     stream, place, wanted = row
-    kernels = {
-        path: _spread(free["scale"][path], c) * c + _spread(free["shift"][path], c)
-        for path, c in codes.items()
-    }
+    kernels = {path: _spread(free["scale"][path], c) * c for path, c in codes.items()}
+    kernels |= {path: kernels[path] + _spread(shift, codes[path]) for path, shift in free["shift"].items()}
     out = through(block, replace(start, kernels | free["norm"]), stream, place).x
     real = real_tokens(place)[..., None]
     return jnp.sum(jnp.where(real, jnp.square(out - wanted), 0)) / jnp.maximum(
@@ -350,9 +414,12 @@ def _error(w: np.ndarray, hessian: np.ndarray, stored: Stored) -> np.ndarray:
     return np.where(usable, np.sum(difference * (hessian @ difference), axis=0), np.inf)
 
 
-def _ends(w: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest weight of every group, 0 among them: [groups, out] each."""
+def _ends(w: np.ndarray, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest weight of every group, 0 among them, or both as far from it: [groups, out] each."""
     split = w.reshape(-1, group, w.shape[1])
+    if symmetric:
+        most = np.abs(split).max(1)
+        return -most, most
     return np.minimum(split.min(1), 0), np.maximum(split.max(1), 0)
 
 
@@ -378,27 +445,50 @@ def _nearest(w: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> S
     return Stored(codes.astype(np.uint8), scale, zero)
 
 
-def _gptq(
-    w: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int, group: int
-) -> Stored:
+def _gptq(w: np.ndarray, hessian: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int) -> np.ndarray:
     """Integers for s and z by GPTQ, inputs of the largest moment first."""
     fitted = Affine(jnp.asarray(scale, jnp.float32), jnp.asarray(zero, jnp.float32))
     arrays = jnp.asarray(w, jnp.float32), jnp.asarray(hessian, jnp.float32)
+    group = w.shape[0] // scale.shape[0]
     for damp in RETRIES:
         rounded = feed_back(*arrays, Uniform(bits), group, fitted, damp=damp, order=True)
         if not rounded.nearest.any():
             break
-    return Stored(np.asarray(rounded.codes).astype(np.uint8), scale, zero)
+    return np.asarray(rounded.codes).astype(np.uint8)
 
 
-def _search(
-    w: np.ndarray, hessian: np.ndarray, ends: tuple[np.ndarray, np.ndarray], clips: int, bits: int, store: str
-) -> np.ndarray:
-    """The part of its range [out] that each output is rounded to nearest with the least error under H."""
-    parts = clip_parts(clips)
-    errors = []
-    for part in parts:
-        errors.append(
-            _error(w, hessian, _nearest(w, *_rounded(*_range(ends, part, bits), bits, store), bits))
-        )
-    return np.asarray(parts)[np.argmin(errors, axis=0)]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _projected(
+    solver: Projected, bits: int, w: jax.Array, hessian: jax.Array, scale: jax.Array, zero: jax.Array
+) -> jax.Array:
+    places = jnp.argsort(-jnp.diag(hessian), stable=True)
+    hessian = (hessian / jnp.mean(jnp.diag(hessian)))[places][:, places]
+    grid, wanted = Uniform(bits), w[places]
+    fitted = Affine(*(_spread(part, w)[places] for part in (scale, zero)))
+    ends = [grid.decode(code, fitted) for code in (0, 2**bits - 1)]
+    low, high = jnp.minimum(*ends), jnp.maximum(*ends)  # a scale may be negative
+    adam = optax.adam(solver.rate, eps=EPS)
+    number = jnp.arange(w.shape[0])[:, None]
+
+    def descend(
+        first: jax.Array | int, count: int, carry: tuple[jax.Array, PyTree]
+    ) -> tuple[jax.Array, PyTree]:
+        """`count` steps of the weights from input `first` on."""
+
+        def step(_: jax.Array, carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+            w, state = carry
+            updates, state = adam.update(hessian @ (w - wanted), state)
+            return jnp.where(number >= first, jnp.clip(w + updates, low, high), w), state
+
+        return jax.lax.fori_loop(0, count, step, carry)
+
+    def one(j: jax.Array, carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        w, state = carry
+        own = jax.tree.map(lambda part: part[j], fitted)
+        w = w.at[j].set(grid.decode(grid.encode(w[j], own), own))
+        return descend(j + 1, solver.between, (w, state))
+
+    with jax.default_matmul_precision("highest"):
+        carry = descend(0, solver.first, (wanted, adam.init(wanted)))
+        w, _ = jax.lax.fori_loop(0, w.shape[0] - 1, one, carry)
+    return jnp.zeros(w.shape, jnp.int32).at[places].set(grid.encode(w, fitted))

@@ -7,7 +7,7 @@ import pytest
 
 from research.compression.blocks import Notes, Walk
 from research.compression.chain import Chain
-from research.compression.decoupleq import DecoupleQ, Stored, decouple, floats
+from research.compression.decoupleq import DecoupleQ, Projected, Stored, decouple, floats
 from research.compression.eora import EoRA
 from research.compression.finequant import FineQuant, mean_range
 from research.language.decoder import DecoderLM
@@ -107,8 +107,51 @@ def test_floats_are_the_least_squares_solution(layer):
     scale, shift = floats(w, np.eye(INPUTS), codes, INPUTS, 2)
     line = np.array([np.polyfit(signed[:, i], w[:, i], 1) for i in range(OUTPUTS)])
     np.testing.assert_allclose(np.stack([scale[0], shift[0]], 1), line, rtol=1e-9)
-    # Integers that are all equal leave s and z undetermined, and still give an answer.
+    # Integers that are all equal leave s and z undetermined, and still give an answer; so do zeros of a symmetric grid.
     assert np.isfinite(floats(w, hessian, np.zeros_like(codes), group, 2)).all()
+    assert not np.any(floats(w, hessian, np.full_like(codes, 2), group, 2, symmetric=True))
+    # Symmetric: no z, s = w^T H c / c^T H c of one group, and of several no slope along c.
+    scale, shift = floats(w, hessian, codes, INPUTS, 2, symmetric=True)
+    wanted = np.sum(w * (hessian @ signed), 0) / np.sum(signed * (hessian @ signed), 0)
+    np.testing.assert_allclose(scale[0], wanted, rtol=1e-9)
+    assert not shift.any()
+    scale, _ = floats(w, hessian, codes, group, 2, symmetric=True)
+    slope = hessian @ (wide(scale) * signed - w)
+    assert np.abs(by_group(slope * signed)).max() < 1e-12 * size
+
+
+def test_projected_descent_rounds_what_is_left_to_its_minimum():
+    """H = [4 2; 2 2] on the integers -2 ... 1, the first input first. 0.75 becomes 1, and the second's minimum moves by
+    -(2 / 2) 0.25: from 0.7 to 0.45, which is 0, and from -0.2 to -0.45, 0. -0.3 becomes 0, and 0.3 goes to 0; of
+    0.4 + 0.45 = 0.85 it is 1. 7 becomes its end 1, and the second's minimum is -9 + 6 = -3, beyond its end -2."""
+    w = np.array([[0.75, 0.75, -0.3, 0.45, 7.0], [0.7, -0.2, 0.3, 0.4, -9.0]])
+    hessian = np.array([[4.0, 2], [2, 2]])
+    grid = np.ones((1, 5)), np.full((1, 5), 2.0)
+    found = Projected(0, 400, 0.01).solve(w, hessian, *grid, 2)
+    np.testing.assert_array_equal(found - 2.0, [[1, 1, 0, 0, 1], [0, 0, 0, 1, -2]])
+    # Inputs that know nothing of each other are rounded to nearest, by a negative scale as well.
+    w = np.random.default_rng(0).normal(size=(8, 4))
+    scale, zero = np.array([[0.5, -0.5, 1, 2]]), np.array([[1.5, 2, 0.3, 1]])
+    nearest = np.clip(np.round(w / scale + zero), 0, 3)
+    np.testing.assert_array_equal(
+        Projected(5, 5).solve(w, np.diag(np.arange(1.0, 9)), scale, zero, 2), nearest
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"symmetric": True}, {"solver": Projected(first=20, between=20, rate=0.01)}]
+)
+def test_other_grids_and_solvers(layer, options):
+    w, _, gram = layer
+    for group in (None, 8):
+        found, steps = decouple(w, gram, 2, group, 3, 20, **options)
+        errors = np.array(steps)
+        assert (np.diff(errors, axis=0) <= 0).all()
+        rounding, first, last = errors.sum(1)[[0, 1, -1]]
+        assert last < 0.9 * first < 0.9 * rounding
+        packed = found.packed(2, options.get("symmetric", False))
+        assert (packed.zero is None) == ("symmetric" in options)
+        np.testing.assert_array_equal(packed.materialize(), found.kernel())
 
 
 @pytest.mark.parametrize("group", [None, 8])
@@ -162,5 +205,7 @@ def test_tuning_moves_floats_alone():
     wanted, *found = (walk.outputs(tree["layer_0"])[0].x for tree in (params, plain.params, moved.params))
     errors = [float(jnp.mean(jnp.square(x - wanted))) for x in found]
     assert errors[1] < 0.9 * errors[0]
+    symmetric = run(epochs=1, rate=3e-3, symmetric=True).params["layer_0"]["mlp"]["down"]["kernel"]
+    assert symmetric.zero is None and symmetric.scale.any()
     # The note says by how much.
     assert float(moved.notes[-1].rsplit(" ", 1)[1]) == pytest.approx(errors[1] / errors[0], abs=2e-3)
