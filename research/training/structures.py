@@ -30,6 +30,7 @@ KINDS = {
     "PackedScales": "research.nn.normal_float",
     "TernaryCode": "research.nn.ternary",
     "LoRAExperts": "research.adapters.mole",
+    "ModalityLoRA": "research.multimodal.arcana",
 }
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int16", "uint16", "int32", "uint32")
 

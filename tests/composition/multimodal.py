@@ -9,6 +9,7 @@ from research.decoding.generator import Generator
 from research.decoding.prepare import prepare
 from research.decoding.proposers import Target
 from research.moe.layer import MoE
+from research.multimodal.arcana import Arcana, LadderProjection, MMLoRA, ModalityLoRA, QLadder, Rung
 from research.multimodal.dragonfly import Zooms, ZoomSelection
 from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
 from research.multimodal.eve import EVE, AnyAspect, PatchEmbeddingLayer, SequenceProjection
@@ -20,6 +21,7 @@ from research.multimodal.mousi import ExpertFusion, Experts, Panel
 from research.multimodal.prompts import Prompts
 from research.nn.attention import Attention
 from research.nn.masks import Window
+from research.nn.mlp import MLP
 from research.nn.quantized import quantize, quantize_kernels
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
@@ -77,6 +79,27 @@ def _(_):
     parts = dict(tower=tower(class_token=True, norm_all=True), connector=SoftPrompt(2, WIDTH), hooks=(hook,))
     model = vlm(EPALM, Square(patch=4, side=8, count=2), **parts)
     drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
+
+
+@runs(
+    "Arcana",
+    "int4 weights, tree decoding (Medusa), prompts with images",
+    "modality LoRA on a frozen decoder in int4: the tokens of plain decoding",
+)
+def _(_):
+    ladder = QLadder(Rung(2, MLP(16)), rungs=1, queries=2)
+    model = vlm(Arcana, Square(patch=4, side=8, count=6), connector=LadderProjection(ladder, WIDTH))
+    params = louder(drawn(model, TOKENS))
+    installed = MMLoRA(vision_rank=2, language_rank=2).install(params["decoder"], KEY)
+
+    def coded(node):
+        if not isinstance(node, ModalityLoRA):
+            return node
+        filled = jax.tree.map(lambda x: x + 0.2 * (x == 0).all(), node)
+        return filled.replace(base=quantize(node.base, 4, 4))
+
+    decoder_ = jax.tree.map(coded, installed, is_leaf=lambda node: isinstance(node, ModalityLoRA))
+    drafted_as_plain("Medusa", model, params | {"decoder": decoder_})
 
 
 @refused("MouSi", "shared positions in windowed layers", "a window counts tokens by their positions")
