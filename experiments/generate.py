@@ -53,8 +53,8 @@ IMAGE = PROGRAM.define(
     flags.DEFINE_multi_string,
     "image",
     [],
-    "An image file that every prompt shows: the first at its first <image>, and so on; a prompt without any <image> "
-    "begins with them. Repeatable.",
+    "An image file, or a video for a model of videos, that every prompt shows: the first at its first <image>, and so "
+    "on; a prompt without any <image> begins with them. Repeatable.",
 )
 MAX_NEW_TOKENS = PROGRAM.define(
     flags.DEFINE_integer, "max_new_tokens", 128, "The most tokens to add; fewer where the context is full."
@@ -195,7 +195,9 @@ def main(arguments: list[str]) -> None:
         drafting = dict(proposer=drafter.proposer, proposer_params=drafter.params)
         if ACCEPTANCE.value == "typical":
             drafting["verifier"] = Typical()
-    model = loaded.model
+    model, beside = loaded.model, None
+    if IMAGE.value or hasattr(model, "planner"):
+        prompts, beside = show(prompts, IMAGE.value, loaded, workdir)
     if PLAN.value is not None:
         from research.sparse.moa.plan import Plan, apply_plan
 
@@ -231,9 +233,6 @@ def main(arguments: list[str]) -> None:
         if SPARSE_CORRECT.value is not None:
             drafting["correction"] = Correction(whole, SPARSE_CORRECT.value)
     generator = Generator(model, params, loaded.tokenizer, dtype=DTYPE.value, **drafting)
-    beside = None
-    if IMAGE.value or hasattr(loaded.model, "planner"):
-        prompts, beside = show(prompts, IMAGE.value, loaded, workdir)
     stream = generator.stream(
         prompts,
         beside=beside,
@@ -275,7 +274,6 @@ def show(
 ) -> tuple[list[list[int]], "Callable[[int], tuple[Any, ...]]"]:
     """Prompts with images for a model that reads some: token ids, and what its prefill takes beside them."""
     from research.errors import UserError
-    from research.multimodal.media import read_image
     from research.multimodal.prompts import IMAGE as PLACE
     from research.multimodal.prompts import Prompts
 
@@ -283,7 +281,7 @@ def show(
         raise UserError(
             f"--image={images[0]}: {workdir} holds a {type(loaded.model).__name__}, which reads no images"
         )
-    pixels = [read_image(path) for path in images]
+    pixels = [loaded.model.planner.load(path) for path in images]
     texts = [text if PLACE in text else PLACE * len(pixels) + text for text in prompts]
     asked = Prompts.of([(text, pixels) for text in texts], loaded.model.planner, loaded.tokenizer)
     return asked.tokens, asked.beside

@@ -6,11 +6,14 @@ LLaVA's format: a JSON list (or JSON lines) of
                                                            {"from": "gpt", "value": "A cat."}, ...]}
 
 `image` may be a list, or absent in dialogues without one. COCO captions, VQAv2 and TextVQA are distributed in it.
+Dialogues about videos have `video` in its place, or beside it; the mark in their questions is `<video>`, or `<image>`
+where all that an entry has is videos.
 """
 
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +24,8 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """images: as arrays uint8[h, w, 3] or paths of files; turns: ((question, answer), ...), in which `<image>` stands
-    where an image is."""
+    """images: as arrays uint8[h, w, 3], of videos uint8[F, h, w, 3], or paths of files; turns: ((question, answer),
+    ...), in which `<image>` stands where an image or a video is."""
 
     images: tuple[Any, ...]
     turns: tuple[tuple[str, str], ...]
@@ -56,10 +59,7 @@ class LlavaFiles:
         where, entry = f"{self.path}, entry {number}", _entries(self.path)[number]
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise UserError(f"{where}: an object with a list `conversations` is expected")
-        names = entry.get("image", [])
-        names = [names] if isinstance(names, str) else names
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{where}: `image` is a path or a list of paths")
+        images, videos = (_files(entry, kind, where) for kind in ("image", "video"))
         folder = Path(self.images if self.images is not None else Path(self.path).parent).expanduser()
         turns, said = [], None
         for number_, turn in enumerate(entry["conversations"]):
@@ -74,10 +74,27 @@ class LlavaFiles:
                 said = None
         if said is not None or not turns:
             raise UserError(f"{where}: the last question has no answer")
-        marks = sum(question.count("<image>") for question, _ in turns)
-        if marks != len(names):
-            raise UserError(f"{where}: {marks} <image> in the questions, but {len(names)} images")
-        return Dialogue(tuple(str(folder / name) for name in names), tuple(turns))
+        asked = "".join(question for question, _ in turns)
+        marks = re.findall("<image>|<video>" if videos else "<image>", asked)
+        if videos:
+            marks = marks if images else ["<video>"] * len(marks)
+            turns = [(question.replace("<video>", "<image>"), answer) for question, answer in turns]
+        for mark, files in (("<image>", images), ("<video>", videos)):
+            if marks.count(mark) != len(files):
+                raise UserError(
+                    f"{where}: {marks.count(mark)} {mark} in the questions, but {len(files)} {mark[1:-1]}s"
+                )
+        left = {"<image>": iter(images), "<video>": iter(videos)}
+        return Dialogue(tuple(str(folder / next(left[mark])) for mark in marks), tuple(turns))
+
+
+def _files(entry: dict[str, Any], kind: str, where: str) -> list[str]:
+    """The paths that an entry has of a kind."""
+    names = entry.get(kind, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: `{kind}` is a path or a list of paths")
+    return names
 
 
 @functools.lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ TOKENIZER = Path(__file__).with_name("shapes.json")
 CELL = 8
 SPLITS = ("train", "validation", "test")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
-_PAINT = np.array([[1, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.3, 1], [1, 0.9, 0.1], [0.8, 0.1, 0.9], [1, 1, 1]])
+PAINT = np.array([[1, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.3, 1], [1, 0.9, 0.1], [0.8, 0.1, 0.9], [1, 1, 1]])
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = tuple("0123456789")
 _SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>")
@@ -47,9 +47,9 @@ def vocabulary() -> Tokenizer:
     return Tokenizer.load(TOKENIZER)
 
 
-def make_vocabulary() -> Tokenizer:
-    """What `TOKENIZER` was written from."""
-    words = dict.fromkeys((*_SPECIAL, *_WORDS.split(), "\n", *COLOURS, *SHAPES, *DIGITS))
+def make_vocabulary(more: tuple[str, ...] = ()) -> Tokenizer:
+    """What `TOKENIZER` was written from; `more` words have the ids behind its own."""
+    words = dict.fromkeys((*_SPECIAL, *_WORDS.split(), "\n", *COLOURS, *SHAPES, *DIGITS, *more))
     backend = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|[^\s?.,]+|[?.,]"), "removed", invert=True)
     backend.add_special_tokens(list(_SPECIAL))
@@ -71,7 +71,8 @@ def stamps() -> np.ndarray:
     return np.concatenate([np.stack(drawn), digits])
 
 
-def _check(what: str, split: str, size: int, seed: int, objects: tuple[int, int], most: int) -> None:
+def check(what: str, split: str, size: int, seed: int, objects: tuple[int, int], most: int) -> None:
+    """Raises UserError for what no generated world can be."""
     if split not in SPLITS:
         raise UserError(f"{what}: the splits are {', '.join(SPLITS)}, not {split!r}")
     if size < 1 or not 0 <= seed < 1 << 32:
@@ -81,19 +82,30 @@ def _check(what: str, split: str, size: int, seed: int, objects: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class _World:
-    """What the two worlds share. `cells(number)` is their ground truth, `ask` their question."""
+class World:
+    """A generated source of `size` dialogues, in a vocabulary of its own; every one is a function of its number, the
+    split and the seed."""
 
     split: Literal["train", "validation", "test"] = "train"
     size: int = 1 << 16
     seed: int = 0
     noise: float = 0.05
 
-    kinds = SHAPES + DIGITS
     tokenizer = str(TOKENIZER)
 
     def __len__(self) -> int:
         return self.size
+
+    def _random(self, number: int) -> np.random.RandomState:
+        # RandomState, because numpy promises that its stream never changes.
+        return np.random.RandomState([self.seed, SPLITS.index(self.split), number % (1 << 32)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures(World):
+    """What the worlds of pictures share. `cells(number)` is their ground truth, `ask` their question."""
+
+    kinds = SHAPES + DIGITS
 
     def __getitem__(self, number: int) -> Dialogue:
         """Record `number`, a function of it, the split and the seed."""
@@ -111,10 +123,6 @@ class _World:
         """uint8[h, w, 3] of a record."""
         return self[number].images[0]
 
-    def _random(self, number: int) -> np.random.RandomState:
-        # RandomState, because numpy promises that its stream never changes.
-        return np.random.RandomState([self.seed, SPLITS.index(self.split), number % (1 << 32)])
-
     def _layout(self, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
 
@@ -125,14 +133,14 @@ class _World:
         rows, columns = kinds.shape
         image = np.full((rows, CELL, columns, CELL, 3), 0.15)
         for row, column in np.argwhere(kinds >= 0):
-            image[row, :, column][stamps()[kinds[row, column]]] = _PAINT[colours[row, column]]
+            image[row, :, column][stamps()[kinds[row, column]]] = PAINT[colours[row, column]]
         image = image.reshape(rows * CELL, columns * CELL, 3)
         image = image + self.noise * random.standard_normal(image.shape)
         return (np.clip(image, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes(_World):
+class Scenes(_Pictures):
     """Pictures of side x side cells with a few shapes, no two of one shape and no two of one colour.
 
     Questions: "what colour is the circle", "what shape is red", "what is left of the circle", "how many shapes are
@@ -155,7 +163,7 @@ class Scenes(_World):
     )
 
     def __post_init__(self):
-        _check("scenes", self.split, self.size, self.seed, self.objects, min(len(SHAPES), self.side**2))
+        check("scenes", self.split, self.size, self.seed, self.objects, min(len(SHAPES), self.side**2))
         known = {"colour", "shape", "place", "number", "caption"}
         if not self.asks or not set(self.asks) <= known:
             raise UserError(f"scenes: asks={self.asks}: some of {', '.join(sorted(known))} are expected")
@@ -192,7 +200,7 @@ class Scenes(_World):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pages(_World):
+class Pages(_Pictures):
     """Pages of 8 x 8 pixel cells with a few digits of 5 x 7 dots, no two of one colour.
 
     Questions: "what digit is red", which needs the page's own resolution, and "how many digits are there", which needs
@@ -210,7 +218,7 @@ class Pages(_World):
 
     def __post_init__(self):
         least = min((rows * columns for rows, columns in self.shapes), default=0)
-        _check("pages", self.split, self.size, self.seed, self.objects, min(len(COLOURS), least))
+        check("pages", self.split, self.size, self.seed, self.objects, min(len(COLOURS), least))
         if not self.asks or not set(self.asks) <= {"digit", "number"}:
             raise UserError(f"pages: asks={self.asks}: digit and number are expected")
 
@@ -245,7 +253,7 @@ class Cells(RecordDataset):
 
     @property
     def num_classes(self) -> int:
-        kinds, colours = len(_World.kinds), len(COLOURS)
+        kinds, colours = len(_Pictures.kinds), len(COLOURS)
         return 1 + {"kind": kinds, "colour": colours, "both": kinds * colours}[self.label]
 
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:

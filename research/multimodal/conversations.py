@@ -12,7 +12,7 @@ from research.data.packing import permutation
 from research.data.pipeline import RecordDataset
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.media import Media, Planner, read_image
+from research.multimodal.media import Media, Planner
 from research.multimodal.prompts import Written, pictures, write
 
 
@@ -107,12 +107,16 @@ class Conversations(RecordDataset):
             batch["step_ends"] = np.stack([self._step_ends(*row) for row in rows])
         return batch if self.blind else batch | media_arrays(seen.media)
 
+    def dialogue(self, number: int) -> Dialogue:
+        """What is written of record `number` of the source."""
+        return self.source[number]
+
     def _row(self, epoch: int, place: int) -> tuple[Written, list[int], list[bool]]:
         """-> what is written, the segment of each token and whether it is of an answer."""
         order = self._order(epoch)
         row, segments, answers = Written(), [], []
         for k in range(self.pack):
-            dialogue = self.source[int(order[(place * self.pack + k) % len(order)])]
+            dialogue = self.dialogue(int(order[(place * self.pack + k) % len(order)]))
             start, flags = len(row.tokens), self._write(dialogue, row)
             count = len(row.tokens) - start
             # Positions of a packed dialogue begin at 0.
@@ -138,7 +142,7 @@ class Conversations(RecordDataset):
             to.say([self.text.bos_id])
         for question, answer in dialogue.turns:
             count = question.count("<image>")
-            arrays = [x if isinstance(x, np.ndarray) else read_image(x) for x in images[:count]]
+            arrays = [x if isinstance(x, np.ndarray) else self.planner.load(x) for x in images[:count]]
             if self.blind:
                 question, arrays = question.replace("<image>", ""), []
             del images[:count]

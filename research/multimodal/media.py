@@ -5,12 +5,13 @@ A *planner* is a small frozen value that stands in a config. It lays out an imag
 makes of the image, and texts between them. Shapes never depend on the image, so nothing is compiled anew.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -115,14 +116,22 @@ class Planner:
         """uint8[h, w, 3] -> media without B and I, and the spelling."""
         image = self.pad(image)
         crops = self.plan(image.shape[1], image.shape[0])
+        return self.fill(zip(crops, cut(image, crops), strict=True)), self.spell(crops)
+
+    def load(self, source: str | os.PathLike | bytes) -> np.ndarray:
+        """A file, or its bytes, as `read` takes it. Raises UserError as `read_image`."""
+        return read_image(source)
+
+    def fill(self, crops: Iterable[tuple[Crop, np.ndarray]]) -> Media:
+        """Crops, each with its pixels uint8[h, w, 3] -> media without B and I."""
         patches = np.zeros((self.views, self.patches, self.patch**2 * 3), np.float32)
         grid, marks = np.zeros((self.views, 2), np.int32), np.zeros(self.views, np.int32)
-        for view, (crop, pixels) in enumerate(zip(crops, cut(image, crops), strict=True)):
+        for view, (crop, pixels) in enumerate(crops):
             grid[view], marks[view] = self.grid(crop), crop.mark
             scaled = (pixels.astype(np.float32) / 255.0 - np.float32(self.mean)) / np.float32(self.std)
             flat = patchify(scaled[None], self.patch)[0]
             patches[view, : len(flat)] = flat
-        return Media(patches, grid, marks), self.spell(crops)
+        return Media(patches, grid, marks)
 
     def nothing(self, images: int) -> Media:
         """`images` places without an image."""
@@ -200,6 +209,28 @@ def cut(image: np.ndarray, crops: Sequence[Crop]) -> list[np.ndarray]:
     ]
 
 
+@contextlib.contextmanager
+def opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """An image file, or its bytes, as Pillow has it. Whatever is found wrong with it inside is a UserError."""
+    where = name_of(source)
+    try:
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+        ) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where}: not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: a damaged image: {error}") from error
+
+
+def name_of(source: str | os.PathLike | bytes) -> str:
+    """How a message calls it."""
+    return "an image" if isinstance(source, bytes) else str(source)
+
+
 def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
     """An image file, or its bytes -> uint8[h, w, 3]: upright (EXIF), CMYK, palettes and grey as RGB, 16 bits scaled to
     8, alpha over white.
@@ -207,21 +238,16 @@ def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
     Raises:
         UserError: no such file, not an image, a damaged one, or one without pixels.
     """
-    where = "an image" if isinstance(source, bytes) else str(source)
-    try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
-        ) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: no such file") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{where}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: a damaged image: {error}") from error
+    with opened(source) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
     if 0 in image.size:
-        raise UserError(f"{where}: an image of {image.width}x{image.height} pixels")
+        raise UserError(f"{name_of(source)}: an image of {image.width}x{image.height} pixels")
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> np.ndarray:
+    """A loaded image of any mode -> uint8[h, w, 3], as `read_image`."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         deep = np.asarray(image, np.float64)
         # Files of 16 bits come as I;16 or, from some formats, as I; floats are taken to be in [0, 1].
