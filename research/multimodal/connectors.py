@@ -4,6 +4,8 @@ A connector is any module (what the tower gives, Media) -> [B, I, M, D]. Which o
 planner's knowledge: it spells only those.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -136,3 +138,32 @@ def pixel_unshuffle(x: jax.Array, factor: int) -> jax.Array:
     *leading, height, width, channels = x.shape
     x = x.reshape(*leading, height, width, factor, factor, channels // factor**2)
     return jnp.moveaxis(x, -3, -4).reshape(*leading, height * factor, width * factor, -1)
+
+
+def shuffle_square(x: jax.Array, factor: int) -> jax.Array:
+    """[..., P, c], a square of patches -> [..., P / f^2, f^2 * c]: `pixel_shuffle`, row-major."""
+    *leading, patches, channels = x.shape
+    side = math.isqrt(patches)
+    shuffled = pixel_shuffle(x.reshape(*leading, side, side, channels), factor)
+    return shuffled.reshape(*leading, patches // factor**2, -1)
+
+
+class ShuffledProjection(nn.Module):
+    """Pixel shuffle of every view, then two layers: [B, I, V, P, dv] -> [B, I, 2 + V * P / factor^2, width].
+
+    Views are squares. The first two rows are learned: `<img>` and `</img>`, which stand around a picture (InternVL,
+    arXiv 2404.16821). Parameters: marks [2, width], projection/...
+    """
+
+    width: int
+    factor: int = 2
+
+    def setup(self) -> None:
+        self.marks = parameter(self, "marks", nn.initializers.normal(0.02), (2, self.width))
+        self.projection = Projection(self.width)
+
+    def __call__(self, seen: Seen, media: Media) -> jax.Array:
+        rows = self.projection(shuffle_square(seen.tokens, self.factor))
+        rows = rows.reshape(*rows.shape[:2], -1, self.width)
+        marks = jnp.broadcast_to(self.marks.astype(rows.dtype), (*rows.shape[:2], 2, self.width))
+        return jnp.concatenate([marks, rows], axis=2)

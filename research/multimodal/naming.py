@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.multimodal.connectors import shuffle_square
 from research.multimodal.media import Media
 from research.multimodal.tower import Tower
 from research.nn.linear import Linear
@@ -20,6 +21,7 @@ class Namer(nn.Module):
     Args:
         whole: the class token names the picture, [B, 1, num_classes].
         shrink: pictures are scaled down by this first.
+        merge: squares of so many patches along each side, of a square picture, are named together.
     """
 
     tower: Tower
@@ -27,6 +29,7 @@ class Namer(nn.Module):
     patch: int
     whole: bool = False
     shrink: int = 1
+    merge: int = 1
 
     def setup(self) -> None:
         self.head = Linear(self.num_classes, True)
@@ -39,6 +42,8 @@ class Namer(nn.Module):
         media = Media(patchify(images, self.patch)[:, None], grid, jnp.zeros((batch, 1), int))
         seen = self.tower(media)
         named = seen.taps[-1, :, 0, :1] if self.whole else seen.tokens[:, 0]
+        if self.merge > 1:
+            named = shuffle_square(named, self.merge)
         return self.head(named).astype(jnp.float32)
 
 
