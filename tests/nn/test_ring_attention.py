@@ -1,9 +1,14 @@
-"""Attention in a ring of 8 simulated devices: the same as on one, with its gradients, and divided indeed."""
+"""Attention in a ring of 8 simulated devices: the same as on one, with its gradients, divided indeed, and no pair of
+chunks computed that a rule masks whole."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.matlm import decoder
 from research.config import build, of
@@ -12,9 +17,9 @@ from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.attention_kernels import DenseAttention
-from research.nn.masks import Causal, Full, Window
+from research.nn.masks import Causal, Full, MaskRule, Window
 from research.nn.mlp import GatedMLP
-from research.nn.ring_attention import RingAttention
+from research.nn.ring_attention import RingAttention, _Ring, schedule
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.loop import Trainer
@@ -38,18 +43,20 @@ def arrays():
 
 
 def outputs(kernel, rule, softcap, mesh):
-    """The output, and the gradients of its product with a fixed array."""
-    query, key, value, target, segments = arrays()
+    """The output, the gradients of its product with a fixed array, and the text of the program."""
+    *rows, segments = arrays()
+    rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, None, "seq")))
 
-    def run(query, key, value):
+    def run(query, key, value, target):
         out = kernel(query, key, value, rule, segments=segments, prefix=None, scale=0.3, softcap=softcap)
         return jnp.sum(out * target * (segments > 0)[:, None, :, None]), out
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
     with jax.set_mesh(mesh):
-        (_, out), gradients = step(query, key, value)
+        step = step.lower(*rows).compile()
+        (_, out), gradients = step(*rows)
     real = np.asarray(segments > 0)[:, None, :, None]
-    return [np.asarray(out) * real, *map(np.asarray, gradients)]
+    return [np.asarray(out) * real, *map(np.asarray, gradients)], step.as_text()
 
 
 @pytest.mark.parametrize(
@@ -57,27 +64,48 @@ def outputs(kernel, rule, softcap, mesh):
     [
         (Causal(), None, {"seq": 8}),
         (Window(9), 5.0, {"data": 2, "seq": 2, "tensor": 2}),
+        (Window(6), None, {"seq": 8}),
         (Full(), None, {"seq": 8}),
     ],
 )
-def test_the_same_as_on_one_device(rule, softcap, sizes):
-    expected = outputs(DenseAttention(), rule, softcap, make_mesh({}, jax.devices()[:1]))
-    found = outputs(RingAttention(), rule, softcap, make_mesh(sizes))
+def test_the_same_as_on_one_device(rule, softcap, sizes, monkeypatch):
+    computed, plain = [], _Ring.scores
+
+    def counted(*arguments):
+        jax.debug.callback(lambda: computed.append(1))
+        return plain(*arguments)
+
+    monkeypatch.setattr(_Ring, "scores", counted)
+    expected, _ = outputs(DenseAttention(), rule, softcap, make_mesh({}, jax.devices()[:1]))
+    found, text = outputs(RingAttention(), rule, softcap, make_mesh(sizes))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)  # sums of 32 terms near 1, in another order
 
+    jax.effects_barrier()
+    parts = sizes["seq"]
+    assert len(computed) == 2 * 8 // parts * schedule(rule, parts, T).pairs().sum()  # once in each pass
+    if parts == 8:  # no device holds all keys, nor keeps them for the backward pass
+        assert "collective-permute" in text and "all-gather" not in text
+        shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", text)
+        assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < B * KV * T * D
 
-def test_no_device_holds_all_positions():
-    query, key, value, _, segments = arrays()
 
-    def run(query, key, value):
-        kernel = RingAttention()
-        return kernel(query, key, value, Causal(), segments=segments, prefix=None, scale=1.0, softcap=None)
-
-    with jax.set_mesh(make_mesh({"seq": 8})):
-        text = jax.jit(run).lower(query, key, value).compile().as_text()
-    assert "collective-permute" in text
-    assert f"f32[{B},{KV},{H // KV * T},{T}]" not in text and "all-gather" not in text
+@pytest.mark.parametrize(
+    "rule, parts, length, holders, pairs",
+    [
+        # Of 4 pairs of halves: the two on the diagonal and one below it; then two, whoever's block it is.
+        (Causal(), 3, 12, [(0, 5), (1, 4), (2, 3)], [[3, 3, 3], [2, 2, 2], [2, 2, 2]]),
+        # Odd blocks can't be halved: the last device computes all, the first its own.
+        (Causal(), 3, 9, [(0,), (1,), (2,)], [[1, 1, 1], [0, 1, 1], [0, 0, 1]]),
+        # Queries 4-5 see keys 2-5, 6-7 see 4-7: two of the own pairs and one before; after the second turn, none.
+        (Window(3), 4, 16, [(0, 1), (2, 3), (4, 5), (6, 7)], [[3, 3, 3, 3], [0, 1, 1, 1]]),
+        (Full(), 2, 4, [(0,), (1,)], [[1, 1], [1, 1]]),
+    ],
+)
+def test_what_is_computed(rule: MaskRule, parts, length, holders, pairs):
+    made = schedule(rule, parts, length)
+    assert list(made.holders) == holders
+    assert made.pairs().tolist() == pairs
 
 
 def test_a_decoder_trains_as_on_one_device():
