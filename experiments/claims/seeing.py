@@ -46,7 +46,13 @@ class Trained:
 
 
 def run(
-    task: ConfigDict, data: ConfigDict, stages: tuple, seed: int, workdir: Path, params: Any = None
+    task: ConfigDict,
+    data: ConfigDict,
+    stages: tuple,
+    seed: int,
+    workdir: Path,
+    params: Any = None,
+    evaluators: tuple = (),
 ) -> Any:
     """Trains in a folder, where it goes on if it was interrupted; -> parameters."""
     config = of(
@@ -54,6 +60,7 @@ def run(
         task=task,
         data=data,
         stages=stages,
+        evaluators=evaluators,
         seed=seed,
         checkpoint_every=10_000,
         keep_last=1,

@@ -10,9 +10,11 @@ from research.decoding.prepare import prepare
 from research.decoding.proposers import Target
 from research.moe.layer import MoE
 from research.multimodal.arcana import Arcana, LadderProjection, MMLoRA, ModalityLoRA, QLadder, Rung
+from research.multimodal.connectors import ShuffledProjection
 from research.multimodal.dragonfly import Zooms, ZoomSelection
 from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
 from research.multimodal.eve import EVE, AnyAspect, PatchEmbeddingLayer, SequenceProjection
+from research.multimodal.hovle import HolisticEmbedding, HoVLE, PatchEmbedding, Tiles
 from research.multimodal.iaa import IAA, InsertedLayers
 from research.multimodal.inf_llava import BlocksAndStrides, DualPerspective
 from research.multimodal.llava_uhd import Slices, WindowResampler
@@ -100,6 +102,18 @@ def _(_):
 
     decoder_ = jax.tree.map(coded, installed, is_leaf=lambda node: isinstance(node, ModalityLoRA))
     drafted_as_plain("Medusa", model, params | {"decoder": decoder_})
+
+
+@runs(
+    "HoVLE",
+    "tree decoding (Medusa), prompts with images",
+    "behind a module that reads more patches than the decoder has rows: the tokens of plain decoding",
+)
+def _(_):
+    holistic = HolisticEmbedding(blocks=decoder().blocks, num_layers=1)
+    parts = dict(tower=PatchEmbedding(WIDTH, 4), connector=ShuffledProjection(WIDTH), holistic=holistic)
+    model = vlm(HoVLE, Tiles(patch=2, side=8, most=2), **parts, shuffle="post")
+    drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
 
 
 @refused("MouSi", "shared positions in windowed layers", "a window counts tokens by their positions")
