@@ -10,8 +10,9 @@ rank-8 factors learn to add and subtract in sentences. The decomposition comes f
 from ml_collections import ConfigDict
 
 from configs.lora import stage, text, tuning
-from research.adapters.lq_lora import BlockNormal, LQLoRA
+from research.adapters.lq_lora import LQLoRA
 from research.config import of
+from research.nn.normal_float import BlockNormal
 from research.training.optimizers import adamw, cosine
 
 PRESETS = ("tiny", "paper")

@@ -8,10 +8,11 @@
 
 The result is a model directory that evaluate, generate, train (`start_from`) and convert take like any other; weights
 stay packed in it and in memory, and convert multiplies them out for Hugging Face. Methods: round_to_nearest, gptq,
-finequant, decoupleq, and, behind one of these, eora, svd, act_s. Each takes those of --bits, --group and --rank that it
-has; all of its options are fields of a config. Text to observe comes from the sources that training takes. A table says
-what each method did to the size and to held-out text, and with --speed to decoding; compression.png in the new
-directory draws loss against size. Without --workdir the model that ships is compressed.
+finequant, decoupleq, and, behind one of these, eora, svd, act_s; qmoe, of experts; factors, of low-rank terms. Each
+takes those of --bits, --group and --rank that it has; all of its options are fields of a config. Text to observe comes
+from the sources that training takes. A table says what each method did to the size and to held-out text, and with
+--speed to decoding; compression.png in the new directory draws loss against size. Without --workdir the model that
+ships is compressed.
 """
 
 import sys
@@ -276,15 +277,18 @@ def per_layer(original: Any, params: Any) -> tuple[tuple[str, ...], list[tuple[s
 
 def form(kernel: Any) -> str:
     """What a kernel is stored as: 4 bits in groups of 64 + rank 16."""
-    from research.nn.weights import LowRank, Sum
+    from research.nn.weights import LowRank, Permuted, Sum, Weight
 
     if isinstance(kernel, Sum):
         return " + ".join(map(form, kernel.terms))
     if isinstance(kernel, LowRank):
-        return f"rank {kernel.down.shape[-1]}"
+        rank = f"rank {kernel.down.shape[-1]}"
+        return f"{rank} of {form(kernel.down)}" if isinstance(kernel.down, Weight) else rank
+    if isinstance(kernel, Permuted):
+        return f"{form(kernel.kernel)}, reordered"
     if hasattr(kernel, "bits") and hasattr(kernel, "group"):
         return f"{kernel.bits} bits in groups of {kernel.group}"
-    return type(kernel).__name__
+    return type(kernel).__name__ if isinstance(kernel, Weight) else str(kernel.dtype)
 
 
 def describe(path: str, chain: "Chain", heads: tuple, lines: list[tuple], notes: list[str]) -> str:

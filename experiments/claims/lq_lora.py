@@ -16,9 +16,10 @@ import numpy as np
 from experiments.claims.adapting import BATCH, LENGTH, dataset, nats, rows, shipped, start, tune, updates
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.adapters.lora import LoRA, flat, tree
-from research.adapters.lq_lora import BlockNormal, LQLoRA
+from research.adapters.lq_lora import LQLoRA
 from research.compression.rounding import Uniform, feed_back
 from research.nn.accounting import count_bytes
+from research.nn.normal_float import BlockNormal
 from research.nn.quantized import Quantized
 from research.training.observe import collect_grams
 

@@ -13,67 +13,28 @@ and the error that turns and the integer program watch is | sqrt(F) * (W - Q - L
 Q is NormalFloat with double quantization (section 2.3): b bits a weight, B0 weights a scale, b0 bits a scale, B1
 scales a second scale of type b1, which takes b + b0 / B0 + bits(b1) / (B0 B1) bits a weight. Which of such
 configurations a kernel gets is the integer program of section 3.2 under a budget for all Q together; the low-rank
-parts come on top.
+parts come on top, in float32 or, once trained, in NormalFloat of 8 bits (`research.compression.factors`).
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research.adapters.lora import LoRA, Split, as_array, by_matrix, calibration, in_turns, scaled
 from research.errors import UserError
 from research.nn.allocation import allocate
 from research.nn.lowrank import Fit
-from research.nn.normal_float import NormalFloat, PackedScales, quantize_normal
+from research.nn.normal_float import BlockNormal
 from research.nn.weights import Kernel, Weight
 from research.training.feed import Dataset
 from research.training.observe import collect_fisher
 
 PyTree = Any
-
-OUTERMOST = 0.9677083
-"""The outermost quantile of the paper's code book, for every number of bits: 4 bits are QLoRA's NF4."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockNormal:
-    """One configuration (b, b0, b1, B0, B1) of the quantizer; blocks lie along the inputs of an output.
-
-    bits: b, of a weight: 2, 3, 4 or 8. scale_bits: b0. second: b1. group: B0, weights a scale. block: B1, scales a
-    second scale.
-    """
-
-    bits: int = 4
-    scale_bits: int = 8
-    second: Literal["float32", "bfloat16", "float16"] = "float32"
-    group: int = 64
-    block: int = 256
-
-    def __call__(self, kernel: jax.Array) -> NormalFloat:
-        def store(scale: jax.Array) -> PackedScales:
-            return PackedScales.of(scale, self.scale_bits, self.block, jnp.dtype(self.second))
-
-        return quantize_normal(kernel, self.bits, self.group, store=store, last=OUTERMOST)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Without the one least scale of a kernel."""
-        second = 8 * jnp.dtype(self.second).itemsize
-        return self.bits + self.scale_bits / self.group + second / (self.group * self.block)
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether its blocks divide a kernel [.., in, out] and fill their bytes."""
-        inputs, outputs = shape[-2:]
-        scales = inputs // self.group * outputs
-        bytes_filled = inputs * self.bits % 8 == 0 and inputs % (8 if self.bits == 3 else 1) == 0
-        return inputs % self.group == 0 and scales % self.block == 0 and scales % 8 == 0 and bytes_filled
-
 
 CANDIDATES = tuple(
     BlockNormal(b, b0, b1, group, block)

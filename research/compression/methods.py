@@ -8,6 +8,7 @@ from research.compression.baselines import GPTQ, RoundToNearest
 from research.compression.chain import Method
 from research.compression.decoupleq import DecoupleQ
 from research.compression.eora import EoRA
+from research.compression.factors import Factors
 from research.compression.finequant import FineQuant
 from research.compression.qmoe import QMoE
 from research.errors import UserError, nearest
@@ -19,6 +20,7 @@ METHODS: dict[str, tuple[Callable[..., Method], dict[str, Any]]] = {
     "finequant": (FineQuant, {}),
     "decoupleq": (DecoupleQ, {}),
     "qmoe": (QMoE, {}),
+    "factors": (Factors, {}),
     "eora": (EoRA, {}),
     "svd": (EoRA, {"space": "plain"}),
     "act_s": (EoRA, {"space": "activation"}),

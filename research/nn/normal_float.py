@@ -7,11 +7,12 @@ be quantized (double quantization): int8 differences from their mean, with a sca
 LQ-LoRA's codes of few bits above their least (`PackedScales`).
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -313,3 +314,43 @@ def quantize_normal(
     used = stored.values() if isinstance(stored, _SCALES) else stored
     codes, tile = packed.pack(encode_normal(kernel, used, bits, last), bits, group)
     return NormalFloat(codes, stored, bits, tile, last)
+
+
+OUTERMOST = 0.9677083
+"""The outermost quantile of LQ-LoRA's code book, for every number of bits: 4 bits are QLoRA's NF4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockNormal:
+    """One configuration (b, b0, b1, B0, B1) of LQ-LoRA's quantizer (arXiv 2311.12023, section 2.3).
+
+    Blocks lie along the inputs of an output.
+
+    bits: b, of a weight: 2, 3, 4 or 8. scale_bits: b0. second: b1. group: B0, weights a scale. block: B1, scales a
+    second scale.
+    """
+
+    bits: int = 4
+    scale_bits: int = 8
+    second: Literal["float32", "bfloat16", "float16"] = "float32"
+    group: int = 64
+    block: int = 256
+
+    def __call__(self, kernel: jax.Array) -> NormalFloat:
+        def store(scale: jax.Array) -> PackedScales:
+            return PackedScales.of(scale, self.scale_bits, self.block, jnp.dtype(self.second))
+
+        return quantize_normal(kernel, self.bits, self.group, store=store, last=OUTERMOST)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Without the one least scale of a kernel."""
+        second = 8 * jnp.dtype(self.second).itemsize
+        return self.bits + self.scale_bits / self.group + second / (self.group * self.block)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether its blocks divide a kernel [.., in, out] and fill their bytes."""
+        inputs, outputs = shape[-2:]
+        scales = inputs // self.group * outputs
+        bytes_filled = inputs * self.bits % 8 == 0 and inputs % (8 if self.bits == 3 else 1) == 0
+        return inputs % self.group == 0 and scales % self.block == 0 and scales % 8 == 0 and bytes_filled

@@ -10,14 +10,16 @@ from jax.sharding import PartitionSpec
 
 from research.adapters.corda import CorDA, damped
 from research.adapters.lora import LoftQ, LoRA, NormalQuantizer, PiSSA, flat, in_turns, merge
-from research.adapters.lq_lora import CANDIDATES, BlockNormal, LQLoRA, decompose, plan
+from research.adapters.lq_lora import CANDIDATES, LQLoRA, decompose, plan
 from research.adapters.mole import MoLE
 from research.adapters.pat import PAT
 from research.adapters.tuning import AdapterTuning
+from research.compression.chain import Chain
+from research.compression.factors import Factors
 from research.config import build, of
 from research.errors import UserError
 from research.nn.lowrank import low_rank
-from research.nn.normal_float import code_book
+from research.nn.normal_float import BlockNormal, code_book
 from research.nn.weights import Sum, Weight, materialize, stored_bits
 from research.training.partial import kept, save_adapter
 from research.training.partitioning import make_mesh, parameter_shardings
@@ -205,6 +207,33 @@ def test_an_adapter_is_loaded_like_any_model(finished: Run, base, logits, tmp_pa
     weights.write_bytes(content)
     with pytest.raises(UserError, match="is damaged: its checksum"):
         load_model(tmp_path / "small")
+
+
+def test_trained_factors_become_8_bits(finished: Run, base):
+    """Every weight of a factor the nearest value of the book times the scale of its 16 inputs; the rest untouched."""
+    loaded = load_model(finished.workdir)
+    (step,) = Chain((Factors(group=16),)).run(loaded.model, loaded.params, ())
+    assert step.notes == ["low-rank terms of 14 kernels in 8 bits"]
+    before, after = flat(loaded.params), flat(step.params)
+    for path, old in before.items():
+        rest = (old.terms[0], after[path].terms[0]) if isinstance(old, Sum) else (old, after[path])
+        jax.tree.map(np.testing.assert_array_equal, *rest)
+    path = "layer_1/mlp/down/kernel"  # 32 inputs, rank 2, 16 outputs
+    old, new = before[path].terms[1], after[path].terms[1]
+    book = np.array(code_book(8, 0.9677083), np.float32)
+    for exact, factor, group in ((old.down, new.down, 16), (old.up, new.up, 2)):
+        values = np.repeat(np.asarray(factor.scales()), group, axis=0)[..., None] * book
+        place = np.abs(values - np.asarray(exact)[..., None]).argmin(-1)[..., None]
+        np.testing.assert_array_equal(factor.materialize(), np.take_along_axis(values, place, -1)[..., 0])
+    # 8 bits a weight; 2 * 2 and 16 scales of 8 bits, one second scale and one offset for each factor.
+    assert new.stored_bits() == (64 + 32 + 4 + 16) * 8 + 2 * 64 and new.scale == old.scale
+    assert stored_bits(step.params) < stored_bits(loaded.params)
+    for params, match in (
+        (load_model(base).params, "this model has none"),
+        (step.params, "this model has none"),
+    ):
+        with pytest.raises(UserError, match=match):
+            next(Chain((Factors(),)).run(loaded.model, params, ()))
 
 
 def test_what_does_not_fit_is_told_in_one_line(base, finished: Run):
