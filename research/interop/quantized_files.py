@@ -1,7 +1,7 @@
 """Kernels of GPTQ's and AWQ's checkpoints, 4 bits in groups of inputs, as `research.nn.quantized.Quantized`.
 
 A linear layer X is X.qweight and X.qzeros (int32, eight codes a word, the lowest bits first), X.scales and, of GPTQ,
-X.g_idx. With q the codes and g the group of input k, both mean
+X.g_idx. With q the codes and g the group of input k, which is g_idx[k] or k // group size, both mean
 
     kernel[k, n] = (q[k, n] - zero[g, n]) * scale[g, n]
 
@@ -10,8 +10,10 @@ X.g_idx. With q the codes and g the group of input k, both mean
 | gptq | [in / 8, out], a word has eight inputs | [groups, out / 8], in the order of outputs | [groups, out] |
 | awq (gemm) | [in, out / 8], a word has eight outputs | [groups, out / 8] | [groups, out] |
 
-GPTQ's format of before `gptq_v2` stores zeros minus 1. Nibble i of a word of AWQ is output (0, 2, 4, 6, 1, 3, 5, 7)[i]
-of its eight. Sources: the file formats of AutoGPTQ and AutoAWQ (arXiv 2210.17323 and 2306.00978 are the methods).
+With act-order (`desc_act`) g_idx puts inputs of similar importance together: such a kernel is `Permuted`, its inputs in
+the order of their groups. GPTQ's format of before `gptq_v2` stores zeros minus 1. Nibble i of a word of AWQ is output
+(0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. Sources: the file formats of AutoGPTQ and AutoAWQ (arXiv 2210.17323 and
+2306.00978 are the methods).
 """
 
 import dataclasses
@@ -26,6 +28,7 @@ from research.errors import UserError
 from research.interop.fields import Fields, read_json
 from research.interop.files import some
 from research.nn.quantized import Quantized
+from research.nn.weights import Permuted
 
 ENTRY = "quantization_config"
 BITS, CODES = 4, 8  # bits of a code, codes of a word
@@ -145,21 +148,26 @@ class PackedFiles:
             )
         return self._files.read(name)
 
-    def kernel(self, names: tuple[str, ...], stacked: bool) -> Quantized:
+    def kernel(self, names: tuple[str, ...], stacked: bool) -> Quantized | Permuted:
         """The kernel [in, out] of one layer, or the stack [E, in, out] of those of several experts.
 
         Scales keep their stored type. Zeros that are all 8 are the fixed ones of a symmetric grid, and not kept.
 
         Raises:
-            UserError: parts that do not fit each other; groups of inputs out of order (act-order); a zero of GPTQ's
-                first format that programs read differently.
+            UserError: parts that do not fit each other; groups of different sizes; a zero of GPTQ's first format that
+                programs read differently.
         """
         read = [self._read(self._layers[name]) for name in names]
-        codes, scale, zero = (np.stack(part) if stacked else part[0] for part in zip(*read, strict=True))
+        codes, scale, zero, order = (
+            np.stack(part) if stacked else part[0] for part in zip(*read, strict=True)
+        )
         fixed = np.all(zero == 2 ** (BITS - 1))
-        return Quantized.from_codes(
+        kernel = Quantized.from_codes(
             jnp.asarray(codes), jnp.asarray(scale), None if fixed else jnp.asarray(zero), BITS
         )
+        if np.all(order == np.arange(order.shape[-1])):
+            return kernel
+        return Permuted(kernel, jnp.asarray(order, jnp.uint16 if order.shape[-1] <= 1 << 16 else jnp.int32))
 
     def _shape(self, prefix: str) -> tuple[int, int]:
         """Inputs and outputs of a layer, its parts agreeing."""
@@ -185,19 +193,21 @@ class PackedFiles:
                 )
         return rows, columns
 
-    def _read(self, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes uint8[in, out], scales [groups, out] and zeros uint8[groups, out] of a layer."""
+    def _read(self, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Codes uint8[in, out], inputs group by group; scales [groups, out] and zeros uint8[groups, out]; and the order
+        [in] in which the inputs are."""
         rows, _ = self._shape(prefix)
         words, zeros = (self._files.read_words(prefix + part) for part in ("qweight", "qzeros"))
         scales = self._files.read(prefix + "scales")
         if self._packing.method == "awq":
-            return unpack(words, _AWQ_ORDER), scales, unpack(zeros, _AWQ_ORDER)
+            return unpack(words, _AWQ_ORDER), scales, unpack(zeros, _AWQ_ORDER), np.arange(rows)
+        order = np.arange(rows)
         if prefix + "g_idx" in self._files.names:
-            group = self._packing.group or rows
-            if not np.array_equal(self._files.read_words(prefix + "g_idx"), np.arange(rows) // group):
+            owner, group = self._files.read_words(prefix + "g_idx"), self._packing.group or rows
+            order = np.argsort(owner, kind="stable")
+            if not np.array_equal(owner[order], np.arange(rows) // group):
                 raise UserError(
-                    f"{self.directory}: {prefix}g_idx puts the inputs of a group apart (act-order, desc_act), which "
-                    f"is not read: quantize with desc_act=false or static_groups=true"
+                    f"{self.directory}: {prefix}g_idx does not give each of {rows // group} groups {group} inputs"
                 )
         zeros = unpack(zeros) + self._packing.offset
         if np.any(zeros >= 2**BITS):
@@ -205,7 +215,7 @@ class PackedFiles:
                 f"{self.directory}: {prefix}qzeros holds 15, which stands for 16 in some programs and for 0 in "
                 f"others: write it as checkpoint_format gptq_v2"
             )
-        return unpack(words.T).T, scales, zeros
+        return unpack(words.T).T[order], scales, zeros, order
 
 
 def unpack(words: np.ndarray, order: tuple[int, ...] = tuple(range(CODES))) -> np.ndarray:

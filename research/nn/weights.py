@@ -192,5 +192,54 @@ class Sum(struct.PyTreeNode):
         return [leaf for term in self.terms for leaf in _leaf_specs(term, spec)]
 
 
+class Permuted(struct.PyTreeNode):
+    """A kernel whose inputs lie in another order: its input i is input order[i] of the layer. Of groups that are put
+    together by importance it is all that holds them (GPTQ's act-order).
+
+    order: whole numbers [..., in], a permutation for each matrix of a stack.
+    """
+
+    kernel: Kernel
+    order: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.kernel.dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return dot(jnp.take(x, self.order, axis=-1), self.kernel)
+
+    def materialize(self) -> jax.Array:
+        place = jnp.argsort(self.order, axis=-1)
+        return jnp.take_along_axis(materialize(self.kernel), place[..., None], axis=-2)
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> "Permuted":
+        if inputs is not None and inputs != self.shape[-2]:
+            raise UserError(
+                f"the first {inputs} of {self.shape[-2]} inputs lie scattered (act-order): materialize the kernel first"
+            )
+        return self.replace(kernel=narrow(self.kernel, None, outputs))
+
+    def check(self) -> None:
+        """Raise `UserError` unless the parts belong together."""
+        if self.order.shape != self.shape[:-1] or not jnp.issubdtype(self.order.dtype, jnp.integer):
+            order = f"{self.order.dtype}{list(self.order.shape)}"
+            raise UserError(f"{order} is no order of the inputs of a kernel {list(self.shape)}")
+
+    @property
+    def size(self) -> int:
+        return self.kernel.size + self.order.size
+
+    def stored_bits(self) -> int:
+        return stored_bits(self.kernel) + array_bits(self.order)
+
+    def leaf_specs(self, spec: Spec) -> list[Spec]:
+        return [*_leaf_specs(self.kernel, spec), (*spec[:-2], None)]
+
+
 def _leaf_specs(kernel: Kernel, spec: Spec) -> list[Spec]:
     return kernel.leaf_specs(spec) if isinstance(kernel, StoredWeight) else [spec]

@@ -24,6 +24,7 @@ from research.training.paths import PyTree, path_of
 KINDS = {
     "LowRank": "research.nn.weights",
     "Sum": "research.nn.weights",
+    "Permuted": "research.nn.weights",
     "Quantized": "research.nn.quantized",
     "NormalFloat": "research.nn.normal_float",
     "ByteScales": "research.nn.normal_float",

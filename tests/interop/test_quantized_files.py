@@ -1,5 +1,6 @@
 """Packed checkpoints of GPTQ and AWQ: codes unpacked by hand, whole directories, and one line for what is not read."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import convert
+from research.config_capture import capture
 from research.errors import UserError
 from research.interop.huggingface import load, save
 from research.interop.names import flatten
 from research.interop.quantized_files import PackedFiles, Packing, read_packing, unpack
 from research.nn.quantized import Quantized
+from research.nn.weights import Permuted
+from research.training.model_directory import save_model
 from research.training.workdir import load_model
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that a nibble of a word is
@@ -45,7 +49,7 @@ def packed(codes, order=range(8)):
 def write(tmp_path, model_of, random_params):
     """Writes a directory whose projections are packed; gives it and the kernels by parameter path."""
 
-    def make(config, *, offset=1, symmetric=False, family="llama", **options):
+    def make(config, *, offset=1, symmetric=False, family="llama", shuffled=False, **options):
         model = model_of(family, **SIZES | options)
         target = tmp_path / "packed"
         save(model, {"params": random_params(model)}, target)
@@ -58,6 +62,7 @@ def write(tmp_path, model_of, random_params):
             zeros = rng.integers(1, 16, (groups, columns), np.uint8)
             zeros[:] = 8 if symmetric else zeros
             scales = rng.uniform(0.5, 1.0, (groups, columns)).astype(np.float16)
+            owner = np.arange(rows) // 8
             tensors[prefix + "scales"] = scales
             if config.get("quant_method") == "awq" or "w_bit" in config:
                 tensors[prefix + "qweight"], tensors[prefix + "qzeros"] = (
@@ -67,10 +72,11 @@ def write(tmp_path, model_of, random_params):
             else:
                 tensors[prefix + "qweight"] = np.ascontiguousarray(packed(codes.T).T)
                 tensors[prefix + "qzeros"] = packed(zeros - offset)
-                tensors[prefix + "g_idx"] = (np.arange(rows) // 8).astype(np.int32)
+                inputs = rng.permutation(rows) if shuffled else np.arange(rows)
+                tensors[prefix + "g_idx"] = owner = (inputs // 8).astype(np.int32)
                 tensors[prefix + "bias"] = np.zeros(columns, np.float16)
-            spread = (np.repeat(part.astype(np.float32), 8, axis=0) for part in (zeros, scales))
-            kernels[name] = (codes - next(spread)) * next(spread)
+            spread = [part.astype(np.float32)[owner] for part in (zeros, scales)]
+            kernels[name] = (codes - spread[0]) * spread[1]
         save_file(tensors, target / "model.safetensors")
         content = json.loads((target / "config.json").read_text())
         (target / "config.json").write_text(json.dumps({**content, "quantization_config": config}))
@@ -103,6 +109,28 @@ def test_every_kernel_is_exact(write, config, offset):
         assert (kernel.group, str(kernel.scale.dtype), str(kernel.zero.dtype)) == (8, "float16", "uint8")
     # 24 * 16 codes of 4 bits, 3 * 16 scales of 16 bits, 3 * 16 zeros of 8 bits.
     assert found["layer_0/mlp/down/kernel"].stored_bits() == 24 * 16 * 4 + 3 * 16 * (16 + 8)
+
+
+def test_act_order_is_read_as_it_is(write, tmp_path):
+    """The group of input k is g_idx[k], whatever k: (code - zero[g_idx[k]]) * scale[g_idx[k]], in products as well."""
+    directory, wanted = write({**GPTQ_CONFIG, "desc_act": True}, shuffled=True)
+    model, variables, _ = load(directory)
+    for name, path in ((QUERY, ("attention", "query")), ("model.layers.0.mlp.down_proj.", ("mlp", "down"))):
+        kernel = functools.reduce(lambda tree, key: tree[key], path, variables["params"]["layer_0"])["kernel"]
+        assert isinstance(kernel, Permuted) and kernel.kernel.group == 8 and kernel.order.dtype == np.uint16
+        np.testing.assert_array_equal(kernel.materialize(), wanted[name + "weight"])
+        x = np.random.default_rng(0).integers(-4, 5, (3, kernel.shape[0])).astype(np.float32)
+        exact = x.astype(np.float64) @ wanted[name + "weight"]
+        np.testing.assert_allclose(kernel.dot(x), exact, rtol=1e-5, atol=1e-4)
+        np.testing.assert_array_equal(kernel.narrow(None, 8).materialize(), wanted[name + "weight"][:, :8])
+        # 4 bits a code, 16 and 8 for a group's scale and zero, 16 for the place of an input.
+        rows, columns = kernel.shape
+        assert kernel.stored_bits() == rows * columns * 4 + rows // 8 * columns * 24 + rows * 16
+        with pytest.raises(UserError, match=f"first 8 of {rows} inputs lie scattered"):
+            kernel.narrow(8, None)
+    save_model(tmp_path / "kept", capture(model), variables["params"])
+    again = load_model(str(tmp_path / "kept")).params
+    jax.tree.map(np.testing.assert_array_equal, again, variables["params"])
 
 
 def test_symmetric_grids_keep_no_zeros(write):
@@ -197,10 +225,31 @@ def test_one_layer_by_hand():
     assert files.names == ["x.weight"] and files.shape("x.weight") == (8, 16)
 
 
+def test_groups_out_of_order_by_hand():
+    """Even inputs are of group 1 with scale 2, odd ones of group 0 with scale 1; codes of input k are k // 2, zeros
+    3."""
+    codes = np.ascontiguousarray(packed(np.repeat(np.arange(8), 2)[None].repeat(8, 0).astype(np.uint8)).T)
+    scales = np.stack([np.ones(8), np.full(8, 2)]).astype(np.float16)
+    zeros, owner = packed(np.full((2, 8), 2, np.uint8)), np.array([1, 0] * 8, np.int32)
+    files = PackedFiles(
+        Memory(qweight=codes, qzeros=zeros, scales=scales, g_idx=owner), Packing("gptq", 8, 1)
+    )
+    kernel = files.kernel(("x.weight",), False)
+    wanted = [-6, -3, -4, -2, -2, -1, 0, 0, 2, 1, 4, 2, 6, 3, 8, 4]
+    np.testing.assert_array_equal(kernel.materialize(), np.repeat(np.array(wanted)[:, None], 8, axis=1))
+    np.testing.assert_array_equal(kernel.order, [1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14])
+    stack = files.kernel(("x.weight", "x.weight"), True)
+    np.testing.assert_array_equal(stack.materialize()[1], kernel.materialize())
+
+
 @pytest.mark.parametrize(
     ("changes", "group", "message"),
     [
-        ({"g_idx": np.array([1, 0] * 8, np.int32)}, 8, "act-order, desc_act.*desc_act=false"),
+        (
+            {"g_idx": np.array([1] * 9 + [0] * 7, np.int32)},
+            8,
+            "g_idx does not give each of 2 groups 8 inputs",
+        ),
         ({"qzeros": words([0xF], [0])}, 8, "qzeros holds 15, which stands for 16 .* gptq_v2"),
         ({"qzeros": None}, 8, "missing tensors x.qzeros"),
         ({"g_idx": np.zeros(8, np.int32)}, 8, r"x.g_idx is \[8\]; groups of 8 inputs ask for \[16\]"),
