@@ -6,8 +6,9 @@ smaller, outliers dominate, and smaller groups keep them apart from the rest. So
 
     r(g) = mean over groups and outputs of max |w|       while r(g / 2) < alpha r(g) and g / 2 >= smallest:  g <- g / 2
 
-One g for a matrix, or for a stack of experts. No data, no training; inputs of a product stay floating. The paper says
-that granularity is found for each matrix from its weights; this rule, and alpha, are a reconstruction.
+Experts are judged one by one: of a stack's mean the outliers of one among many would be lost. Their stack, whose scales
+are one array, has the finest groups that any of them asks for. No data, no training; inputs of a product stay floating.
+The paper says that granularity is found for each matrix from its weights; this rule, and alpha, are a reconstruction.
 """
 
 import dataclasses
@@ -52,8 +53,10 @@ class FineQuant:
             )
 
     def group(self, kernel: np.ndarray) -> int:
-        """Inputs of a group of a kernel [..., in, out]."""
-        group = kernel.shape[-2]
+        """Inputs of a group of a kernel [in, out]; of a stack [..., in, out] the least of its matrices."""
+        if kernel.ndim > 2:
+            return min(map(self.group, kernel))
+        group = kernel.shape[0]
         while group % 2 == 0 and group // 2 >= self.smallest:
             if not mean_range(kernel, group // 2) < self.alpha * mean_range(kernel, group):
                 break
@@ -75,10 +78,9 @@ class FineQuant:
 
 
 def mean_range(kernel: np.ndarray, group: int) -> float:
-    """r(g): the mean over groups of `group` inputs, outputs and stacked kernels of the largest magnitude."""
-    magnitude = np.abs(np.asarray(kernel, np.float32))
-    shape = (*kernel.shape[:-2], kernel.shape[-2] // group, group, kernel.shape[-1])
-    return float(magnitude.reshape(shape).max(axis=-2).mean(dtype=np.float64))
+    """r(g): the mean over groups of `group` inputs and outputs of a kernel [in, out] of the largest magnitude."""
+    magnitude = np.abs(np.asarray(kernel, np.float32)).reshape(-1, group, kernel.shape[1])
+    return float(magnitude.max(axis=1).mean(dtype=np.float64))
 
 
 _quantize = jax.jit(

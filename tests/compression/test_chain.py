@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.compression.baselines import GPTQ, RoundToNearest
-from research.compression.blocks import Walk, plain
+from research.compression.blocks import Walk, plain, replace
 from research.compression.chain import Chain, unrolled
 from research.compression.decoupleq import DecoupleQ
 from research.compression.eora import EoRA
@@ -18,9 +19,9 @@ from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.moe.layer import MoE
 from research.nn.attention import Attention
-from research.nn.quantized import Quantized
+from research.nn.quantized import Quantized, quantize
 from research.nn.transformer import Block
-from research.nn.weights import LowRank, Sum, stored_bits
+from research.nn.weights import LowRank, Sum, dot, stored_bits
 from research.training.observe import collect_grams
 from tests.programs import drawn
 
@@ -118,6 +119,30 @@ def test_a_full_rank_correction_gives_the_weights_back(rounded, params, batches)
     assert stored_bits(fine.params) < stored_bits(plain_svd.params) < stored_bits(flat)
     routers = [tree["layer_0"]["mlp"]["router"]["kernel"] for tree in (plain_svd.params, flat)]
     np.testing.assert_array_equal(*routers)
+
+
+def test_experts_are_rounded_in_the_groups_that_the_worst_of_them_needs(params):
+    """FineQuant of an MoE model: the stack of `up`, one of whose experts has a row of outliers, in groups of two
+    inputs; every other matrix by channels. Each expert is what rounding it by itself gives, in products as well."""
+    model, flat = unrolled(SCANNED, params)
+    name = ("layer_0", "mlp", "experts", "up")
+    kernel = flat["layer_0"]["mlp"]["experts"]["up"]["kernel"]
+    planted = replace(flat, {"/".join((*name, "kernel")): kernel.at[1, 3].multiply(50)})
+    (step,) = Chain((FineQuant(4, smallest=2, alpha=0.6),)).run(model, planted, ())
+    assert step.notes == ["groups: 2 of 8 inputs in 1, 8 of 8 inputs in 13 kernels"]
+    experts = step.params["layer_0"]["mlp"]["experts"]
+    assert (experts["up"]["kernel"].group, experts["down"]["kernel"].group) == (2, 8)
+    wanted = planted["layer_0"]["mlp"]["experts"]["up"]["kernel"]
+    for number in range(EXPERTS):
+        alone = quantize(wanted[number], 4, 2, scale_dtype=jnp.float16)
+        mine = jax.tree.map(lambda leaf: leaf[number], experts["up"]["kernel"])  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, mine, alone)
+    by_channel = np.asarray(quantize(wanted, 4).materialize() - wanted)[1]
+    in_groups = np.asarray(experts["up"]["kernel"].materialize() - wanted)[1]
+    assert np.linalg.norm(in_groups) < 0.6 * np.linalg.norm(by_channel)
+    x = jnp.arange(EXPERTS * 2 * WIDTH, dtype=jnp.float32).reshape(EXPERTS, 2, WIDTH)
+    by_expert = jnp.einsum("enk,eko->eno", x, experts["up"]["kernel"].materialize())
+    np.testing.assert_allclose(jax.vmap(dot)(x, experts["up"]["kernel"]), by_expert, rtol=1e-5, atol=1e-4)
 
 
 def test_mistakes_are_one_line(params, batches):

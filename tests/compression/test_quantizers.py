@@ -39,7 +39,11 @@ def test_groups_are_as_fine_as_outliers_ask_for():
     planted[300] *= 30
     method = FineQuant(4, smallest=64)
     assert method.group(normal) == 1024 and method.group(planted) == 64
-    for same in (7 * planted, planted[:, ::-1], np.stack([planted, planted])):
+    # One expert of 32 asks for what it needs, which the mean of all would not.
+    experts = np.stack([*[normal] * 31, planted])
+    coarse, fine = (np.mean([mean_range(expert, group) for expert in experts]) for group in (1024, 512))
+    assert fine > 0.87 * coarse
+    for same in (7 * planted, planted[:, ::-1], experts):
         assert method.group(same) == 64
     assert FineQuant(4, alpha=0).group(planted) == 1024 and FineQuant(4, smallest=300).group(planted) == 512
     # By hand: groups of two have the largest magnitudes 2 and 4, all four have 4.
