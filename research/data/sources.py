@@ -87,7 +87,7 @@ class _Files:
         self._pattern, self._split = pattern, split
         self._paths = matching_files(pattern.replace("{split}", split))
         stats = [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in self._paths]
-        self.fingerprint = _digest(type(self).__name__, None if self._named else split, stats)
+        self.fingerprint = digest(type(self).__name__, None if self._named else split, stats)
 
     def _belongs(self, text: str) -> bool:
         return self._named or self._split in ("all", hashed_split(text))
@@ -140,7 +140,7 @@ class JsonLines(_Files):
     def __init__(self, pattern: str, field: str, split: str):
         super().__init__(pattern, split)
         self._field = field
-        self.fingerprint = _digest(self.fingerprint, field)
+        self.fingerprint = digest(self.fingerprint, field)
         self._lock = threading.Lock()  # a handle has one position
 
     @functools.cached_property
@@ -187,7 +187,7 @@ class TfdsText:
         self._field = field or _only_text_field(builder, name)
         if self._field not in builder.info.features:
             raise UserError(f"{name}: {missing_field(self._field, builder.info.features)}")
-        self.fingerprint = _digest(name, builder.info.full_name, split, self._field, len(self._records))
+        self.fingerprint = digest(name, builder.info.full_name, split, self._field, len(self._records))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -217,7 +217,7 @@ class HuggingFaceText:
         if not len(self._records):
             raise UserError(f"hf:{spec}: split {split} is empty")
         self._field, self._name = field, f"hf:{spec}"
-        self.fingerprint = _digest("hf", name, config, split, field, self._records._fingerprint)
+        self.fingerprint = digest("hf", name, config, split, field, self._records._fingerprint)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -342,5 +342,6 @@ def _only_text_field(builder: Any, name: str) -> str:
     return fields[0]
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
+    """A fingerprint of what names some content."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from research.data.filters import Filtered
 from research.data.packing import (
     Stream,
     mixture_counts,
@@ -44,6 +46,7 @@ class TokenDataset(RecordDataset):
         `Tokenizer` itself.
       seed: of the orders.
       shuffle: whether documents and rows are shuffled; else they come as the source has them.
+      keep: says of a document's text whether it is used at all (`research.data.filters`); by default all are.
     """
 
     sources: str | tuple[tuple[str, float], ...] = "builtin"
@@ -52,6 +55,7 @@ class TokenDataset(RecordDataset):
     tokenizer: str | Tokenizer | None = None
     seed: int = 0
     shuffle: bool = True
+    keep: Callable[[str], bool] | None = None
 
     def __post_init__(self):
         if not isinstance(self.tokenizer, Tokenizer):
@@ -83,7 +87,10 @@ class TokenDataset(RecordDataset):
         if self._packed is None:
             packed = []
             for i, name in enumerate(self._weights):
-                source = tokenized(open_source(name, self.split, progress), self.tokenizer, progress)
+                texts = open_source(name, self.split, progress)
+                if self.keep is not None:
+                    texts = Filtered(texts, self.keep, name)
+                source = tokenized(texts, self.tokenizer, progress)
                 if not num_rows(int(source.offsets[-1]), self.length):
                     raise UserError(f"{name}: split {self.split} has no token to predict")
                 key = (self.seed, i)

@@ -199,7 +199,7 @@ def test_config(corpus):
     dataset = build(config)
     assert dataset.length == 8 and len(dataset) > 0
     assert [f.name for f in dataclasses.fields(TokenDataset)] == [
-        "sources", "split", "length", "tokenizer", "seed", "shuffle",
+        "sources", "split", "length", "tokenizer", "seed", "shuffle", "keep",
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Two hosts, as two processes of two devices each: stopped, continued, one of them killed, continued by one process.
 
-One run serves all tests. Its data are packed rows of two sources, mixed; every process notes which records it reads.
+One run serves all tests. Its data are packed rows of two sources, filtered and mixed; every process notes which records
+it reads.
 """
 
 import json
@@ -20,6 +21,7 @@ import pytest
 from experiments import train
 from research.config import build, load_config
 from research.data.pipeline import RecordDataset
+from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 from research.training import hosts
 from research.training.feed import own_rows
@@ -31,6 +33,7 @@ BATCH = 8
 CONFIG = """
 from configs.matlm import decoder
 from research.config import of
+from research.data.filters import Gopher
 from research.data.text import TokenDataset
 from research.training.evaluators import Evaluate
 from research.training.loop import Trainer
@@ -49,7 +52,7 @@ def get_config(preset="tiny"):
     return of(
         Trainer,
         task=of(LanguageModelling, model=model),
-        data=of(TokenDataset, sources=sources, split="all", length=16),
+        data=of(TokenDataset, sources=sources, split="all", length=16, keep=of(Gopher, least=4)),
         stages=(of(Stage, name="main", steps=100_000, batch_size=8, optimizer=optimizer),),
         evaluators=(of(Evaluate, name="validation", data=held_out, batch_size=8, every=4, batches=2),),
         mesh=dict(data=2, fsdp=2),
@@ -145,8 +148,13 @@ def run(tmp_path_factory):
     """What two processes did: stopped by a signal to one of them, started again, and one of them killed."""
     folder = tmp_path_factory.mktemp("hosts")
     (folder / "two.py").write_text(CONFIG)
-    for name, text in (("sums", "{i} + {j} = {k}"), ("notes", "note {i} says {k}, twice {j}")):
-        lines = [json.dumps({"text": text.format(i=i, j=7 * i, k=8 * i)}) for i in range(40)]
+    prose = {
+        "sums": "we have that number {i} and another number to it make {k}",
+        "notes": "{i} is to be noted with care",
+    }
+    for name, text in prose.items():
+        texts = [text.format(i=i, k=8 * i) if i % 3 else f"# rubbish {i}" for i in range(60)]
+        lines = [json.dumps({"text": text}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATHE_DATA_DIR", str(folder / "data"))
@@ -230,6 +238,9 @@ def test_one_process_continues_and_all_was_as_if_it_had_been_one(run, monkeypatc
     logs = [run["folder"] / f"{name}.log" for name in ("first0", "first1", "second0", "second1", "third")]
     read, expected = noted_records(*logs), noted_records(run["folder"] / "whole.log")
     wanted = range(steps * BATCH)
+    decode = Tokenizer.load(None).decode
+    texts = "".join(decode(expected[number]) for number in wanted)
+    assert "number" in texts and "noted" in texts and "rubbish" not in texts
     assert [read[number] for number in wanted] == [expected[number] for number in wanted]
     for k in range(2):
         own = noted_records(run["folder"] / f"first{k}.log")
