@@ -19,7 +19,7 @@ from research.multimodal.connectors import PatchProjection
 from research.multimodal.media import Square
 from research.multimodal.model import VLM
 
-ALIGN, INSTRUCT, LENGTH = 50, 200, 28
+ALIGN, INSTRUCT, LENGTH = 50, 300, 28
 RANK, QUERIES, SCALE = 16, 4, 2.0
 WORLD = of(Scenes, asks=("colour", "shape"))
 EYES = {
@@ -107,11 +107,13 @@ def judge(results: Results) -> tuple[str, str]:
     gains = (ours[0] - lora >= 0.02) + (ladder - without >= 0.1)
     verdict = "no" if not isolated or not gains else "partly" if gains == 1 else "yes"
     listed = ", ".join(f"{name} {value:.3f}" for name, value in zip(SHARES, ours, strict=True))
+    text = {arm: seeing.mean(results, arm, "text") for arm in ("parts", "lora", next(iter(SHARES)))}
+    same = "the same bits as before" if isolated else "NOT what it was before"
     return verdict, (
-        f"Right answers: LoRA {lora:.3f}, modality LoRA {listed}; of colours, on a tower of shapes: {without:.3f}, with "
-        f"a ladder {ladder:.3f}; nats of text without pictures: before {seeing.mean(results, 'parts', 'text'):.3f}, LoRA "
-        f"{seeing.mean(results, 'lora', 'text'):.3f}, modality LoRA {seeing.mean(results, next(iter(SHARES)), 'text'):.3f}, "
-        f"and without its terms of text {'the same bits as before' if isolated else 'NOT what it was before'}."
+        f"Right answers: LoRA {lora:.3f}, modality LoRA {listed}; of colours, on a tower of shapes: {without:.3f}, "
+        f"with a ladder {ladder:.3f}; nats of text without pictures: "
+        + ", ".join(f"{arm} {value:.3f}" for arm, value in text.items())
+        + f", and of modality LoRA without its terms of text {same}."
     )
 
 
