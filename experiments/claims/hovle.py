@@ -21,7 +21,7 @@ from research.training.evaluators import Evaluate
 from research.training.metrics import read_rows
 from research.training.task import language_metrics
 
-DISTIL, ALIGN, INSTRUCT, LENGTH = 300, 300, 150, 32
+DISTIL, ALIGN, INSTRUCT, LENGTH = 250, 260, 100, 32
 EVERY, EARLY = 20, 40  # updates between evaluations of stage 2, and what counts as early in it
 WORLD = of(Scenes, asks=("colour", "shape", "caption"))
 QUESTIONS, CAPTIONS = of(Scenes, asks=("colour", "shape")), of(Scenes, asks=("caption",))
@@ -79,7 +79,7 @@ def align(
     held = llava.conversations(
         of(Scenes, asks=("caption",), split="test"), model.planner, LENGTH, shuffle=False
     )
-    watch = of(Evaluate, name="captions", data=held, batch_size=64, every=EVERY, batches=4)
+    watch = of(Evaluate, name="captions", data=held, batch_size=64, every=EVERY, batches=2)
     stage = llava.stage("align", steps, light, seeing.BATCH, 3e-3, floor=0.1)
     params = seeing.run(task, data, (stage,), seed, workdir / "align", params, (watch,))
     rows = read_rows(workdir / "align" / "metrics.jsonl")
