@@ -21,7 +21,7 @@ from research.training.evaluators import Evaluate
 from research.training.metrics import read_rows
 from research.training.task import language_metrics
 
-DISTIL, ALIGN, INSTRUCT, LENGTH = 250, 260, 100, 32
+DISTIL, ALIGN, INSTRUCT, LENGTH = 260, 260, 100, 32
 EVERY, EARLY = 20, 40  # updates between evaluations of stage 2, and what counts as early in it
 WORLD = of(Scenes, asks=("colour", "shape", "caption"))
 QUESTIONS, CAPTIONS = of(Scenes, asks=("colour", "shape")), of(Scenes, asks=("caption",))
