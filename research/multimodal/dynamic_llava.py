@@ -257,7 +257,7 @@ class DynamicLM(DecoderLM, kw_only=True):
         self._check(tokens.shape[1])
         batch, length = tokens.shape
         context = Context(positions, segments)
-        stream, _ = self._run_span(self._enter(self.embedding(tokens)), context, None, 0, self.sparsity.layer)
+        stream, _ = self.run_span(self.enter(self.embedding(tokens)), context, None, 0, self.sparsity.layer)
         hidden = stream.x.reshape(batch, length, self.width)
         answer = (jnp.arange(length) >= prompt[:, None]) & (segments > 0)
         keys = (None, None) if key is None else jax.random.split(key)
@@ -313,8 +313,8 @@ class DynamicLM(DecoderLM, kw_only=True):
         batch, count = tokens.shape
         positions, tree = tree_places(cache.length, count, tree, depth)
         context = Context(positions, length=cache.length, tree=tree)
-        stream, below = self._run_span(
-            self._enter(self.embedding(tokens)), context, cache.layers, 0, self.sparsity.layer
+        stream, below = self.run_span(
+            self.enter(self.embedding(tokens)), context, cache.layers, 0, self.sparsity.layer
         )
         hidden = stream.x.reshape(batch, count, self.width)
         keep = _decide(self.text_predictor(hidden)) > 0
@@ -362,8 +362,8 @@ class DynamicLM(DecoderLM, kw_only=True):
         number = jnp.arange(length)
         real = number < lengths[:, None]
         context = Context(jnp.broadcast_to(number, tokens.shape), real.astype(jnp.int32))
-        stream, fresh = self._run_span(
-            self._enter(self.embedding(tokens)), context, None, 0, self.sparsity.layer
+        stream, fresh = self.run_span(
+            self.enter(self.embedding(tokens)), context, None, 0, self.sparsity.layer
         )
         hidden = stream.x.reshape(batch, length, self.width)
         start, count = self.sparsity.image
@@ -400,7 +400,7 @@ class DynamicLM(DecoderLM, kw_only=True):
         """hidden [B, N, D] through the layers from the deciding one on, under a policy where there is one."""
         for switch in self.switches:
             switch.policed = kernel
-        stream, fresh = Stream(self._enter(hidden).x), []
+        stream, fresh = Stream(self.enter(hidden).x), []
         for i in range(self.sparsity.layer, self.num_layers):
             own = None if cache is None else cache[i]
             stream, rows = run_block(self.layers[i], stream, context, own, self.remat)

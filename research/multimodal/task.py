@@ -53,7 +53,8 @@ class VisionLanguage(LanguageModelling):
         def begin(key: jax.Array) -> Any:
             params = jax.jit(self.init)(key)
             for path, directory, inner in self.parts:
-                params = _with_part(params, path.split("/"), _saved(directory, inner), path)
+                part = saved_part(directory, inner, "VisionLanguage.parts")
+                params = with_part(params, path.split("/"), part, path, "VisionLanguage.parts")
             return params
 
         return begin
@@ -83,26 +84,24 @@ def answers(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(whole, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32)
 
 
-def _saved(directory: str, inner: str) -> Any:
-    """The parameters of a directory below a path."""
+def saved_part(directory: str, inner: str, where: str) -> Any:
+    """The parameters of a run or model directory below the path `inner`, "" for all. where: for the `UserError`."""
     tree = load_model(directory).params
     for name in filter(None, inner.split("/")):
         if name not in tree:
-            raise UserError(
-                f"VisionLanguage.parts: {directory} has no {inner!r}; there it has {', '.join(tree)}"
-            )
+            raise UserError(f"{where}: {directory} has no {inner!r}; there it has {', '.join(tree)}")
         tree = tree[name]
     return tree
 
 
-def _with_part(tree: Any, names: list[str], part: Any, path: str) -> Any:
-    """The tree with another subtree at a path."""
+def with_part(tree: Any, names: list[str], part: Any, path: str, where: str) -> Any:
+    """The tree with another subtree at a path, `names` joined. Raises `UserError` unless it has the same shapes."""
     if not names:
         if difference := mismatches(named_leaves(part), named_leaves(tree), path, dtypes=False):
-            raise UserError(f"VisionLanguage.parts: what is saved does not fit the model: {difference}")
+            raise UserError(f"{where}: what is saved does not fit the model: {difference}")
         return part
     name, *rest = names
     if not isinstance(tree, dict) or name not in tree:
         known = ", ".join(tree) if isinstance(tree, dict) else "nothing"
-        raise UserError(f"VisionLanguage.parts: the model has no {path!r}; there it has {known}")
-    return tree | {name: _with_part(tree[name], rest, part, path)}
+        raise UserError(f"{where}: the model has no {path!r}; there it has {known}")
+    return tree | {name: with_part(tree[name], rest, part, path, where)}

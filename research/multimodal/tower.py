@@ -126,7 +126,7 @@ class Tower(LayerStack, kw_only=True):
         context = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), there.astype(jnp.int32))
         taps = [x]
         for layer in range(self.num_layers):
-            stream, _ = self._run_span(self._enter(taps[-1]), context, None, layer, layer + 1)
+            stream, _ = self.run_span(self.enter(taps[-1]), context, None, layer, layer + 1)
             taps.append(stream.x.reshape(x.shape))
         if self.last_norm is not None:
             taps = [self.last_norm(tap) if self.norm_all else tap for tap in taps[:-1]] + [

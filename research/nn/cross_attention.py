@@ -22,8 +22,8 @@ from research.nn.transformer import Block
 class CrossContext(Context):
     """Where the decoder's tokens are, and what they read.
 
-    source bool[B, S]: which places of the source are real; states [B, S, width]: the source encoded, None
-    where a `MemoryCache` holds its keys and values.
+    source bool[B, S] or [B, T, S]: which places of the source are real, or which of them each token sees; states
+    [B, S, width]: the source encoded, None where its keys and values are there already.
     """
 
     source: jax.Array | None = None
@@ -45,7 +45,7 @@ class MemoryCache(struct.PyTreeNode):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to a source, every real place of which is visible.
+    """Multi-head attention to a source, every real place of which is visible, or those that each token's row names.
 
     Args:
         num_heads, num_kv_heads, head_dim: H, Hkv (None: H) and d.
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
         self, x: jax.Array, context: CrossContext, memory: Fresh | None = None
     ) -> tuple[jax.Array, Fresh]:
         """x [B, T, width] or [B * T, width], and either context.states or the memory computed from them ->
-        the same shape, and the memory. A source without a real place adds nothing."""
+        the same shape, and the memory. A token that sees no place of the source gets the output's zero."""
         kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % kv_heads:
             raise UserError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={kv_heads}")
@@ -75,11 +75,13 @@ class CrossAttention(nn.Module):
         if self.rotary is not None:
             query = rotate(query, *self.rotary(context.positions, self.head_dim))
         if memory is None:
-            memory = _Memory(kv_heads, self.head_dim, self.rotary, name="memory")(context.states)
+            memory = Memory(kv_heads, self.head_dim, self.rotary, name="memory")(context.states)
         key, value = (y.astype(x.dtype) for y in memory)
         rows = group_queries(query.swapaxes(1, 2), kv_heads)  # [B, Hkv, H / Hkv * T, d]
         scores = jnp.einsum("bhqd,bhkd->bhqk", rows, key, preferred_element_type=jnp.float32)
         seen = context.source[:, None, None, :]
+        if context.source.ndim == 3:  # each group's rows are T tokens for every query head of it
+            seen = jnp.tile(context.source[:, None], (1, 1, self.num_heads // kv_heads, 1))
         probabilities = jax.nn.softmax(jnp.where(seen, scores * self.head_dim**-0.5, NEGATIVE), axis=-1)
         probabilities = jnp.where(seen, probabilities, 0.0).astype(x.dtype)
         out = jnp.einsum("bhqk,bhkd->bhqd", probabilities, value, preferred_element_type=jnp.float32)
@@ -88,12 +90,12 @@ class CrossAttention(nn.Module):
         return Linear(x.shape[-1], name="output")(out), memory
 
 
-class _Memory(nn.Module):
+class Memory(nn.Module):
     """states [B, S, width] -> keys and values [B, Hkv, S, d]."""
 
     heads: int
     head_dim: int
-    rotary: Rotary | None
+    rotary: Rotary | None = None
 
     @nn.compact
     def __call__(self, states: jax.Array) -> Fresh:

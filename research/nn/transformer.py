@@ -179,28 +179,28 @@ class LayerStack(nn.Module):
         With `virtual` rows, which need a cache, the hidden states are those of the T tokens and then of the
         virtual rows, for all of which `context` has places; the fresh rows are those of the tokens.
         """
-        context = self._with_store(context)
+        context = self.with_store(context)
         if self.scan_layers:
             if cache is not None:
                 raise UserError("decoding runs unrolled layers: convert with `unscan_layers` first")
             shape = x.shape
-            stream, stacked = self.layers(self._enter(x), context)
+            stream, stacked = self.layers(self.enter(x), context)
             repeats = self.num_layers // len(self.blocks)
             fresh = tuple(jax.tree.map(lambda y: y[i], rows) for i in range(repeats) for rows in stacked)  # noqa: B023
             return stream.x.reshape(shape), fresh
-        stream = self._enter(x)
+        stream = self.enter(x)
         if virtual is None:
-            stream, fresh = self._run_span(stream, context, cache, 0, self.num_layers)
+            stream, fresh = self.run_span(stream, context, cache, 0, self.num_layers)
             return stream.x.reshape(x.shape), tuple(fresh)
         batch, tokens, width = x.shape
         fresh, start, count = [], 0, tokens
         for group, boundary in enumerate((*virtual.layers, self.num_layers)):
             # Layers below a boundary run without the rows that join there.
-            stream, rows = self._run_span(stream, _leading(context, count), cache, start, boundary)
+            stream, rows = self.run_span(stream, _leading(context, count), cache, start, boundary)
             fresh += jax.tree.map(lambda y: y[:, :, :tokens], rows)
             x = stream.x.reshape(batch, count, width)
             if group < len(virtual.layers):
-                joining = self._enter(virtual.rows(group, x[:, :tokens]).astype(x.dtype))
+                joining = self.enter(virtual.rows(group, x[:, :tokens]).astype(x.dtype))
                 stream = jax.tree.map(functools.partial(_join, batch), stream, joining)
                 count += virtual.sizes[group]
             start = boundary
@@ -224,11 +224,11 @@ class LayerStack(nn.Module):
             raise UserError("hooks act between unrolled layers: set scan_layers=False")
         if wrong := [place for place in hooks if not 0 <= place <= self.num_layers]:
             raise UserError(f"a hook before layer {wrong[0]}: there are {self.num_layers} layers")
-        context = self._with_store(context)
+        context = self.with_store(context)
         own = None if cache is None else cache[self.num_layers :]
-        stream, fresh, added, start = self._enter(x), [], [], 0
+        stream, fresh, added, start = self.enter(x), [], [], 0
         for place in sorted({*hooks, self.num_layers}):
-            stream, rows = self._run_span(stream, context, cache, start, place)
+            stream, rows = self.run_span(stream, context, cache, start, place)
             fresh, start = fresh + rows, place
             x = stream.x.reshape(*context.positions.shape, -1)
             for hook in hooks.get(place, ()):
@@ -251,16 +251,17 @@ class LayerStack(nn.Module):
             for i in range(self.num_layers)
         )
 
-    def _with_store(self, context: Context) -> Context:
+    def with_store(self, context: Context) -> Context:
         """Broadcast to the layers, scanned ones too: what they share is there once."""
         if not self.has_variable("params", "store"):
             return context
         return context.replace(store=self.get_variable("params", "store"))
 
-    def _run_span(
+    def run_span(
         self, stream: Stream, context: Context, cache: tuple[LayerCache, ...] | None, start: int, stop: int
     ) -> tuple[Stream, list[Fresh]]:
-        """Layers start .. stop - 1."""
+        """Layers start .. stop - 1, of what `enter` gives and a context `with_store`: for who acts between the
+        layers of several stacks in turn."""
         fresh = []
         for i in range(start, stop):
             layer_cache = None if cache is None else cache[i]
@@ -268,7 +269,7 @@ class LayerStack(nn.Module):
             fresh.append(rows)
         return stream, fresh
 
-    def _enter(self, x: jax.Array) -> Stream:
+    def enter(self, x: jax.Array) -> Stream:
         """x [B, T, width] in the token layout, with the depth state that the first block with one begins with."""
         flat = self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu")
         x = x.reshape(-1, x.shape[-1]) if flat else x

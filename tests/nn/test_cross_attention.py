@@ -143,3 +143,18 @@ def test_a_memory_cache_writes_its_own_rows_only():
     )
     np.testing.assert_array_equal(swapped.memory[0], 2 * jnp.ones((2, 2, SOURCE, 4)))
     np.testing.assert_array_equal(swapped.own.key[0], written.own.key[1])
+
+
+def test_each_token_may_have_its_own_view_of_the_source():
+    """A row of the source for every token: each token's output is that of a call in which all have its row."""
+    x, states = (jax.random.normal(jax.random.key(i), (2, n, 8)) for i, n in enumerate((3, 4)))
+    seen = np.array(
+        [[[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]], [[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]]], bool
+    )
+    layer = CrossAttention(4, 2, num_kv_heads=2)
+    params = drawn(layer, x, context(states, seen, 3))
+    got, _ = call(layer, params, x, context(states, seen, 3))
+    for token in range(3):
+        want, _ = call(layer, params, x, context(states, seen[:, token], 3))
+        np.testing.assert_allclose(got[:, token], want[:, token], rtol=1e-6, atol=1e-6)
+    assert not np.asarray(got[0, 1]).any()
