@@ -19,7 +19,8 @@ from research.multimodal.prompts import Written, pictures, write
 @dataclasses.dataclass(eq=False)
 class Conversations(RecordDataset):
     """Language batches (docs/architecture.md) with `slot` int32[T], `patches` f32[I, V, P, p * p * 3], `grid`
-    int32[I, V, 2] and `marks` int32[I, V] as of `Media`, and `step_ends` int32[T] where `steps` is not "causal".
+    int32[I, V, 2], `marks` int32[I, V] and, where the planner keeps a text, `words` int32[I, C] as of `Media`, and
+    `step_ends` int32[T] where `steps` is not "causal".
 
     A row is `pack` dialogues, which don't see each other: `<bos>`, and for every turn `before`, the question,
     `between`, the answer and the end token. Answers and their ends alone have weight. Text that exceeds `length` is
@@ -138,6 +139,8 @@ class Conversations(RecordDataset):
         answers: list[bool] = []
         images = list(dialogue.images)
         start = len(to.tokens)
+        # A planner that keeps a question keeps one of a dialogue's, the shortest.
+        about = min((question.replace("<image>", "") for question, _ in dialogue.turns), key=len)
         if self.text.bos_id is not None:
             to.say([self.text.bos_id])
         for question, answer in dialogue.turns:
@@ -146,7 +149,8 @@ class Conversations(RecordDataset):
             if self.blind:
                 question, arrays = question.replace("<image>", ""), []
             del images[:count]
-            write(self.before + question + self.between, arrays, self.planner, self.text, to=to)
+            text = self.before + question + self.between
+            write(text, arrays, self.planner, self.text, to=to, about=about)
             answers += [False] * (len(to.tokens) - start - len(answers))
             end = [] if self.text.eos_id is None else [self.text.eos_id]
             to.say([*self.text.encode(answer), *end])
@@ -177,4 +181,5 @@ class Conversations(RecordDataset):
 
 def media_arrays(media: Media) -> dict[str, np.ndarray]:
     """As they stand in a batch."""
-    return {field.name: getattr(media, field.name) for field in dataclasses.fields(media)}
+    arrays = {field.name: getattr(media, field.name) for field in dataclasses.fields(media)}
+    return {name: x for name, x in arrays.items() if x is not None}

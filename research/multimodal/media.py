@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 from research.nn.patch import patchify
 
@@ -32,12 +33,14 @@ class Media(struct.PyTreeNode):
 
     patches f32[B, I, V, P, p * p * 3], row-major in each view, with 0 behind the last; grid int32[B, I, V, 2], rows and
     columns of patches, 0 where there is no view; marks int32[B, I, V], what the planner tells its connector of each
-    view. What a planner reads is one image, without the axes B and I.
+    view; words int32[B, I, C], tokens of a text that an image is seen with, None where the planner keeps none. What a
+    planner reads is one image, without the axes B and I.
     """
 
     patches: jax.Array
     grid: jax.Array
     marks: jax.Array
+    words: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,10 @@ class Planner:
         image = self.pad(image)
         crops = self.plan(image.shape[1], image.shape[0])
         return self.fill(zip(crops, cut(image, crops), strict=True)), self.spell(crops)
+
+    def about(self, media: Media, text: str, tokenizer: Tokenizer) -> Media:
+        """What was read, with what the planner keeps of the text that asks about the image: nothing, by default."""
+        return media
 
     def load(self, source: str | os.PathLike | bytes) -> np.ndarray:
         """A file, or its bytes, as `read` takes it. Raises UserError as `read_image`."""

@@ -36,11 +36,11 @@ class Written:
         self.slots += [-1] * len(ids)
         self.positions += range(start, start + len(ids))
 
-    def show(self, image: np.ndarray, planner: Planner, tokenizer: Tokenizer) -> None:
-        """Adds an image uint8[h, w, 3]. What stands in `tokens` at its rows is never read."""
+    def show(self, image: np.ndarray, planner: Planner, tokenizer: Tokenizer, about: str) -> None:
+        """Adds an image uint8[h, w, 3], about which a text asks. What stands in `tokens` at its rows is never read."""
         media, spelled = planner.read(image)
         first = len(self.media) * planner.rows
-        self.media.append(media)
+        self.media.append(planner.about(media, about, tokenizer))
         group = None
         for piece in spelled:
             if isinstance(piece, str):
@@ -62,8 +62,10 @@ def write(
     tokenizer: Tokenizer,
     *,
     to: Written | None = None,
+    about: str | None = None,
 ) -> Written:
-    """A text with an `<image>` for every image. `to`: continues it.
+    """A text with an `<image>` for every image. `to`: continues it; `about`: what is asked about the images, by default
+    the text without them.
 
     Raises:
         UserError: the numbers of placeholders and images differ.
@@ -74,9 +76,10 @@ def write(
             f"{len(parts) - 1} {IMAGE} in the text, but {len(images)} images are given: {text[:60]!r}"
         )
     written = to or Written()
+    about = "".join(parts) if about is None else about
     for number, part in enumerate(parts):
         if number:
-            written.show(images[number - 1], planner, tokenizer)
+            written.show(images[number - 1], planner, tokenizer, about)
         if part:
             written.say(tokenizer.encode(part))
     return written

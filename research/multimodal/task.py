@@ -26,7 +26,7 @@ from research.training.workdir import load_model
 
 def batch_pictures(batch: Batch) -> Pictures:
     """The images of a batch of `Conversations`."""
-    media = Media(batch["patches"], batch["grid"], batch["marks"])
+    media = Media(batch["patches"], batch["grid"], batch["marks"], batch.get("words"))
     return Pictures(media, batch["slot"], batch["positions"])
 
 

@@ -11,7 +11,9 @@ from research.decoding.proposers import Target
 from research.moe.layer import MoE
 from research.multimodal.arcana import Arcana, LadderProjection, MMLoRA, ModalityLoRA, QLadder, Rung
 from research.multimodal.connectors import ShuffledProjection
+from research.multimodal.contrastive import TextTower, TowerPair, WithText
 from research.multimodal.dragonfly import Zooms, ZoomSelection
+from research.multimodal.emma import EarlyFusion
 from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
 from research.multimodal.eve import EVE, AnyAspect, PatchEmbeddingLayer, SequenceProjection
 from research.multimodal.hovle import HolisticEmbedding, HoVLE, PatchEmbedding, Tiles
@@ -21,9 +23,11 @@ from research.multimodal.llava_uhd import Slices, WindowResampler
 from research.multimodal.media import Square
 from research.multimodal.mousi import ExpertFusion, Experts, Panel
 from research.multimodal.prompts import Prompts
+from research.multimodal.zipper import Streams, Zipper
 from research.nn.attention import Attention
 from research.nn.masks import Window
 from research.nn.mlp import MLP
+from research.nn.norm import LayerNorm
 from research.nn.quantized import quantize, quantize_kernels
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
@@ -46,11 +50,11 @@ def asked(model):
     return Prompts.of(prompts, model.planner, vocabulary())
 
 
-def drafted_as_plain(name, model, params):
+def drafted_as_plain(name, model, params, prompts=None):
     """The drafter's output is that of plain decoding, for prompts with images."""
     drafter, target = DRAFTERS[name], Target(*reversed(prepare(model, params)))
     own = jax.jit(lambda: drafter.create(KEY, target))()
-    prompts = asked(model)
+    prompts = asked(model) if prompts is None else prompts
     options = dict(max_new_tokens=10, beside=prompts.beside)
     plain = Generator(model, params).generate(prompts.tokens, **options)
     drafted = Generator(model, params, proposer=drafter, proposer_params=own)
@@ -116,6 +120,20 @@ def _(_):
     drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
 
 
+@runs(
+    "Zipper",
+    "tree decoding (Medusa), text beside speech",
+    "the accepted path joins the tower's cache and what the other tower reads of it: the tokens of plain decoding",
+)
+def _(_):
+    model = Zipper(decoder(), decoder(), every=(2, 2), num_heads=2, head_dim=4)
+    spoken = [
+        [("speech", [1, 5, 9, 2]), ("text", [1])],
+        [("text", [1, 3, 2]), ("speech", [1, 2]), ("text", [1, 4])],
+    ]
+    drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)), Streams.of(spoken, "text"))
+
+
 @refused("MouSi", "shared positions in windowed layers", "a window counts tokens by their positions")
 def _(_):
     planner = Experts(patch=4, side=8, counts=(4,), share="image")
@@ -146,6 +164,15 @@ def _(_):
     planner = BlocksAndStrides(patch=2, side=4, parts=2)
     connector = DualPerspective(WIDTH, 2, 2)
     quantized_like_multiplied_out(vlm(planner=planner, tower=tower(width=64), connector=connector))
+
+
+@runs("EMMA", "int4 weights", "token mixing too: the image's rows are those of the kernels multiplied out")
+def _(_):
+    block = Block(Attention(2, 4, use_bias=True, output_bias=True), MLP(16), LayerNorm())
+    size = dict(vocab_size=vocabulary().vocab_size, width=8, context=12, end=vocabulary().eos_id)
+    towers = TowerPair(tower(), TextTower(blocks=(block,), num_layers=1, **size))
+    planner = WithText(patch=4, side=8, context=12)
+    quantized_like_multiplied_out(vlm(planner=planner, tower=towers, connector=EarlyFusion(WIDTH)))
 
 
 def with_experts():
