@@ -37,7 +37,7 @@ from kernels_pallas.quantized_matmul.packing import pack_codes, unpack_codes
 from research.errors import UserError, nearest
 from research.nn.cache import Fresh
 from research.nn.packed import choose_tile
-from research.nn.transformer import LayerStack, unscan_layers
+from research.nn.transformer import LayerStack, in_stack, unscan_layers
 from research.nn.weights import array_bits
 
 Along = Literal["channel", "token"]
@@ -101,8 +101,8 @@ class Gear:
             raise UserError(
                 f"Gear: group={self.group} does not divide the {channels} channels of all {kv_heads} heads together"
             )
-        chunks = capacity // self.buffer
-        rows = jax.ShapeDtypeStruct((batch, max(chunks, 1), kv_heads, self.buffer, head_dim), dtype)
+        chunks = max(capacity // self.buffer, 1)  # one that stays empty where fewer tokens than that are kept
+        rows = jax.ShapeDtypeStruct((batch, chunks, kv_heads, self.buffer, head_dim), dtype)
         parts = jax.eval_shape(
             lambda x: tuple(compress(x, self, along) for along in (self.keys, "token")), rows
         )
@@ -374,7 +374,7 @@ class GearCache(struct.PyTreeNode):
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[row, place].set(new, mode="drop", unique_indices=True)
 
-        made = jax.lax.cond(jnp.any(full > 0), compressed, nothing) if most else nothing()
+        made = jax.lax.cond(jnp.any(full > 0), compressed, nothing)
         chunks = [
             jax.tree.map(write, old, new) for old, new in zip((self.key, self.value), made, strict=True)
         ]
@@ -404,6 +404,7 @@ class GearCache(struct.PyTreeNode):
         return sum(array_bits(leaf) for leaf in jax.tree.leaves((self.key, self.value)))
 
 
+@in_stack
 def with_cache(model: LayerStack, params: Any, kind: Gear) -> tuple[LayerStack, Any]:
     """The same trained decoder, whose layers that see all tokens keep them compressed; parameters are as they were, of
     unrolled layers.

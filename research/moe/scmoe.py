@@ -31,7 +31,8 @@ def with_ranks(model: LayerStack, ranks: Ranks) -> LayerStack:
 
     Raises `UserError` if the model has no MoE layer, or one with fewer experts than a rank needs.
     """
-    layers = [block.mlp for block in model.blocks if isinstance(block.mlp, MoE)]
+    blocks = getattr(model, "blocks", ())
+    layers = [block.mlp for block in blocks if isinstance(getattr(block, "mlp", None), MoE)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no MoE layer: there are no experts to contrast")
     fewest = min(layer.num_experts for layer in layers)

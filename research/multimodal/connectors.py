@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.errors import UserError
 from research.multimodal.media import Media
 from research.multimodal.tower import Seen
 from research.nn.linear import Linear, parameter
@@ -62,13 +63,23 @@ class Read(nn.Module):
         width = query.shape[-1]
         parts = {"query": query, "key": key, "value": value}
         heads = [
-            Linear(width, self.use_bias, name=name)(x.reshape(-1, x.shape[-1])).reshape(
-                *x.shape[:2], self.num_heads, -1
+            split_heads(
+                Linear(width, self.use_bias, name=name)(x.reshape(-1, x.shape[-1])).reshape(
+                    *x.shape[:2], width
+                ),
+                self.num_heads,
             )
             for name, x in parts.items()
         ]
         out = read(*heads, mask).reshape(*query.shape[:2], width)
         return Linear(width, self.use_bias, name="output")(out) if self.output else out
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[..., width] -> [..., num_heads, width / num_heads]. Raises UserError where heads don't divide the width."""
+    if x.shape[-1] % num_heads:
+        raise UserError(f"num_heads={num_heads} does not divide the width of {x.shape[-1]}")
+    return x.reshape(*x.shape[:-1], num_heads, -1)
 
 
 def read(

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.multimodal.connectors import Projection, read
+from research.multimodal.connectors import Projection, read, split_heads
 from research.multimodal.media import Crop, Media, Planner
 from research.multimodal.model import VLM, Pictures
 from research.multimodal.tower import Seen, patch_mask
@@ -122,7 +122,7 @@ class PatchEmbeddingLayer(nn.Module):
         normed = LayerNorm(name=f"{name}_norm")(x)
         q = Linear(self.width, name=f"{name}_query")(LayerNorm(name=f"{name}_query_norm")(query))
         k, v = jnp.split(Linear(2 * self.width, name=f"{name}_key_value")(normed), 2, axis=-1)
-        heads = [y.reshape(*y.shape[:2], self.num_heads, -1) for y in (q, k, v)]
+        heads = [split_heads(y, self.num_heads) for y in (q, k, v)]
         out = read(*heads, mask, scale=self.width**-0.5).reshape(query.shape)
         return query + Linear(self.width, name=f"{name}_output")(out)
 
@@ -141,7 +141,7 @@ class PatchAligningLayer(nn.Module):
             for j, x in enumerate(states)
         ]
         below = jnp.concatenate(levels[1:], axis=1)  # [B * T, levels - 1, width]
-        query, keys = (x.reshape(*x.shape[:2], self.num_heads, -1) for x in (levels[0], below))
+        query, keys = (split_heads(x, self.num_heads) for x in (levels[0], below))
         mixed = read(query, keys, keys, scale=self.width**-0.5).reshape(*shape, self.width)
         top = Linear(self.width, name="input")(states[0])
         return top + Linear(self.width, name="output")(mixed)

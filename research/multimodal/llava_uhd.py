@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import UserError
-from research.multimodal.connectors import read
+from research.multimodal.connectors import read, split_heads
 from research.multimodal.media import Crop, Media, Planner
 from research.multimodal.tower import Seen, resized_positions
 from research.nn.linear import Linear, parameter
@@ -182,9 +182,11 @@ class WindowResampler(nn.Module):
         learned = parameter(self, "queries", nn.initializers.normal(0.02), (g * g, self.width))
         query = LayerNorm(name="query_norm")(learned) + place
         query = jnp.broadcast_to(query.astype(x.dtype), (count, g * g, self.width))
-        shape = (count * g * g, -1, self.num_heads, self.width // self.num_heads)
+        shape = (count * g * g, -1, self.width)
         q, k, v = (
-            Linear(self.width, True, name=name)(y.reshape(-1, self.width)).reshape(shape)
+            split_heads(
+                Linear(self.width, True, name=name)(y.reshape(-1, self.width)).reshape(shape), self.num_heads
+            )
             for name, y in (("query", query), ("key", keys), ("value", values))
         )
         out = read(q, k, v, there.reshape(count * g * g, 1, 12)).reshape(-1, self.width)

@@ -11,6 +11,7 @@ import functools
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -116,7 +117,11 @@ class Planner:
         return -(-(bottom - top) // crop.step) // self.patch, -(-(right - left) // crop.step) // self.patch
 
     def read(self, image: np.ndarray) -> tuple[Media, list[int | str]]:
-        """uint8[h, w, 3] -> media without B and I, and the spelling."""
+        """uint8[h, w, 3] -> media without B and I, and the spelling. Raises UserError for what is no such image."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise UserError(
+                f"an image is uint8[height, width, 3], with pixels; not {image.dtype}{[*image.shape]}"
+            )
         image = self.pad(image)
         crops = self.plan(image.shape[1], image.shape[0])
         return self.fill(zip(crops, cut(image, crops), strict=True)), self.spell(crops)
@@ -220,16 +225,23 @@ def cut(image: np.ndarray, crops: Sequence[Crop]) -> list[np.ndarray]:
 def opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """An image file, or its bytes, as Pillow has it. Whatever is found wrong with it inside is a UserError."""
     where = name_of(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
-        ) as file:
-            yield file
+        with warnings.catch_warnings():
+            # Pillow warns from half of its limit on; at the limit it refuses, below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+        with image:
+            yield image
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{where}: {error.strerror}; an image file is expected") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where}: over {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which is too large") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"{where}: a damaged image: {error}") from error
 
 
@@ -243,7 +255,7 @@ def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
     8, alpha over white.
 
     Raises:
-        UserError: no such file, not an image, a damaged one, or one without pixels.
+        UserError: no such file, not an image, a damaged one, one without pixels or with more than Pillow's limit.
     """
     with opened(source) as file:
         image = ImageOps.exif_transpose(file)
@@ -259,7 +271,7 @@ def as_rgb(image: Image.Image) -> np.ndarray:
         deep = np.asarray(image, np.float64)
         # Files of 16 bits come as I;16 or, from some formats, as I; floats are taken to be in [0, 1].
         full = 1.0 if image.mode == "F" else 65535.0
-        grey = np.clip(np.round(deep / full * 255.0), 0, 255).astype(np.uint8)
+        grey = np.clip(np.round(np.nan_to_num(deep / full) * 255.0), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         over = image.convert("RGBA")

@@ -23,7 +23,7 @@ from research.multimodal.media import Media, Planner
 from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh, LayerCache
 from research.nn.masks import Window
-from research.nn.transformer import Hook, VirtualRows, tree_places, unscan_layers
+from research.nn.transformer import Hook, VirtualRows, tree_places
 
 
 class Pictures(struct.PyTreeNode):
@@ -126,11 +126,9 @@ class VLM(nn.Module):
     def width(self) -> int:
         return self.decoder.width
 
-    @nn.nowrap
-    def unscan(self, params: dict) -> tuple["VLM", dict]:
-        """The same model with a decoder of unrolled layers, as decoding wants."""
-        decoder, own = unscan_layers(self.decoder, params["decoder"])
-        return self.clone(decoder=decoder), params | {"decoder": own}
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.num_layers
 
     def __call__(
         self,

@@ -187,8 +187,12 @@ def _visible(rule: MaskRule, context: Context, cache: caches.LayerCache) -> tupl
     old_key, old_value, index, valid = cache.read(context.length)
     positions, slots = context.positions, old_key.shape[2]
     fresh_mask = rule.allowed(positions, positions, context.prefix) & context.tree[:, None]
-    if isinstance(cache, caches.DenseCache) and isinstance(rule, (Full, Causal, Prefix, Steps)):
-        cached_mask = None  # every new token sees all committed ones
+    if isinstance(rule, (Full, Causal, Prefix, Steps)):  # every new token sees all committed ones
+        cached_mask = None
+        if not isinstance(cache, caches.DenseCache):
+            cached_mask = jnp.broadcast_to(
+                valid[:, None, None, :], (*valid.shape[:1], 1, positions.shape[1], slots)
+            )
     else:
         cached_mask = rule.allowed(positions, index, context.prefix) & valid[:, None, None, :]
     if isinstance(cache, (caches.DenseCache, caches.RingCache)):

@@ -333,13 +333,32 @@ def unscan_params(params: dict) -> dict:
     return rest
 
 
-def unscan_layers(model: LayerStack, params: dict) -> tuple[LayerStack, dict]:
-    """The same model with unrolled layers; returns its arguments where it is unrolled already.
+def holds_stack(model: nn.Module) -> bool:
+    """Whether a model is no stack, but has one as its part `decoder` (one that reads images)."""
+    return not isinstance(model, LayerStack) and isinstance(getattr(model, "decoder", None), LayerStack)
 
-    A model that has a stack as a part has its own `unscan(params)`.
-    """
-    if hasattr(model, "unscan"):
-        return model.unscan(params)
+
+def stack_of(model: nn.Module, params: dict) -> tuple[nn.Module, dict]:
+    """The decoder that a model holds, with its parameters; the arguments where it holds none."""
+    return (model.decoder, params["decoder"]) if holds_stack(model) else (model, params)
+
+
+def in_stack(change: Callable[..., tuple[nn.Module, dict]]) -> Callable[..., tuple[nn.Module, dict]]:
+    """Decorates (model, params, ...) -> (model, params) of a stack: a model that holds one is changed there."""
+
+    @functools.wraps(change)
+    def changed(model: nn.Module, params: dict, *args: Any, **options: Any) -> tuple[nn.Module, dict]:
+        part, own = change(*stack_of(model, params), *args, **options)
+        if not holds_stack(model):
+            return part, own
+        return model.clone(decoder=part), params | {"decoder": own}
+
+    return changed
+
+
+@in_stack
+def unscan_layers(model: LayerStack, params: dict) -> tuple[LayerStack, dict]:
+    """The same model with unrolled layers; returns its arguments where it is unrolled already."""
     if not model.scan_layers:
         return model, params
     return model.clone(scan_layers=False), unscan_params(params)

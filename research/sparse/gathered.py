@@ -39,7 +39,7 @@ from research.nn.attention_kernels import (
 )
 from research.nn.cache import DenseCache, Fresh, LayerCache
 from research.nn.masks import Causal, Full, Prefix
-from research.nn.transformer import LayerStack, Stream, run_block, unscan_layers
+from research.nn.transformer import LayerStack, Stream, in_stack, run_block, unscan_layers
 
 Role = Literal["full", "select", "reuse", "choose"]
 Per = Literal["head", "group"]
@@ -312,6 +312,7 @@ def attends_to_all(mixer: nn.Module, length: int) -> bool:
     return isinstance(jax.eval_shape(lambda: mixer.init_cache(1, length, 0, jnp.float32)), DenseCache)
 
 
+@in_stack
 def gathered(
     model: LayerStack,
     params: Any,

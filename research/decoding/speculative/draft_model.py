@@ -30,7 +30,7 @@ from research.decoding.tree import chain
 from research.decoding.verify import Draft
 from research.errors import UserError
 from research.nn.cache import Cache
-from research.nn.transformer import LayerStack, unscan_layers
+from research.nn.transformer import LayerStack, holds_stack, stack_of, unscan_layers
 from research.nn.weights import Weight
 from research.training.paths import map_named, path_of
 from research.training.task import Batch, Metrics, PyTree
@@ -159,7 +159,8 @@ class Submodel:
         return self.gamma + 1
 
     def drafting(self, model: LayerStack) -> DraftModel:
-        """The draft of a target `model`."""
+        """The draft of a target `model`; of one that reads images, the decoder in it, which reads text alone."""
+        model = model.decoder if holds_stack(model) else model
         blocks = []
         for block in model.blocks:
             width = getattr(block.mlp, "hidden_dim", None)
@@ -170,7 +171,7 @@ class Submodel:
         return DraftModel(model.clone(blocks=tuple(blocks)), self.gamma)
 
     def create(self, key: jax.Array, target: Target) -> PyTree:
-        model, params = unscan_layers(target.model, target.params)
+        model, params = unscan_layers(*stack_of(target.model, target.params))
         return leading(self.drafting(model).model, params)
 
     def loss(self, params: PyTree, teacher: Teacher, batch: Batch, key: jax.Array | None) -> Metrics:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from research.decoding.proposers import Outcome, Prompt, Target
+from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh
 from research.nn.transformer import LayerStack, tree_places, unscan_layers
@@ -110,7 +111,11 @@ def _at(x: jax.Array, place: jax.Array) -> jax.Array:
 
 
 def last_block(model: Any) -> nn.Module:
-    """The template of a decoder's last layer."""
+    """The template of a decoder's last layer. Raises UserError for a model that is no stack of layers."""
+    if not isinstance(model, LayerStack):
+        raise UserError(
+            f"a {type(model).__name__} is no stack of layers, the last of which a drafter could copy"
+        )
     return model.blocks[(model.num_layers - 1) % len(model.blocks)]
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from research.decoding.proposers import Proposer, Target
+from research.errors import UserError
+from research.nn.transformer import holds_stack
 from research.training.task import Batch, Metrics, PyTree
 from research.training.workdir import load_model
 
@@ -84,7 +86,13 @@ class DrafterTraining:
 
     @property
     def target_model(self) -> Any:
-        return self.loaded.model
+        model = self.loaded.model
+        if holds_stack(model):
+            raise UserError(
+                f"DrafterTraining.target: {self.target} holds a {type(model).__name__}, whose batches have images; "
+                "drafters are trained for decoders of text"
+            )
+        return model
 
     def init(self, key: jax.Array) -> PyTree:
         target_key, drafter_key = jax.random.split(key)

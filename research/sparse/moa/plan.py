@@ -19,7 +19,7 @@ import numpy as np
 
 from research.errors import UserError
 from research.nn.masks import Window
-from research.nn.transformer import LayerStack, unscan_layers
+from research.nn.transformer import LayerStack, in_stack, stack_of, unscan_layers
 from research.nn.weights import Weight
 from research.sparse.moa.influence import planned_layers, with_attention
 from research.sparse.moa.rules import Grid, Rule
@@ -105,7 +105,8 @@ class Plan:
         return plan
 
     def check(self, model: LayerStack, params: PyTree) -> None:
-        """Raise UserError unless the plan was made for this model with these parameters."""
+        """Raise UserError unless the plan was made for this model with these parameters, or for the decoder in it."""
+        model, params = stack_of(model, params)
         shape = Shape.of(model)
         if shape != self.shape:
             raise UserError(f"the plan is for another model: {self.shape}; this one has {shape}")
@@ -116,6 +117,7 @@ class Plan:
             )
 
 
+@in_stack
 def apply_plan(model: LayerStack, params: PyTree, plan: Plan, length: int) -> tuple[LayerStack, PyTree]:
     """The model with the plan's spans for inputs of up to `length` tokens, prompt and output together.
 
