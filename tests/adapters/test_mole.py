@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.adapters import mole
 from research.adapters.lora import LoRA, flat, tree
 from research.adapters.mole import LoRAExperts, MoLE
 from research.adapters.tuning import AdapterTuning
 from research.config import build
 from research.errors import UserError
+from research.moe.dispatch import SortedDispatch
 from research.training.model_directory import load_model_directory, save_model
 from research.training.workdir import load_model
+from tests import programs
 
 from .conftest import WIDTH, text
 
@@ -110,6 +113,42 @@ def test_tokens_of_one_expert_get_plain_lora(task, base, params, batch):
         factors[path] = term
     wanted = apply(lora)({**params, "adapter": tree(factors)}, batch)
     np.testing.assert_allclose(apply(task)({**params, "adapter": tree(forced)}, batch), wanted, atol=2e-5)
+
+
+def test_tokens_sorted_by_experts_are_the_same_tokens(params, task, batch, monkeypatch):
+    """Logits and gradients of both ways, with padding; E r = 6 here."""
+
+    def both():
+        def total(adapter):
+            y = apply(task)({**params, "adapter": adapter}, batch)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params["adapter"])
+
+    (_, masked), masked_slopes = both()
+    sizes, make = [], SortedDispatch.make
+    monkeypatch.setattr(mole, "SORTED_FROM", 6)
+    monkeypatch.setattr(
+        SortedDispatch, "make", lambda choices: sizes.append(choices.index.shape) or make(choices)
+    )
+    (_, found), slopes = both()
+    assert sizes == [(4 * 16, 1)] * 2
+    np.testing.assert_allclose(found, masked, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), slopes, masked_slopes)
+    assert np.abs(flat(slopes)["layer_1/mlp/down/kernel/experts_up"]).max() > 0.1
+
+
+def test_a_mixture_of_one_is_merged(base, batch):
+    task = AdapterTuning(MoLE(rank=2, alpha=4.0, num_experts=1, dropout=0.0), base)
+    started = task.start(jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    adapter = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape), started["adapter"])
+    params = {**started, "adapter": adapter}
+    model, merged, told = task.merge(params)
+    assert told == "14 kernels merged" and model == load_model(base).model
+    wanted = apply(task)(params, batch)
+    found = programs.call(model, merged, batch["tokens"], batch["positions"], batch["segments"])
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
 def test_one_expert_and_dense_routing(params, batch, base):
