@@ -49,10 +49,11 @@ DEFAULT_RULES: Rules = (
     # change into a divided batch, for which XLA copies the whole activation to every device.
     (r"(^|/)embedding/table", (("tensor", "fsdp"), None)),
     # As many rows as positions, often an odd number: only the width is divided.
-    (r"(^|/)(patch_embedding|tower(/experts_\d+)?|teacher)/positions$", (None, "fsdp")),
+    (r"(^|/)(patch_embedding|tower(/\w+)?|teacher)/positions$", (None, "fsdp")),
+    (r"^connector/mix/kernel$", ()),  # over tokens, of which there are as many as there are
     # What stands between a tower and a decoder, and tables of its learned rows.
     (r"^(tower|connector|align|hooks_\d+)/(.*/)?\w+/kernel$", ("fsdp", "tensor")),
-    (r"^connector/(queries|prompt|columns_\d+)$", ()),
+    (r"^connector/(pool/)?(queries|prompt|columns_\d+)$", ()),
     (r"(^|/)(scale|bias|class_token)$", ()),
 )
 

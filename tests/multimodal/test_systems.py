@@ -413,7 +413,20 @@ def test_dual_perspective_makes_the_tokens_of_one_view():
 
 
 @pytest.mark.parametrize(
-    "name", ["llava", "eve", "ep_alm", "llava_uhd", "dragonfly", "inf_llava", "mousi", "iaa", "hovle"]
+    "name",
+    [
+        "llava",
+        "eve",
+        "ep_alm",
+        "llava_uhd",
+        "dragonfly",
+        "inf_llava",
+        "mousi",
+        "iaa",
+        "hovle",
+        "arcana",
+        "emma",
+    ],
 )
 def test_every_large_parameter_of_the_papers_size_has_a_rule(name):
     task = build(load_config(f"configs/{name}.py:paper")).task
