@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # for the address at which process 0 was reached
+from jax._src import distributed  # see `_coordinator`
 
 from research.errors import UserError
 
@@ -27,6 +27,7 @@ PATIENCE = 30  # seconds without a sign of life after which a process counts as 
 CONTINUES = (
     75  # exit code (EX_TEMPFAIL) of a process that ended before the run did: the same command continues
 )
+ASSEMBLY = 300  # seconds within which all processes must have come
 _MESSAGE = 2048  # bytes of an error that all processes are told
 _CONNECT = 60.0  # seconds within which all processes must have connected
 _GRACE = 1.0  # seconds that the others have to say why they end
@@ -74,7 +75,8 @@ def join(
     three or none: without them the cluster says so, and a process that none started stays alone. patience: seconds
     after which a process that gives no sign of life is given up, and the run with it.
 
-    Raises `UserError` for flags that say half, and where the others can't be reached.
+    Raises `UserError` for flags that say half, and where the others can't be reached. If they have not all come after
+    `ASSEMBLY` seconds the process says so and ends with `CONTINUES`.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
@@ -89,14 +91,36 @@ def join(
         where = f"--coordinator={coordinator}"
     elif (where := cluster()) is None:
         return False
+    # This and `ending_together` tell it better; jax aborts the process without a word to a person.
+    late = threading.Timer(ASSEMBLY, _stay_alone, (where,))
+    late.daemon = True
+    late.start()
     try:
-        # `ending_together` tells it better; jax aborts the process without a word to a person.
-        jax.distributed.initialize(*given.values(), heartbeat_timeout_seconds=2 * patience)
+        jax.distributed.initialize(
+            *given.values(), initialization_timeout=2 * ASSEMBLY, heartbeat_timeout_seconds=2 * patience
+        )
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         hint = "; is jax[k8s] installed?" if "Kubernetes" in where else ""
         raise UserError(f"{where}: the other processes of this run can't be joined: {line}{hint}") from error
+    finally:
+        late.cancel()
     return True
+
+
+def _stay_alone(where: str) -> None:
+    print(
+        f"error: {where}: not all processes of this run came within {ASSEMBLY} seconds; start all of them again with "
+        "the same command",
+        file=sys.stderr,
+    )
+    _leave(CONTINUES)
+
+
+def _coordinator() -> str:
+    """The host at which process 0 was reached. jax 0.10 says so nowhere in public: `jax.distributed` can only
+    initialize and shut down, and of a cluster that it recognised itself nobody else knows the address."""
+    return distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
 
 
 @contextlib.contextmanager
@@ -214,8 +238,7 @@ class _Lifeline:
                 link.close()
 
     def _connect(self, note: bytes) -> None:
-        # Where the coordination service was reached, so is this.
-        host = distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
+        host = _coordinator()  # where the coordination service was reached, so is this
         try:
             link = socket.create_connection((host, int.from_bytes(note[16:], "big")), timeout=_CONNECT)
         except OSError as error:

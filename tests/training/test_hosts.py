@@ -1,9 +1,10 @@
 """Two hosts, as two processes of two devices each: stopped, continued, one of them killed, continued by one process.
 
-One run serves all tests. Its data are packed rows of two sources, filtered and mixed; every process notes which records
-it reads.
+One run serves all tests, started by hand and by slurm.sbatch. Its data are packed rows of two sources, filtered and
+mixed; every process notes which records it reads.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -98,32 +99,50 @@ def noted_records(*logs) -> dict[int, list[int]]:
     return records
 
 
-def start_two(folder: Path, name: str) -> list[subprocess.Popen]:
-    """Two processes as SLURM starts them."""
+# What slurm.sbatch calls. Two tasks; srun ends with the larger of their codes.
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=0 ] && shift || exit 98
+export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2
+for k in 0 1; do
+  SLURM_PROCID=$k SLURM_LOCALID=$k "$@" 2> task$k.txt &
+  echo $! >> tasks
+done
+most=0
+for task in $(cat tasks); do
+  wait "$task"; code=$?
+  echo $code >> codes
+  [ $code -gt $most ] && most=$code
+done
+exit $most
+"""
+SCONTROL = '#!/bin/bash\necho "$@" > queued\n'
+PYTHON = """#!/bin/bash
+[ "$1 $2" = "-m experiments.train" ] || exit 99
+exec {python} -c "$CHILD" "second$SLURM_PROCID.log" "${{@:3}}"
+"""
+
+
+def environment() -> dict[str, str]:
+    """What SLURM gives to the script of a job."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags.append("--xla_force_host_platform_device_count=2")
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "JAX_COORDINATOR_PORT": port,
-    }
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    common = {**os.environ, **slurm, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": paths}
+    slurm = {"SLURM_JOB_ID": "7", "JAX_COORDINATOR_PORT": port}
+    return {**os.environ, **slurm, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": paths}
+
+
+FLAGS = ["--config=two.py", "--workdir=run", "--nofigures"]
+
+
+def start_two(folder: Path, name: str) -> list[subprocess.Popen]:
+    """Two processes as SLURM starts them."""
+    common = {**environment(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     return [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                CHILD,
-                f"{name}{k}.log",
-                "--config=two.py",
-                "--workdir=run",
-                "--nofigures",
-            ],
+            [sys.executable, "-c", CHILD, f"{name}{k}.log", *FLAGS],
             env={**common, "SLURM_PROCID": str(k), "SLURM_LOCALID": str(k)},
             cwd=folder,
             stdout=subprocess.PIPE,
@@ -132,6 +151,28 @@ def start_two(folder: Path, name: str) -> list[subprocess.Popen]:
         )
         for k in range(2)
     ]
+
+
+def start_job(folder: Path) -> subprocess.Popen:
+    """The same by slurm.sbatch, whose `srun` and `scontrol` are the scripts above."""
+    scripts = {
+        "bin/srun": SRUN,
+        "bin/scontrol": SCONTROL,
+        ".venv/bin/python": PYTHON.format(python=sys.executable),
+    }
+    for name, text in scripts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    common = environment()
+    return subprocess.Popen(
+        [ROOT / "experiments/launch/slurm.sbatch", *FLAGS],
+        env={**common, "CHILD": CHILD, "PATH": f"{folder / 'bin'}{os.pathsep}{common['PATH']}"},
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for(path: Path, children: list[subprocess.Popen]) -> None:
@@ -169,15 +210,19 @@ def run(tmp_path_factory):
             stopped_codes = [child.returncode for child in children]
             step = int(re.search(r"stopped by SIGTERM after step (\d+)", stopped[0])[1])
             holder = children[0].pid
-            children = start_two(folder, "second")
-            wait_for(folder / f"run/checkpoints/{step // 4 * 4 + 8}", children)
-            children[1].kill()
+            job = start_job(folder)
+            children.append(job)
+            wait_for(folder / f"run/checkpoints/{step // 4 * 4 + 8}", [job])
+            os.kill(int((folder / "tasks").read_text().split()[1]), signal.SIGKILL)
             killed = time.monotonic()
-            lost = children[0].communicate(timeout=120)[1]
+            told = job.communicate(timeout=120)[1]
             seconds = time.monotonic() - killed
         finally:
             for child in children:
                 child.kill()
+            for task in (folder / "tasks").read_text().split() if (folder / "tasks").exists() else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(task), signal.SIGKILL)
         last = max(int(path.name) for path in (folder / "run/checkpoints").iterdir() if path.name.isdigit())
         yield {
             "folder": folder,
@@ -186,8 +231,9 @@ def run(tmp_path_factory):
             "stopped": stopped,
             "stopped_codes": stopped_codes,
             "step": step,
-            "lost": lost,
-            "lost_code": children[0].returncode,
+            "told": told,
+            "lost": (folder / "task0.txt").read_text(),
+            "lost_codes": [int(code) for code in (folder / "codes").read_text().split()],
             "seconds": seconds,
             "last": last,
         }
@@ -204,12 +250,17 @@ def test_a_signal_to_one_stops_all_at_the_same_step(run):
 
 
 def test_a_killed_process_ends_the_others_at_once(run):
-    assert run["lost_code"] == hosts.CONTINUES
+    assert run["lost_codes"] == [hosts.CONTINUES, 128 + signal.SIGKILL]
     assert "process 0 of 2 ends: process 1 of this run was lost; start all of them again" in run["lost"]
     assert (
         run["seconds"] < 15
     )  # closed connection: under a second, and one of grace, on a machine that is not busy
     assert f"resuming after step {run['step']}" in run["lost"]
+
+
+def test_the_job_of_a_killed_process_is_queued_again(run):
+    assert "the run ended with code 137: queued again, start 0 so far" in run["told"]
+    assert (run["folder"] / "queued").read_text() == "requeue 7\n"
 
 
 def test_one_process_continues_and_all_was_as_if_it_had_been_one(run, monkeypatch):
@@ -283,6 +334,24 @@ def test_half_a_cluster_is_one_line(arguments, message, tmp_path, capsys, monkey
     (tmp_path / "two.py").write_text(CONFIG)
     assert train.PROGRAM.call(train.main, ["--config=two.py", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_process_whose_others_do_not_come_says_so():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    alone = f"from research.training import hosts; hosts.ASSEMBLY = 1; hosts.join({address!r}, 2, 1)"
+    ended = subprocess.run(
+        [sys.executable, "-c", alone], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == hosts.CONTINUES
+    assert f"{address}: not all processes of this run came within 1 seconds; start all" in ended.stderr
+
+
+def test_jax_says_where_process_0_was_reached_only_in_private():
+    """Should `jax.distributed` come to say it, `hosts._coordinator` has no reason to read what is private."""
+    assert hosts.distributed.State.coordinator_address is None
+    assert not [name for name in dir(jax.distributed) if "coordinator" in name or "address" in name]
 
 
 def test_rows_follow_the_devices_and_not_the_number_of_processes():
