@@ -176,6 +176,14 @@ class Whitening:
         largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(components)]
         return cls(mean, vectors * np.sign(largest) / np.sqrt(variances))
 
+    @classmethod
+    def of_bands(cls, spectra: np.ndarray) -> "Whitening":
+        """Of spectra [n, bands]: every band by itself, none left out."""
+        spread = spectra.std(axis=0, dtype=np.float64)
+        if not spread.all():
+            raise UserError(f"band {int(np.argmin(spread))} is the same in all training pixels")
+        return cls(spectra.mean(axis=0, dtype=np.float64), np.diag(1 / spread))
+
     def __call__(self, spectra: np.ndarray) -> np.ndarray:
         """[..., bands] -> f32[..., components]."""
         return ((spectra - self.mean) @ self.matrix).astype(np.float32)
@@ -191,11 +199,14 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=4)
-def prepare(source: SceneSource, split: Split, size: int, components: int) -> Prepared:
+def prepare(source: SceneSource, split: Split, size: int, components: int, bands: bool = False) -> Prepared:
     """The scene, whitened by its training pixels alone."""
     scene = source.load()
     parts = split.parts(scene.labels, size)
-    whitening = Whitening.fit(scene.cube[parts == 1], components)
+    seen = scene.cube[parts == 1]
+    if bands and components != seen.shape[1]:
+        raise UserError(f"{scene.name}: components={components}, and the scene has {seen.shape[1]} bands")
+    whitening = Whitening.of_bands(seen) if bands else Whitening.fit(seen, components)
     return Prepared(scene, whitening(scene.cube), parts)
 
 
@@ -213,6 +224,7 @@ class ScenePatches(RecordDataset):
         weight is 0 where no class is known.
       size: of the windows, in pixels.
       components: principal components that are kept.
+      bands: the scene's bands themselves, each whitened by itself; `components` says how many there are.
       seed: of the order, which differs from epoch to epoch.
       shuffle: whether it is random.
     """
@@ -225,6 +237,7 @@ class ScenePatches(RecordDataset):
     components: int = 15
     seed: int = 0
     shuffle: bool = True
+    bands: bool = False
 
     def __post_init__(self):
         if self.part not in (*PARTS, "all"):
@@ -270,7 +283,7 @@ class ScenePatches(RecordDataset):
     @functools.cached_property
     def prepared(self) -> Prepared:
         """The whole scene; computed once for all datasets over it."""
-        found = prepare(self.scene, self.split, self.size, self.components)
+        found = prepare(self.scene, self.split, self.size, self.components, self.bands)
         if found.scene.num_classes != self.num_classes:
             raise UserError(
                 f"{found.scene.name}: {found.scene.num_classes} classes, but num_classes={self.num_classes}"

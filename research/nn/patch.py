@@ -1,4 +1,6 @@
-"""Images as sequences: patches, their embedding, learned positions."""
+"""Images as sequences: patches, their embedding, learned positions. Windows of grids of any dimension."""
+
+import math
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,35 @@ def patchify(images: jax.Array, patch: int) -> jax.Array:
         raise UserError(f"images of {height}x{width} pixels don't divide into patches of {patch}x{patch}")
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+
+
+def window_counts(shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """How many windows fit along each axis, floor((n - size) / stride) + 1: what is left over is in none.
+
+    Raises `UserError` unless a window fits.
+    """
+    if not len(shape) == len(size) == len(stride) or min((*size, *stride), default=0) < 1:
+        raise UserError(
+            f"windows of {size} every {stride} of a grid of {shape}: as many positive numbers are expected"
+        )
+    if any(n < s for n, s in zip(shape, size, strict=True)):
+        raise UserError(f"a window of {size} does not fit into a grid of {shape}")
+    return tuple((n - s) // t + 1 for n, s, t in zip(shape, size, stride, strict=True))
+
+
+def windows(x: jax.Array, size: tuple[int, ...], stride: tuple[int, ...]) -> jax.Array:
+    """[B, n_1, ..., n_d, c] -> [B, windows, size_1 ... size_d c]: all windows that fit, they may overlap.
+
+    Windows are in row-major order, and so are their places. A `Linear` of them is a convolution without padding;
+    `patchify` is this with square windows side by side.
+    """
+    axes = len(size)
+    counts = window_counts(x.shape[1:-1], size, stride)
+    for axis in range(axes):  # axis 1 + 2 axis becomes two: which window, and where in it
+        places = jnp.arange(counts[axis])[:, None] * stride[axis] + jnp.arange(size[axis])
+        x = jnp.take(x, places, axis=1 + 2 * axis)
+    order = (0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1)
+    return x.transpose(order).reshape(x.shape[0], math.prod(counts), math.prod(size) * x.shape[-1])
 
 
 class PatchEmbedding(nn.Module):

@@ -98,6 +98,18 @@ def test_only_training_pixels_are_whitened_by():
     np.testing.assert_allclose(np.abs(found.matrix), [[0.5, 1.0], [0.5, 1.0]])
 
 
+def test_bands_are_whitened_one_by_one():
+    data = ScenePatches(SCENE, SPLIT, 3, components=12, bands=True)
+    training = data.prepared.whitened[data.chosen].astype(np.float64)
+    np.testing.assert_allclose(training.mean(0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(training.std(0), 1.0, atol=1e-5)
+    # Bands are not mixed: each is its own, scaled.
+    cube = SCENE.load().cube[data.chosen].astype(np.float64)
+    np.testing.assert_allclose(training, (cube - cube.mean(0)) / cube.std(0), atol=1e-4)
+    with pytest.raises(UserError, match="components=5, and the scene has 12 bands"):
+        len(ScenePatches(SCENE, SPLIT, 3, components=5, bands=True))
+
+
 def test_records():
     data = build(
         of(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.nn.patch import PatchEmbedding, patchify
+from research.nn.patch import PatchEmbedding, patchify, windows
 
 
 def test_patches_are_row_major():
@@ -35,3 +35,16 @@ def test_sizes_that_do_not_fit_are_told():
     assert variables["params"]["positions"].shape == (4, 4)
     with pytest.raises(UserError, match="holds 4 positions, the image has 8"):
         embedding.apply(variables, np.zeros((1, 4, 8, 1), "f"))
+
+
+def test_windows_may_overlap():
+    # 3 x 5 places, windows of 2 x 3 every 1 x 2: 2 x 2 of them.
+    grid = np.arange(15).reshape(1, 3, 5, 1)
+    assert windows(jnp.asarray(grid), (2, 3), (1, 2))[0].tolist() == [
+        [0, 1, 2, 5, 6, 7],
+        [2, 3, 4, 7, 8, 9],
+        [5, 6, 7, 10, 11, 12],
+        [7, 8, 9, 12, 13, 14],
+    ]
+    images = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    assert np.array_equal(windows(images, (2, 2), (2, 2)), patchify(images, 2))
