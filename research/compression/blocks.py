@@ -144,7 +144,7 @@ class Walk:
             return {}
         block, sums = plain(block), None
         for stream, place in self.inputs():
-            found = _observe(self.block, tuple(paths), block, stream, place)
+            found = observe(self.block, tuple(paths), block, stream, place)
             sums = found if sums is None else add(sums, found)
         try:
             return checked(sums, accept_short)
@@ -218,9 +218,10 @@ def _enter(model: LayerStack, params: PyTree, place: Batch) -> Stream:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _observe(
+def observe(
     block: nn.Module, paths: tuple[str, ...], params: PyTree, stream: Stream, place: Batch
 ) -> dict[str, Any]:
+    """What kernels of a block see of one batch, for `research.training.observe.add` and `checked`."""
     run = lambda params: through(block, params, stream, place).x  # noqa: E731
     return observed(run, params, paths, real_tokens(place))
 

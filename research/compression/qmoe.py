@@ -32,10 +32,10 @@ from research.compression.blocks import (
     Walk,
     check_array,
     kernels_at,
+    observe,
     plain,
     replace,
     selected,
-    through,
 )
 from research.compression.chain import PyTree, Subject
 from research.compression.rounding import Ends, Ternary, feed_back, fit, round_to_nearest
@@ -43,8 +43,7 @@ from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.mlp import feed_forward
 from research.nn.ternary import TernaryCode
-from research.nn.transformer import Stream
-from research.training.observe import Batch, Gram, add, checked, observed, real_tokens
+from research.training.observe import Gram, add, checked
 
 EXPERTS = r"(^|/)layer_\d+/(.*/)?experts/\w+/kernel$"
 
@@ -118,7 +117,7 @@ class QMoE:
         block, sums = plain(block), None
         for stream, place in walk.inputs():
             keep = ~jnp.isin(place["tokens"], jnp.asarray(self.exclude))
-            found = _observe(module, paths, replace(block, {"mlp/keep": keep}), stream, place)
+            found = observe(module, paths, replace(block, {"mlp/keep": keep}), stream, place)
             sums = found if sums is None else add(sums, found)
         return checked(sums, accept_short=False)
 
@@ -183,11 +182,3 @@ class Keeping(nn.Module):
         kept = jnp.where(self.get_variable("params", "keep"), segments, 0)
         module = self.template.module.clone(parent=self.scope)
         return feed_forward(module, x, context.replace(segments=kept))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _observe(
-    block: nn.Module, paths: tuple[str, ...], params: PyTree, stream: Stream, place: Batch
-) -> dict[str, Any]:
-    run = lambda params: through(block, params, stream, place).x  # noqa: E731
-    return observed(run, params, paths, real_tokens(place))
