@@ -53,7 +53,7 @@ DEFAULT_RULES: Rules = (
     (r"^connector/mix/kernel$", ()),  # over tokens, of which there are as many as there are
     # What stands between a tower and a decoder, and tables of its learned rows.
     (r"^(tower|connector|align|hooks_\d+)/(.*/)?\w+/kernel$", ("fsdp", "tensor")),
-    (r"^connector/(pool/)?(queries|prompt|columns_\d+)$", ()),
+    (r"^connector/((pool|ladder)/)?(queries|prompt|columns_\d+)$", ()),
     (r"(^|/)(scale|bias|class_token)$", ()),
 )
 
