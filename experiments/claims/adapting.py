@@ -1,6 +1,10 @@
-"""What the claims about adapters share: the model that ships, rows of text, and a fine-tuning that is one program."""
+"""What the claims about adapters share: the model that ships, rows of text, a fine-tuning that is one program, and how
+results are drawn."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.claims.harness import Results
 from research.adapters.lora import Adapter
 from research.adapters.tuning import AdapterTuning
 from research.data.text import TokenDataset
@@ -109,3 +114,27 @@ def nats(model: Any, adapter: Adapter | None, params: PyTree, batch: Batch) -> j
     tree = params if adapter is None else adapter.assemble(params, None)
     total, weight = LanguageModelling(model).evaluate(tree, batch)["loss"]
     return total / weight
+
+
+def values(results: Results, arm: str, measure: str) -> np.ndarray:
+    """[seeds, ...]."""
+    return np.asarray(results[arm][measure], float)
+
+
+def centre(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over seeds, and half of their range, which is drawn as its error."""
+    return data.mean(axis=0), np.ptp(data, axis=0) / 2
+
+
+@contextlib.contextmanager
+def two_panels(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Two panels side by side, in inches together, that are saved at `path` in the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, panels = plt.subplots(1, 2, figsize=size, constrained_layout=True)
+    yield panels
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)

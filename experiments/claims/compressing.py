@@ -33,6 +33,13 @@ def held_out(source: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
+def unseen(length: int, count: int, seed: int) -> dict[str, np.ndarray]:
+    """`count` rows of the code that no training or calibration sees, others for every seed."""
+    data = TokenDataset("builtin", "test", length, str(BASE), shuffle=False)
+    return data.take(np.arange(count) + count * seed)
+
+
+@functools.cache
 def _program() -> Any:
     return jax.jit(LanguageModelling(base().model).evaluate)
 

@@ -14,7 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.adapting import BATCH, LENGTH, dataset, nats, rows, shipped, start, tune, updates
+from experiments.claims.adapting import (
+    BATCH,
+    LENGTH,
+    centre,
+    dataset,
+    nats,
+    rows,
+    shipped,
+    start,
+    tune,
+    two_panels,
+    updates,
+    values,
+)
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.adapters.corda import CorDA, damped
 from research.adapters.lora import PROJECTIONS, LoRA, PiSSA, chosen_kernels, flat, tree
@@ -102,11 +115,6 @@ def train(
     }
 
 
-def values(results: Results, arm: str, measure: str) -> np.ndarray:
-    """[seeds, rates or counts]."""
-    return np.asarray(results[arm][measure], float)
-
-
 def kept_at(results: Results, arm: str, gained: float) -> float:
     """Loss of the own text where the mean curve over rates has the loss `gained` of sums; infinite where it has not."""
     x, y = (values(results, arm, measure).mean(axis=0) for measure in ("gained", "kept"))
@@ -146,35 +154,28 @@ def judge(results: Results) -> tuple[str, str]:
 
 def figure(results: Results, path: Path) -> None:
     """Discarding, and kept against gained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for arm in ("SVD", "ASVD", "CO-SVD"):
-        data = values(results, arm, "own text")
-        left.errorbar(
-            (0, *DISCARDED), data.mean(axis=0), np.ptp(data, axis=0) / 2, fmt="o-", capsize=3, label=arm
+    with two_panels(path, (11, 4.2)) as (left, right):
+        for arm in ("SVD", "ASVD", "CO-SVD"):
+            mean, error = centre(values(results, arm, "own text"))
+            left.errorbar((0, *DISCARDED), mean, error, fmt="o-", capsize=3, label=arm)
+        left.set(
+            xlabel="smallest components discarded, of 256",
+            ylabel="nats per token, own text",
+            title="No training",
         )
-    left.set(
-        xlabel="smallest components discarded, of 256", ylabel="nats per token, own text", title="No training"
-    )
-    left.legend(fontsize=8)
-    for arm in RATES:
-        x, y = (values(results, arm, measure) for measure in ("gained", "kept"))
-        right.plot(x.mean(axis=0), y.mean(axis=0), "o-", label=arm)
-        right.plot(x.T, y.T, ".", color=right.lines[-1].get_color(), alpha=0.5)
-    before = np.mean([values(results, arm, "before").mean(axis=0) for arm in RATES], axis=0)
-    right.axhline(before[0], color="0.7", linewidth=0.8)
-    right.set(
-        xlabel="nats per token, sums (gained)",
-        ylabel="nats per token, own text (kept)",
-        title=f"After {STEPS} updates, three learning rates; grey: before",
-    )
-    right.legend(fontsize=8)
-    drawing.savefig(path, dpi=110)
-    plt.close(drawing)
+        left.legend(fontsize=8)
+        for arm in RATES:
+            x, y = (values(results, arm, measure) for measure in ("gained", "kept"))
+            right.plot(x.mean(axis=0), y.mean(axis=0), "o-", label=arm)
+            right.plot(x.T, y.T, ".", color=right.lines[-1].get_color(), alpha=0.5)
+        before = np.mean([values(results, arm, "before").mean(axis=0) for arm in RATES], axis=0)
+        right.axhline(before[0], color="0.7", linewidth=0.8)
+        right.set(
+            xlabel="nats per token, sums (gained)",
+            ylabel="nats per token, own text (kept)",
+            title=f"After {STEPS} updates, three learning rates; grey: before",
+        )
+        right.legend(fontsize=8)
 
 
 CLAIM = Claim(

@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.claims import compressing
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.compression.gear import Gear, with_cache
-from research.data.text import TokenDataset
-from research.language import BASE
 from research.nn.accounting import count_bytes
 from research.training.stepwise import stepwise_logits
 from research.training.task import language_metrics
-from research.training.workdir import load_model
 
 PROMPT, BLOCK = 193, 64
 LENGTH, ROWS = PROMPT + 4 * BLOCK, 8
@@ -48,43 +46,37 @@ def measure(
 ) -> dict[str, Any]:
     """Nats a token, divergence from the uncompressed cache, and bits of an element of a compressed chunk."""
     progress(0.1, "decoding")
-    logits = through(kind)(base()[1], rows(seed)["tokens"])
+    logits = through(kind)(compressing.base().params, rows(seed)["tokens"])
     loss, divergence = compared(logits, uncompressed(seed), rows(seed))
     bits = 16.0
     if kind is not None:
-        heads, dim = base()[0].blocks[0].attention.kv_heads, base()[0].blocks[0].attention.head_dim
+        attention = compressing.base().model.blocks[0].attention
+        heads, dim = attention.kv_heads, attention.head_dim
         cache = jax.eval_shape(lambda: kind.empty(1, BLOCK, heads, dim, 1, jnp.bfloat16))
         bits = cache.stored_bits() / (2 * BLOCK * heads * dim)
     return {
         "loss": float(loss),
         "divergence": float(divergence),
         "budget": bits,
-        "bytes": count_bytes(base()[1]),
+        "bytes": count_bytes(compressing.base().params),
     }
 
 
-@functools.cache
-def base() -> tuple[Any, Any]:
-    loaded = load_model(BASE)
-    return loaded.model, loaded.params
-
-
-@functools.cache
 def rows(seed: int) -> dict[str, np.ndarray]:
-    data = TokenDataset("builtin", "test", LENGTH, str(BASE), shuffle=False)
-    return data.take(np.arange(ROWS) + ROWS * seed)
+    return compressing.unseen(LENGTH, ROWS, seed)
 
 
 @functools.cache
 def through(kind: Gear | None) -> Any:
     """A program: parameters and tokens -> logits behind the prompt; compiled once for all seeds."""
-    model = base()[0] if kind is None else with_cache(*base(), kind)[0]
+    base = compressing.base()
+    model = base.model if kind is None else with_cache(base.model, base.params, kind)[0]
     return jax.jit(lambda params, tokens: stepwise_logits(model, params, tokens, PROMPT, BLOCK, jnp.bfloat16))
 
 
 @functools.lru_cache(maxsize=1)
 def uncompressed(seed: int) -> jax.Array:
-    return through(None)(base()[1], rows(seed)["tokens"])
+    return through(None)(compressing.base().params, rows(seed)["tokens"])
 
 
 @jax.jit

@@ -13,7 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.adapting import BATCH, LENGTH, dataset, nats, rows, shipped, start, tune, updates
+from experiments.claims.adapting import (
+    BATCH,
+    LENGTH,
+    centre,
+    dataset,
+    nats,
+    rows,
+    shipped,
+    start,
+    tune,
+    two_panels,
+    updates,
+    values,
+)
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.adapters.lora import LoRA, flat, tree
 from research.adapters.lq_lora import LQLoRA
@@ -105,11 +118,6 @@ def whole(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
 ROUNDED = ("QLoRA", "GPTQ + LoRA", "LQ-LoRA", "LQ-LoRA, Fisher")
 
 
-def values(results: Results, arm: str, measure: str) -> np.ndarray:
-    """[seeds, bits]."""
-    return np.asarray(results[arm][measure], float)
-
-
 def judge(results: Results) -> tuple[str, str]:
     """Holds where, with every seed, LQ-LoRA with Fisher beats both baselines, on its own text before any update and on
     sums after them, at 2 bits and at 3: four comparisons, of which all must hold for "yes" and half for "partly"."""
@@ -129,32 +137,19 @@ def judge(results: Results) -> tuple[str, str]:
 
 def figure(results: Results, path: Path) -> None:
     """Nats by bits, before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, panels = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for axis, measure, title in zip(
-        panels,
-        ("own text", "sums after"),
-        ("Own text, before any update", f"Sums, after {STEPS} updates"),
-        strict=True,
-    ):
-        for number, arm in enumerate(("float32", *ROUNDED)):
-            data = values(results, arm, measure)
-            axis.bar(
-                np.arange(len(BITS)) + 0.16 * number,
-                data.mean(axis=0),
-                0.15,
-                yerr=np.ptp(data, axis=0) / 2,
-                label=arm,
-            )
-        axis.set(title=title, ylabel="nats per token")
-        axis.set_xticks(np.arange(len(BITS)) + 0.32, [f"{bits} bits" for bits in BITS])
-    panels[1].legend(fontsize=8)
-    drawing.savefig(path, dpi=110)
-    plt.close(drawing)
+    with two_panels(path, (10, 4)) as panels:
+        for axis, measure, title in zip(
+            panels,
+            ("own text", "sums after"),
+            ("Own text, before any update", f"Sums, after {STEPS} updates"),
+            strict=True,
+        ):
+            for number, arm in enumerate(("float32", *ROUNDED)):
+                mean, error = centre(values(results, arm, measure))
+                axis.bar(np.arange(len(BITS)) + 0.16 * number, mean, 0.15, yerr=error, label=arm)
+            axis.set(title=title, ylabel="nats per token")
+            axis.set_xticks(np.arange(len(BITS)) + 0.32, [f"{bits} bits" for bits in BITS])
+        panels[1].legend(fontsize=8)
 
 
 CLAIM = Claim(

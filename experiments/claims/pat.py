@@ -13,7 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claims.adapting import BATCH, LENGTH, dataset, nats, rows, shipped, start, tune, updates
+from experiments.claims.adapting import (
+    BATCH,
+    LENGTH,
+    centre,
+    dataset,
+    nats,
+    rows,
+    shipped,
+    start,
+    tune,
+    two_panels,
+    updates,
+    values,
+)
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.adapters.lora import LoRA, flat, merge
 from research.adapters.pat import PAT, READERS
@@ -103,8 +116,8 @@ def pat(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]) 
     )
 
 
-def values(results: Results, arm: str) -> np.ndarray:
-    return np.asarray(results[arm]["loss"], float)
+def losses_of(results: Results, arm: str) -> np.ndarray:
+    return values(results, arm, "loss")
 
 
 ARMS = {
@@ -120,32 +133,25 @@ def judge(results: Results) -> tuple[str, str]:
     than they keep; partly where that is so against one of them."""
     target = METHOD.target(shipped().model.width)
     fair = max(results["PAT"]["channels"]) <= target
-    better = [bool((values(results, "PAT") < values(results, arm)).all()) for arm in list(ARMS)[2:]]
+    better = [bool((losses_of(results, "PAT") < losses_of(results, arm)).all()) for arm in list(ARMS)[2:]]
     verdict = "yes" if fair and all(better) else "partly" if fair and any(better) else "no"
-    shown = ", ".join(f"{arm} {values(results, arm).mean():.3f}" for arm in (*ARMS, "PAT"))
+    shown = ", ".join(f"{arm} {losses_of(results, arm).mean():.3f}" for arm in (*ARMS, "PAT"))
     channels = ", ".join(map(str, results["PAT"]["channels"]))
     return verdict, f"Nats per token: {shown}. PAT kept {channels} channels, {target} were asked for."
 
 
 def figure(results: Results, path: Path) -> None:
     """Losses, and how PAT's training goes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    arms = [*ARMS, "PAT"]
-    data = [values(results, arm) for arm in arms]
-    left.barh(arms, [x.mean() for x in data], xerr=[np.ptp(x) / 2 for x in data])
-    left.set(xlabel="nats per token, type stubs", title="After pruning to 3/4 of the channels and tuning")
-    left.invert_yaxis()
-    for curve in results["PAT"]["curve"]:
-        right.plot(4 * np.arange(len(curve)) + 2, curve, color="C0")
-    right.axvline(PRUNE, color="0.6", linewidth=0.8)
-    right.set(xlabel="update", ylabel="training loss", title="PAT; at the line the mask is 0 or 1")
-    drawing.savefig(path, dpi=110)
-    plt.close(drawing)
+    with two_panels(path, (10, 4)) as (left, right):
+        arms = [*ARMS, "PAT"]
+        means, errors = zip(*(centre(losses_of(results, arm)) for arm in arms), strict=True)
+        left.barh(arms, means, xerr=errors)
+        left.set(xlabel="nats per token, type stubs", title="After pruning to 3/4 of the channels and tuning")
+        left.invert_yaxis()
+        for curve in results["PAT"]["curve"]:
+            right.plot(4 * np.arange(len(curve)) + 2, curve, color="C0")
+        right.axvline(PRUNE, color="0.6", linewidth=0.8)
+        right.set(xlabel="update", ylabel="training loss", title="PAT; at the line the mask is 0 or 1")
 
 
 CLAIM = Claim(

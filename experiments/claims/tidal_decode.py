@@ -18,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import matlm, tidal_decode
+from experiments.claims import compressing
 from experiments.claims.harness import Arm, Claim, Needed, Progress, Results
 from research.config import build
 from research.data.recall import Recall, needle
-from research.data.text import TokenDataset
-from research.language import BASE
 from research.nn.accounting import count_bytes
 from research.nn.cache import Cache, DenseCache
 from research.nn.transformer import LayerStack
@@ -203,16 +202,13 @@ def share_right(model: LayerStack, params: Any) -> float:
     return measure(Stepwise(model, prompt=RECALL_LENGTH // 2), params, recall_rows())["accuracy"]
 
 
-@functools.cache
 def base() -> tuple[LayerStack, Any]:
-    loaded = load_model(BASE)
+    loaded = compressing.base()
     return loaded.model, loaded.params
 
 
-@functools.cache
 def text_rows(seed: int) -> dict[str, np.ndarray]:
-    data = TokenDataset("builtin", "test", TEXT_LENGTH, str(BASE), shuffle=False)
-    return data.take(np.arange(TEXT_ROWS) + TEXT_ROWS * seed)
+    return compressing.unseen(TEXT_LENGTH, TEXT_ROWS, seed)
 
 
 @functools.cache

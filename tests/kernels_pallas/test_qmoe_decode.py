@@ -59,7 +59,7 @@ def test_what_was_coded_comes_back(width):
 def test_the_rate():
     """Of independent symbols in rows of 3072. A word begins with the pair that did not fit the one before, so that its
     length depends on that pair: 0.7330 bits by the chain of words, 0.685 if they were independent. 64 bits a row are
-    0.0208, and the word that a row's end cuts short is 0.0026: 0.7564, with a standard deviation of 0.002 in 100 rows."""
+    0.0208, and the word that a row's end cuts short is 0.0026: 0.7564, and 0.002 is its deviation in 100 rows."""
     entropy = -(0.885 * np.log2(0.885) + 0.115 * np.log2(0.0575))
     symbols = draw(100, 3072)
     rate = (16 * len(encode(symbols)[0]) + 64 * 100) / symbols.size
