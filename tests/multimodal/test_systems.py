@@ -8,7 +8,7 @@ import pytest
 from research.config import build, load_config
 from research.data.shapes import vocabulary
 from research.errors import UserError
-from research.multimodal import dragonfly, inf_llava
+from research.multimodal import dragonfly, inf_llava, llava_uhd
 from research.multimodal.connectors import pixel_shuffle, pixel_unshuffle
 from research.multimodal.dragonfly import Zooms, ZoomSelection
 from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
@@ -210,6 +210,24 @@ def test_a_query_of_uhd_reads_its_own_cell():
     assert moved(0, 0) == [True, False, False, False] and moved(0, 15) == [False, False, False, True]
     # On 2 x 6 a cell is one patch high, and its points lie between the centres of both rows.
     assert moved(1, 0) == [True, False, True, False] and moved(1, 12) == [False] * 4  # 12 patches are there
+
+
+@pytest.mark.parametrize("grids", [[[4, 4], [2, 6], [1, 1], [0, 0]], [[16, 1], [1, 16], [3, 5], [2, 2]]])
+def test_points_of_uhd_are_the_same_multiplied_and_gathered(monkeypatch, grids):
+    x, grid = jax.random.normal(KEY, (4, 16, 5)), jnp.asarray(grids)
+    weight = jax.random.normal(jax.random.key(1), (4, 9, 12, 5))
+
+    def sampled(dense):
+        monkeypatch.setattr(llava_uhd, "_DENSE", dense)
+        total = lambda x: (jnp.sum(weight * (y := llava_uhd.sample_windows(x, grid, 3)[0])), y)  # noqa: E731
+        return jax.jit(jax.grad(total, has_aux=True))(x)
+
+    (one, points), (other, same) = sampled(16), sampled(0)
+    np.testing.assert_allclose(points, same, atol=1e-6)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    # On a grid of one patch every point is that patch, and what stands behind it is never read.
+    alone = np.flatnonzero(np.asarray(grids).prod(-1) <= 1)
+    np.testing.assert_array_equal(points[alone], np.broadcast_to(x[alone, :1, None], points[alone].shape))
 
 
 # Dragonfly
