@@ -3,8 +3,7 @@
 `Clips`: one or two coloured shapes, each moving straight on at its own speed; captions, and questions of direction,
 speed, colour and shape. The style is that of `research.data.shapes`, and so are the words, to which a few are added.
 
-What one frame shows does not say where a shape goes, and neither does the set of the frames: played backwards, a clip
-is one that comes as often.
+The set of a clip's frames does not say where a shape goes: played backwards, a clip is one that comes as often.
 """
 
 import dataclasses

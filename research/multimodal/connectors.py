@@ -49,12 +49,14 @@ class PatchProjection(nn.Module):
 class Read(nn.Module):
     """Multi-head attention of queries to keys of another kind: q [N, Q, d], k and v [N, S, .] -> [N, Q, d].
 
-    mask bool[N or 1, Q, S]: a query that sees nothing gets 0 (before the output's bias).
+    mask bool[N or 1, Q, S]: a query that sees nothing gets 0 (before the output's bias). slot: every query also sees
+    one learned key and value (torch's add_bias_kv), the parameters key_slot and value_slot [d].
     """
 
     num_heads: int
     use_bias: bool = True
     output: bool = True
+    slot: bool = False
 
     @nn.compact
     def __call__(
@@ -71,8 +73,18 @@ class Read(nn.Module):
             )
             for name, x in parts.items()
         ]
+        if self.slot:
+            heads[1:] = [
+                self._with_slot(x, name) for x, name in zip(heads[1:], ("key", "value"), strict=True)
+            ]
+            mask = None if mask is None else jnp.pad(mask, ((0, 0), (0, 0), (0, 1)), constant_values=True)
         out = read(*heads, mask).reshape(*query.shape[:2], width)
         return Linear(width, self.use_bias, name="output")(out) if self.output else out
+
+    def _with_slot(self, x: jax.Array, name: str) -> jax.Array:
+        """x [N, S, H, d / H] -> [N, S + 1, H, d / H]."""
+        own = parameter(self, f"{name}_slot", nn.initializers.normal(0.02), (x.shape[2] * x.shape[3],))
+        return jnp.concatenate([x, jnp.broadcast_to(own.reshape(x.shape[2:]), x[:, :1].shape)], axis=1)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -116,6 +116,7 @@ class Tower(LayerStack, kw_only=True):
                 f"Tower: side={self.side} has {self.side**2} positions and views have {patches} patches; "
                 "set flexible=True to interpolate"
             )
+        x = self.in_time(x, media.patches.shape[-3])
         there = patch_mask(grid, patches)
         if self.class_token:
             start = jnp.broadcast_to((self.token + first).astype(x.dtype), (x.shape[0], 1, self.width))
@@ -123,7 +124,8 @@ class Tower(LayerStack, kw_only=True):
             there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
         if self.first_norm is not None:
             x = self.first_norm(x)
-        context = Context(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]), there.astype(jnp.int32))
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        context = self.context(positions, there.astype(jnp.int32), media.patches.shape[-3])
         taps = [x]
         for layer in range(self.num_layers):
             stream, _ = self.run_span(self.enter(taps[-1]), context, None, layer, layer + 1)
@@ -143,3 +145,14 @@ class Tower(LayerStack, kw_only=True):
             media.grid,
             jnp.stack(taps).reshape(len(taps), *leading, 1 + patches, self.width),
         )
+
+    @nn.nowrap
+    def in_time(self, x: jax.Array, views: int) -> jax.Array:
+        """Patches [N, P, dv] with their positions -> what a tower of videos makes of them; N is a multiple of `views`,
+        which vary fastest."""
+        return x
+
+    @nn.nowrap
+    def context(self, positions: jax.Array, segments: jax.Array, views: int) -> Context:
+        """What the blocks are told of tokens int32[N, T]."""
+        return Context(positions, segments)

@@ -22,7 +22,9 @@ from research.multimodal.inf_llava import BlocksAndStrides, DualPerspective
 from research.multimodal.llava_uhd import Slices, WindowResampler
 from research.multimodal.media import Square
 from research.multimodal.mousi import ExpertFusion, Experts, Panel
+from research.multimodal.mplug_video import Abstractor
 from research.multimodal.prompts import Prompts
+from research.multimodal.video import Frames
 from research.multimodal.zipper import Streams, Zipper
 from research.nn.attention import Attention
 from research.nn.masks import Window
@@ -33,7 +35,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import Weight, materialize
 from research.ssm.mamba2 import Mamba2
-from tests.multimodal.toys import WIDTH, decoder, image, tower, vlm
+from tests.multimodal.toys import WIDTH, decoder, image, tower, video_tower, vlm
 from tests.programs import call, drawn
 
 from .cells import DRAFTERS, KEY, louder, refused, runs
@@ -173,6 +175,17 @@ def _(_):
     towers = TowerPair(tower(), TextTower(blocks=(block,), num_layers=1, **size))
     planner = WithText(patch=4, side=8, context=12)
     quantized_like_multiplied_out(vlm(planner=planner, tower=towers, connector=EarlyFusion(WIDTH)))
+
+
+@runs(
+    "mPLUG-video",
+    "int4 weights",
+    "in attention over time, in frames and in the abstractor: the rows are those of the kernels multiplied out",
+)
+def _(_):
+    planner = Frames(patch=4, side=8, frames=2, count=3)
+    parts = dict(tower=video_tower(frames=2), connector=Abstractor(3, WIDTH, 2, 16))
+    quantized_like_multiplied_out(vlm(planner=planner, **parts))
 
 
 def with_experts():

@@ -441,6 +441,7 @@ def test_dual_perspective_makes_the_tokens_of_one_view():
         "inf_llava",
         "mousi",
         "iaa",
+        "mplug_video",
         "hovle",
         "arcana",
         "emma",

@@ -9,6 +9,7 @@ from research.multimodal.connectors import PatchProjection
 from research.multimodal.media import Square
 from research.multimodal.model import VLM
 from research.multimodal.tower import Tower
+from research.multimodal.video_tower import FrameAttention, SpaceTimeBlock, VideoTower
 from research.nn.attention import Attention
 from research.nn.masks import Causal, Full
 from research.nn.mlp import MLP, GatedMLP
@@ -29,6 +30,15 @@ def tower(side=2, layers=1, width=8, **fields):
     attention = Attention(2, width // 2, rule=Full(), use_bias=True, output_bias=True)
     block = Block(attention, MLP(2 * width), LayerNorm())
     return Tower(blocks=(block,), num_layers=layers, width=width, side=side, **fields)
+
+
+def video_tower(layers=1, frames=4, **fields):
+    sizes = dict(rule=Full(), use_bias=True, output_bias=True)
+    block = SpaceTimeBlock(
+        attention=FrameAttention(2, 4, **sizes), mlp=MLP(16), norm=LayerNorm(), time=Attention(2, 4, **sizes)
+    )
+    whole = dict(width=8, side=2, class_token=True) | fields
+    return VideoTower(blocks=(block,), num_layers=layers, frames=frames, **whole)
 
 
 def vlm(kind=VLM, planner=Square(patch=4, side=8), rule=Causal(), layers=2, **parts):  # noqa: B008
