@@ -8,7 +8,8 @@ The method needs no training and compresses the cache of any trained decoder, as
 that ships; this trains a small one and evaluates it token by token through the compressed cache.
 
 `tiny` (the default): 2 layers of width 64; a minute on two CPU cores.
-`paper`: Llama 2 7B with 2 bits, g = 64, s = 2 % and a buffer of 64; for accelerators.
+`paper`: Llama 2 7B with 2 bits, g = 64, s = 2 %, a buffer of 64, rank 4 for prompts of up to 2048 tokens and 2 behind
+them; for accelerators.
 """
 
 from ml_collections import ConfigDict
@@ -32,9 +33,9 @@ def get_config(preset: str = "tiny") -> ConfigDict:
         optimizer = of(muon, schedule=of(wsd, peak=1e-2, warmup=50, decay=0.3, floor=0.02))
         stage = of(Stage, name="pretrain", steps=300, batch_size=16, optimizer=optimizer)
         return experiment(of(Stepwise, model=model, prompt=64), stage, dict(batches=2))
-    model = decoder(
-        4096, 32, 32, 11008, 4096, vocab_size=32_000, rotary=of(Rotary, base=1e4), cache_kind=of(Gear)
-    )
+    cache = of(Gear, rank=2, prompt=2048, prompt_rank=4)
+    rotary = of(Rotary, base=1e4)
+    model = decoder(4096, 32, 32, 11008, 4096, vocab_size=32_000, rotary=rotary, cache_kind=cache)
     model.tied_head = False
     optimizer = of(adamw, schedule=of(cosine, peak=3e-4, warmup=2000, floor=0.1), weight_decay=0.1)
     stage = of(Stage, name="pretrain", steps=500_000, batch_size=1024, optimizer=optimizer)

@@ -17,9 +17,11 @@ outliers=0 this is KIVI's quantization (arXiv 2402.02750); with keys="token" as 
 
 Attention multiplies the parts and never forms L: q K^T = q (D + S)^T + (q B) A^T, p V = p (D + S) + (p A) B^T.
 
-Here a prompt is cut into the same chunks as what is generated, each with factors of its own, where the paper has one
-chunk for the prompt. At d = buffer, rank 2 a chunk takes the bits of rank 4 for a long prompt, and rows whose prompts
-differ in length need no room for both. A chunk is compressed when `margin` tokens have come behind it, the longest
+`prompt` is the room for a chunk of the prompt's own, as in the paper: the first append's tokens, as many as make whole
+buffers, in one chunk with factors of `prompt_rank`; the remainder waits in the buffer. Rows of shorter prompts leave a
+part of that room empty, and what is longer goes on in chunks. Without it (0, the default) a prompt is cut into the same
+chunks as what is generated: at d = buffer, rank 2 a chunk takes the bits of rank 4 for a long prompt, and no room is
+left empty. A chunk is compressed when `margin` tokens have come behind it, the longest
 draft of the decoder, so that a roll-back never reaches into one. Tokens near the end of a draft may therefore see a
 chunk as it was when plain decoding would have compressed it.
 
@@ -31,6 +33,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from kernels_pallas.quantized_matmul.packing import pack_codes, unpack_codes
@@ -55,6 +58,7 @@ class Gear:
         rank: r, of each head's L in each chunk; 0: none.
         outliers: s, the share of S; each vector has at least one at either end. 0: none.
         buffer: n_b, tokens of a chunk.
+        prompt: tokens of the prompt's own chunk, at most; a multiple of `buffer`. prompt_rank: r there.
         iterations: T of the power iteration.
         seed: of its random start.
 
@@ -69,6 +73,8 @@ class Gear:
     buffer: int = 64
     iterations: int = 3
     seed: int = 0
+    prompt: int = 0
+    prompt_rank: int = 4
 
     def __post_init__(self):
         if self.bits not in (2, 4, 8, 16):
@@ -90,25 +96,45 @@ class Gear:
             )
         if not 0.0 <= self.outliers <= 1.0:
             raise UserError(f"Gear: outliers={self.outliers} is a share, from 0 to 1")
+        if self.prompt < 0 or self.prompt % self.buffer:
+            raise UserError(
+                f"Gear: prompt={self.prompt} is no multiple of the buffer of {self.buffer} tokens"
+            )
+        if self.prompt and not 0 <= self.prompt_rank <= self.buffer:
+            raise UserError(f"Gear: prompt_rank={self.prompt_rank}: 0 to {self.buffer} are expected")
+
+    @property
+    def of_prompt(self) -> "Gear":
+        """How the prompt's own chunk is compressed."""
+        return dataclasses.replace(self, buffer=self.prompt, rank=self.prompt_rank, prompt=0)
 
     def empty(
         self, batch: int, capacity: int, kv_heads: int, head_dim: int, margin: int, dtype: jnp.dtype
     ) -> "GearCache":
-        if self.rank > head_dim:
-            raise UserError(f"Gear: rank={self.rank} is larger than heads of {head_dim} channels")
+        for name in ("rank", "prompt_rank") if self.prompt else ("rank",):
+            if getattr(self, name) > head_dim:
+                raise UserError(
+                    f"Gear: {name}={getattr(self, name)} is larger than heads of {head_dim} channels"
+                )
         channels = kv_heads * head_dim
         if self.group is not None and channels % self.group:
             raise UserError(
                 f"Gear: group={self.group} does not divide the {channels} channels of all {kv_heads} heads together"
             )
-        chunks = max(capacity // self.buffer, 1)  # one that stays empty where fewer tokens than that are kept
-        rows = jax.ShapeDtypeStruct((batch, chunks, kv_heads, self.buffer, head_dim), dtype)
-        parts = jax.eval_shape(
-            lambda x: tuple(compress(x, self, along) for along in (self.keys, "token")), rows
-        )
-        key, value = jax.tree.map(lambda x: jnp.zeros((batch, chunks, *x.shape[2:]), x.dtype), parts)
+
+        def parts(kind: Gear, chunks: int) -> tuple[Compressed, Compressed]:
+            rows = jax.ShapeDtypeStruct((batch, chunks, kv_heads, kind.buffer, head_dim), dtype)
+            made = jax.eval_shape(
+                lambda x: tuple(compress(x, kind, along) for along in (kind.keys, "token")), rows
+            )
+            return jax.tree.map(lambda x: jnp.zeros((batch, chunks, *x.shape[2:]), x.dtype), made)
+
+        # At least one chunk, which stays empty where fewer tokens than that are kept.
+        key, value = parts(self, max(capacity // self.buffer, 1))
         buffer = jnp.zeros((batch, kv_heads, self.buffer + margin - 1, head_dim), dtype)
-        return GearCache(key, value, buffer, buffer, jnp.zeros((batch,), jnp.int32), self, margin)
+        none = jnp.zeros((batch,), jnp.int32)
+        prompt, begin = (parts(self.of_prompt, 1), none) if self.prompt else (None, None)
+        return GearCache(key, value, buffer, buffer, none, prompt, begin, self, margin)
 
     def chunk_bits(self, kv_heads: int, head_dim: int, width: int) -> int:
         """Bits of a chunk's keys and values, by the formula: for each of the two, with N = buffer * channels elements,
@@ -230,12 +256,19 @@ def _as_rows(vectors: jax.Array, along: Along, heads: int) -> jax.Array:
     return jnp.moveaxis(vectors.reshape(*lead, first, heads, last // heads), -3, -2)
 
 
-def compress(rows: jax.Array, gear: Gear, along: Along) -> Compressed:
-    """Chunks [B, C, H, n, d], all in float32 but what is stored in the dtype of `rows`."""
+def compress(rows: jax.Array, gear: Gear, along: Along, held: jax.Array | None = None) -> Compressed:
+    """Chunks [B, C, H, n, d], all in float32 but what is stored in the dtype of `rows`.
+
+    held int32[B]: of the tokens of a row's chunks only so many are there; the others have no part in any statistic, and
+    nobody may read them. Whole groups of tokens, where `gear` has groups.
+    """
     dtype, heads, count = rows.dtype, rows.shape[2], rows.shape[3]
     x = rows.astype(jnp.float32)
     vectors = _as_vectors(x, along)
-    place, exact, bulk = _outliers(vectors, _count(gear.outliers, vectors.shape[-1]))
+    present = (
+        held if along == "channel" else None
+    )  # vectors of tokens that are not there are their own affair
+    place, exact, bulk = _outliers(vectors, gear.outliers, present)
     if gear.bits == 16:
         codes, low = _as_rows(bulk, along, heads).astype(dtype), jnp.zeros((*vectors.shape[:-1], 0), dtype)
         step = low
@@ -246,18 +279,36 @@ def compress(rows: jax.Array, gear: Gear, along: Along) -> Compressed:
     made = Compressed(codes, low, step, place, exact.astype(dtype), *nothing, along=along, bits=gear.bits)
     if not gear.rank:
         return made
-    left, right = power_iteration(x - made.dense(), gear.rank, gear.iterations, jax.random.key(gear.seed))
+    residual = x - made.dense()
+    if held is not None:
+        residual = jnp.where(jnp.arange(count)[:, None] < held[:, None, None, None, None], residual, 0)
+    left, right = power_iteration(residual, gear.rank, gear.iterations, jax.random.key(gear.seed))
     return made.replace(left=left.astype(dtype), right=right.astype(dtype))
 
 
-def _outliers(vectors: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `count` least and greatest entries of vectors [..., n] -> their places and values [..., 2 * count], and the
-    vectors with the mean in those places."""
-    index = jnp.uint8 if vectors.shape[-1] <= 256 else jnp.uint16
-    least, greatest = jax.lax.top_k(-vectors, count)[1], jax.lax.top_k(vectors, count)[1]
-    place = jnp.concatenate([least, greatest], axis=-1)
+def _outliers(
+    vectors: jax.Array, share: float, held: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The least and greatest entries of vectors [..., n] -> their places and values [..., 2 * count], and the vectors
+    with the mean in those places. held int32[B]: of a row's entries, the others being taken for the mean; as many as
+    that share of them are outliers, the first of either end standing for the rest."""
+    length = vectors.shape[-1]
+    count, index = _count(share, length), jnp.uint8 if length <= 256 else jnp.uint16
+    mean = jnp.mean(vectors, axis=-1, keepdims=True)
+    low = high = vectors
+    if held is not None:
+        held = held[:, None, None, None]
+        there = jnp.arange(length) < held
+        total = jnp.sum(jnp.where(there, vectors, 0), axis=-1, keepdims=True)
+        mean = total / jnp.maximum(held, 1)
+        vectors, low, high = (jnp.where(there, vectors, other) for other in (mean, jnp.inf, -jnp.inf))
+    ends = [jax.lax.top_k(-low, count)[1], jax.lax.top_k(high, count)[1]]
+    if held is not None and count:
+        own = jnp.maximum(jnp.round(share / 2 * held), 1)
+        ends = [jnp.where(jnp.arange(count) < own, end, end[..., :1]) for end in ends]
+    place = jnp.concatenate(ends, axis=-1)
     exact = jnp.take_along_axis(vectors, place, axis=-1)
-    mean = jnp.broadcast_to(jnp.mean(vectors, axis=-1, keepdims=True), exact.shape)
+    mean = jnp.broadcast_to(mean, exact.shape)
     bulk = jnp.put_along_axis(vectors, place, mean, axis=-1, inplace=False) if count else vectors
     return place.astype(index), exact, bulk
 
@@ -294,34 +345,37 @@ def power_iteration(
 
 
 class GearRows(struct.PyTreeNode):
-    """Keys or values as a cache is read, `research.nn.cache.Rows`: compressed chunks, and behind them the buffer."""
+    """Keys or values as a cache is read, `research.nn.cache.Rows`: compressed parts, and behind them the buffer."""
 
-    chunks: Compressed
+    parts: tuple[Compressed, ...]
     buffer: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
         batch, heads, slots, dim = self.buffer.shape
-        return batch, heads, self.chunks.tokens + slots, dim
+        return batch, heads, sum(part.tokens for part in self.parts) + slots, dim
 
     def scores(self, query: jax.Array) -> jax.Array:
         new = _einsum("bhmd,bhsd->bhms", query, self.buffer.astype(query.dtype))
-        return jnp.concatenate([self.chunks.scores(query), new], axis=-1)
+        return jnp.concatenate([*(part.scores(query) for part in self.parts), new], axis=-1)
 
     def mix(self, weights: jax.Array) -> jax.Array:
-        old, new = jnp.split(weights, [self.chunks.tokens], axis=-1)
-        return self.chunks.mix(old) + _einsum("bhms,bhsd->bhmd", new, self.buffer.astype(weights.dtype))
+        *old, new = jnp.split(weights, np.cumsum([part.tokens for part in self.parts]), axis=-1)
+        mixed = (part.mix(own) for part, own in zip(self.parts, old, strict=True))
+        return sum(mixed, _einsum("bhms,bhsd->bhmd", new, self.buffer.astype(weights.dtype)))
 
     def materialize(self) -> jax.Array:
         """[B, H, S, d], float32."""
-        return jnp.concatenate([self.chunks.materialize(), self.buffer.astype(jnp.float32)], axis=2)
+        compressed = (part.materialize() for part in self.parts)
+        return jnp.concatenate([*compressed, self.buffer.astype(jnp.float32)], axis=2)
 
 
 class GearCache(struct.PyTreeNode):
-    """A `LayerCache`: slots are those of the chunks, token by token, and then those of the buffer.
+    """A `LayerCache`: slots are those of the prompt's chunk, of the others, token by token, and then of the buffer.
 
     held int32[B]: tokens in chunks. key_buffer, value_buffer [B, Hkv, buffer + margin - 1, d]: the tokens behind them.
-    A roll-back may go `margin` tokens back.
+    prompt: keys and values of the prompt's own chunk, and begin int32[B], how many of `held` it holds; None where there
+    is none. A roll-back may go `margin` tokens back.
     """
 
     key: Compressed
@@ -329,15 +383,23 @@ class GearCache(struct.PyTreeNode):
     key_buffer: jax.Array
     value_buffer: jax.Array
     held: jax.Array
+    prompt: tuple[Compressed, Compressed] | None
+    begin: jax.Array | None
     kind: Gear = struct.field(pytree_node=False)
     margin: int = struct.field(pytree_node=False)
 
     def read(self, length: jax.Array) -> tuple[GearRows, GearRows, jax.Array, jax.Array]:
-        chunked = jnp.broadcast_to(jnp.arange(self.key.tokens), (length.shape[0], self.key.tokens))
-        buffered = self.held[:, None] + jnp.arange(self.key_buffer.shape[2])
-        valid = jnp.concatenate([chunked < self.held[:, None], buffered < length[:, None]], axis=1)
-        index = jnp.concatenate([chunked, buffered], axis=1)
-        return GearRows(self.key, self.key_buffer), GearRows(self.value, self.value_buffer), index, valid
+        held, slots = self.held[:, None], lambda count: jnp.arange(count)[None]
+        begin = jnp.zeros_like(held) if self.begin is None else self.begin[:, None]
+        chunked, buffered = begin + slots(self.key.tokens), held + slots(self.key_buffer.shape[2])
+        index, valid = [chunked, buffered], [chunked < held, buffered < length[:, None]]
+        key, value = (self.key,), (self.value,)
+        if self.prompt is not None:
+            key, value = ((first, *rest) for first, rest in zip(self.prompt, (key, value), strict=True))
+            prompted = jnp.broadcast_to(slots(key[0].tokens), (len(held), key[0].tokens))
+            index, valid = [prompted, *index], [prompted < begin, *valid]
+        index, valid = (jnp.concatenate(parts, axis=1) for parts in (index, valid))
+        return GearRows(key, self.key_buffer), GearRows(value, self.value_buffer), index, valid
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "GearCache":
         size, slots, added = self.kind.buffer, self.key_buffer.shape[2], fresh[0].shape[2]
@@ -351,6 +413,15 @@ class GearCache(struct.PyTreeNode):
             )
             for buffer, rows in zip((self.key_buffer, self.value_buffer), fresh, strict=True)
         )
+        held, prompt, begin = self.held, self.prompt, self.begin
+        if prompt is not None and added >= size + self.margin:  # else no prompt could be compressed
+            whole = (count - self.margin) // size * size
+            fresh_prompt = jnp.where(length == 0, jnp.clip(whole, 0, min(self.kind.prompt, added)), 0)
+            prompt = self._prompt(prompt, (key, value), fresh_prompt)
+            held, begin, start = held + fresh_prompt, begin + fresh_prompt, start - fresh_prompt
+            key, value = (
+                jax.vmap(lambda b, s: jnp.roll(b, -s, axis=1))(rows, fresh_prompt) for rows in (key, value)
+            )
         full = jnp.maximum((start + count - self.margin) // size, 0)  # chunks that are compressed now
 
         def chunks_of(rows: jax.Array) -> jax.Array:
@@ -365,10 +436,8 @@ class GearCache(struct.PyTreeNode):
         def nothing() -> tuple[Compressed, Compressed]:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compressed))
 
-        number = jnp.arange(most)[None]
-        place = jnp.where(
-            number < full[:, None], self.held[:, None] // size + number, self.key.codes.shape[1]
-        )
+        number, behind = jnp.arange(most)[None], held if begin is None else held - begin
+        place = jnp.where(number < full[:, None], behind[:, None] // size + number, self.key.codes.shape[1])
         row = jnp.arange(place.shape[0])[:, None]
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -382,9 +451,25 @@ class GearCache(struct.PyTreeNode):
             jax.vmap(lambda b, s: jax.lax.dynamic_slice_in_dim(b, s, slots, axis=1))(rows, full * size)
             for rows in (key, value)
         )
-        return self.replace(
-            key=chunks[0], value=chunks[1], key_buffer=key, value_buffer=value, held=self.held + full * size
-        )
+        made = dict(key=chunks[0], value=chunks[1], key_buffer=key, value_buffer=value)
+        return self.replace(**made, held=held + full * size, prompt=prompt, begin=begin)
+
+    def _prompt(
+        self, old: tuple[Compressed, Compressed], rows: tuple[jax.Array, jax.Array], count: jax.Array
+    ) -> tuple[Compressed, Compressed]:
+        """The prompts' chunks: of the first count[b] of `rows` [B, H, .., d] where that is not 0, else `old`."""
+        kind = self.kind.of_prompt
+
+        def compressed() -> tuple[Compressed, Compressed]:
+            room = ((0, 0), (0, 0), (0, kind.buffer), (0, 0))
+            padded = (jnp.pad(x, room)[:, None, :, : kind.buffer] for x in rows)
+            made = (
+                compress(x, kind, along, count) for x, along in zip(padded, (kind.keys, "token"), strict=True)
+            )
+            mine = lambda new, old: jnp.where(count.reshape(-1, *[1] * (old.ndim - 1)) > 0, new, old)  # noqa: E731
+            return jax.tree.map(mine, tuple(made), old)
+
+        return jax.lax.cond(jnp.any(count > 0), compressed, lambda: old)
 
     def check_rollback(self, length: jax.Array) -> None:
         """Raise `UserError` for a roll-back into chunks, where the numbers are known."""
@@ -400,8 +485,8 @@ class GearCache(struct.PyTreeNode):
         return jax.tree.map(lambda x: x[rows], self)
 
     def stored_bits(self) -> int:
-        """Bits of the chunks' arrays; the buffer is not counted."""
-        return sum(array_bits(leaf) for leaf in jax.tree.leaves((self.key, self.value)))
+        """Bits of the chunks' arrays, and of the room for a prompt; the buffer is not counted."""
+        return sum(array_bits(leaf) for leaf in jax.tree.leaves((self.key, self.value, self.prompt)))
 
 
 @in_stack
@@ -430,8 +515,8 @@ def with_cache(model: LayerStack, params: Any, kind: Gear) -> tuple[LayerStack, 
 
 KINDS = {
     "gear": {},
-    "kivi": dict(rank=0, outliers=0.0),
-    "tokens": dict(rank=0, outliers=0.0, keys="token"),
+    "kivi": dict(rank=0, prompt_rank=0, outliers=0.0),
+    "tokens": dict(rank=0, prompt_rank=0, outliers=0.0, keys="token"),
 }
 
 

@@ -22,6 +22,7 @@ from research.nn.weights import array_bits
 
 HEADS, SIZE, DIM = 2, 16, 8
 SMALL = Gear(bits=2, group=8, rank=2, outliers=0.1, buffer=SIZE)
+SMALL_S = dataclasses.replace(SMALL, outliers=0.2)
 PLAIN = dataclasses.replace(SMALL, rank=0, outliers=0.0)
 
 
@@ -99,7 +100,7 @@ def test_low_rank_is_a_projection_that_grows_with_the_rank():
 
 def test_factored_attention_is_that_of_the_materialized_rows():
     kept = both(rows(), SMALL, "channel")[0]
-    held = GearRows(kept, jax.random.normal(jax.random.key(1), (2, HEADS, 5, DIM)))
+    held = GearRows((kept,), jax.random.normal(jax.random.key(1), (2, HEADS, 5, DIM)))
     query = jax.random.normal(jax.random.key(2), (2, HEADS, 3, DIM))
     dense, scores, mixed = jax.jit(lambda h, q: (h.materialize(), h.scores(q), h.mix(h.scores(q))))(
         held, query
@@ -199,11 +200,50 @@ def test_chunks_are_compressed_once_from_the_originals_row_by_row_and_survive_a_
     np.testing.assert_array_equal(chosen.layers[0].held, [0, 64])
 
 
+def test_a_prompt_has_a_chunk_of_its_own():
+    """Of 40 tokens 32 in one chunk of rank 3, of 19 none (with a margin of 4 there is no whole buffer), of 70 the first
+    48; row by row what compressing just those tokens gives, and later chunks as ever."""
+    kind = dataclasses.replace(SMALL, prompt=48, prompt_rank=3, outliers=0.2)
+    model, _ = with_cache(decoder(), params(), kind)
+    tokens = jax.random.randint(jax.random.key(3), (3, 80), 0, 32)
+    cache, _ = fill(model, tokens, jnp.array([40, 19, 70]), jnp.array([15, 2, 0]), 70)
+    layer = cache.layers[0]
+    np.testing.assert_array_equal(layer.begin, [32, 0, 48])
+    # 55 = 48 + 4 + 3, 21 = 16 + 4 + 1, 70 = 64 + 4 + 2: each has a later chunk.
+    np.testing.assert_array_equal(layer.held, [48, 16, 64])
+    _, _, (original,) = jax.jit(
+        lambda t: decoder().apply({"params": params()}, t, jnp.full((3,), 80), method="prefill")
+    )(tokens)
+    for kept, rows_, along in zip(layer.prompt, original, ("channel", "token"), strict=True):
+        for row, count in ((0, 32), (2, 48)):
+            alone = both(
+                rows_[row, :, :count][None, None], dataclasses.replace(kind.of_prompt, buffer=count), along
+            )
+            found = kept.materialize()[row, :, :count]
+            np.testing.assert_allclose(found, alone[2][0, 0], atol=2e-4)
+            places = lambda x: np.sort(np.unique(np.asarray(x)))  # noqa: E731
+            if along == "channel":  # round(0.1 * 32) = 3 and round(0.1 * 48) = 5 at either end
+                np.testing.assert_array_equal(places(kept.place[row, 0, 0]), places(alone[0].place[0, 0, 0]))
+    # Behind it chunks of rank 2, from the tokens that follow.
+    for kept, rows_, along in zip((layer.key, layer.value), original, ("channel", "token"), strict=True):
+        for row, at in enumerate((32, 0, 48)):
+            alone = both(rows_[row, :, at : at + SIZE][None, None], SMALL_S, along)[2]
+            np.testing.assert_allclose(kept.materialize()[row, :, :SIZE], alone[0, 0], atol=2e-4)
+    keys, _, index, valid = layer.read(cache.length)
+    assert keys.shape == (3, HEADS, 48 + 80 + SIZE + 3, DIM)
+    for row, length in enumerate((55, 21, 70)):
+        np.testing.assert_array_equal(np.sort(index[row, valid[row]]), np.arange(length))
+    # 2 bits a code and so on, by the formula of a chunk of 48 tokens and rank 3.
+    cache = jax.eval_shape(lambda: kind.empty(1, 80, HEADS, DIM, 4, jnp.bfloat16))
+    of_prompt = dataclasses.replace(kind, prompt=0, buffer=48, rank=3).chunk_bits(HEADS, DIM, 16)
+    assert cache.stored_bits() == of_prompt + 5 * kind.chunk_bits(HEADS, DIM, 16)
+
+
 def test_greedy_output_is_the_uncompressed_where_nothing_is_lost():
     prompts, options = [[5, 9, 2] * 8, [7]], dict(max_new_tokens=40)
     expected = Generator(decoder(), params()).generate(prompts, **options).samples
     for lossless in (
-        Gear(16, rank=0, outliers=0.0, buffer=SIZE, group=8),
+        Gear(16, rank=0, outliers=0.0, buffer=SIZE, group=8, prompt=32, prompt_rank=0),
         dataclasses.replace(SMALL, rank=DIM),
     ):
         model, own = with_cache(decoder(), params(), lossless)
@@ -214,6 +254,7 @@ def test_greedy_output_is_the_uncompressed_where_nothing_is_lost():
     ("act", "message"),
     [
         (lambda: Gear(bits=3), "bits=3 is not one of 2, 4, 8, 16"),
+        (lambda: Gear(prompt=100), "prompt=100 is no multiple of the buffer of 64 tokens"),
         (lambda: Gear(group=48), "group=48 does not divide the buffer of 64 tokens"),
         (
             lambda: with_cache(decoder(), {}, Gear()),
@@ -249,4 +290,5 @@ def test_a_kernel_that_reads_arrays_refuses():
 
 def test_names():
     assert parse_cache("gear:bits=4,group=none,outliers=0.05") == Gear(4, None, outliers=0.05)
-    assert parse_cache("tokens:bits=8") == Gear(8, keys="token", rank=0, outliers=0.0)
+    assert parse_cache("tokens:bits=8") == Gear(8, keys="token", rank=0, prompt_rank=0, outliers=0.0)
+    assert parse_cache("gear:prompt=128,prompt_rank=8") == Gear(prompt=128, prompt_rank=8)
