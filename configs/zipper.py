@@ -24,7 +24,7 @@ from research.training.loop import Trainer
 from research.training.task import LanguageModelling
 
 PRESETS = ("tiny", "text", "speech", "paper")
-WIDTH, LAYERS = 96, 4
+WIDTHS, LAYERS = {"text": 48, "speech": 32}, 2
 NEW = ("^input_", "^fusion_")
 
 
@@ -58,12 +58,13 @@ def tower(width: int, layers: int, heads: int, vocab_size: int, length: int, **f
 
 def toy_tower(modality: str) -> ConfigDict:
     size = characters().vocab_size if modality == "text" else UNIT_VOCABULARY
-    return llava.decoder(WIDTH, LAYERS, 4, 2 * WIDTH, size, 512, embedding_multiplier=50.0)
+    width = WIDTHS[modality]
+    return llava.decoder(width, LAYERS, 4, 2 * width, size, 512, embedding_multiplier=50.0)
 
 
 def model() -> ConfigDict:
     parts = dict(text=toy_tower("text"), speech=toy_tower("speech"))
-    return of(Zipper, **parts, every=(2, 2), num_heads=4, head_dim=24)
+    return of(Zipper, **parts, every=(1, 1), num_heads=4, head_dim=12)
 
 
 def pairs(source: ConfigDict, **fields) -> ConfigDict:

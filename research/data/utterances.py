@@ -98,6 +98,8 @@ class Utterances(RecordDataset):
     text_length: int = 32
     speech_length: int = 80
 
+    tokenizer_file = str(CHARACTERS)
+
     def __post_init__(self):
         if not self.orders or any(sorted(order) != sorted(MODALITIES) for order in self.orders):
             raise UserError(f"Utterances: orders={self.orders}: each is speech and text, in either order")
