@@ -185,7 +185,7 @@ def _read_tower(entries: dict[str, Any], vision: dict[str, Any], where: str) -> 
         # Theirs never meets the last hidden state, which `feature` counts.
         post_norm=None,
     )
-    planner = Square(patch=patch, side=size, padded=True, mean=CLIP_MEAN, std=CLIP_STD)
+    planner = Square(patch=patch, side=size, padded=True, mean=CLIP_MEAN, std=CLIP_STD, exact=True)
     return tower, planner
 
 

@@ -11,7 +11,8 @@ from research.data.dialogues import LlavaFiles
 from research.data.shapes import Cells, Pages, Scenes, make_vocabulary, vocabulary
 from research.errors import UserError
 from research.multimodal.conversations import Conversations
-from research.multimodal.media import Crop, Square, cut, read_image
+from research.multimodal.media import CLIP_MEAN, Crop, Square, cut, in_square, read_image
+from research.nn.patch import patchify
 from tests.multimodal.toys import image
 
 
@@ -66,6 +67,33 @@ def test_every_second_pixel():
     strided, block = cut(pixels, [Crop((6, 4), (1, 0, 6, 4), 2), Crop((6, 4), (2, 1, 4, 3))])
     np.testing.assert_array_equal(strided, pixels[::2, 1::2])
     np.testing.assert_array_equal(block, pixels[1:3, 2:4])
+
+
+def test_a_photograph_is_averaged_before_it_is_scaled_unless_that_is_to_be_exact():
+    height, width = 2100, 2400
+    rows, columns = np.mgrid[:height, :width] / 300.0
+    waves = [np.sin(rows + k) * np.cos(columns * (k + 1)) for k in range(3)]
+    pixels = np.uint8(127.5 + 120.0 * np.stack(waves, axis=-1))
+    whole = in_square(pixels, CLIP_MEAN)
+    bicubic = np.asarray(Image.fromarray(whole).resize((224, 224), Image.Resampling.BICUBIC))
+    options = dict(patch=14, side=224, padded=True, mean=CLIP_MEAN, std=(1.0, 1.0, 1.0))
+    exact, near = (Square(**options, exact=exact).read(pixels)[0].patches for exact in (True, False))
+    scaled = np.float32(bicubic) / 255.0 - np.float32(CLIP_MEAN)
+    np.testing.assert_array_equal(exact[0], patchify(scaled[None], 14)[0])
+    assert 0 < np.abs(near - exact).mean() < 1 / 255
+    # Crops of one size are parts of one scaled image, and steps are taken of it.
+    left, right, strided = cut(
+        pixels,
+        [
+            Crop((480, 420), (0, 0, 240, 420)),
+            Crop((480, 420), (240, 0, 480, 420)),
+            Crop((480, 420), (1, 0, 480, 420), 2),
+        ],
+    )
+    both = np.concatenate([left, right], axis=1)
+    np.testing.assert_array_equal(strided, both[::2, 1::2])
+    blocks = pixels.reshape(420, 5, 480, 5, 3).mean(axis=(1, 3))
+    assert np.abs(both - blocks).mean() < 1  # of 255
 
 
 def test_the_world_says_what_it_shows():
