@@ -34,11 +34,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 def get_config(preset: str = "tiny") -> ConfigDict:
     if preset == "paper":
-        decoder = llava.decoder(2048, 24, 16, 8192, 92_544, 32_768, kv_heads=8, base=1e6)
-        planner = of(Tiles, patch=14, side=448, **IMAGENET)
-        whole = assemble(decoder, planner, layers=8, side=32)
-        teacher = llava.tower(1024, 24, 16, 32, class_token=True)
-        return paper_experiment(whole, teacher)
+        return paper_experiment(paper_model(), llava.tower(1024, 24, 16, 32, class_token=True))
     return experiment(model(), toy_teacher(), of(Scenes), (100, 150, 150))
 
 
@@ -63,6 +59,15 @@ def model(**fields) -> ConfigDict:
 
 def toy_planner() -> ConfigDict:
     return of(Tiles, patch=4, side=24, most=1)
+
+
+def paper_model() -> ConfigDict:
+    decoder = llava.decoder(2048, 24, 16, 8192, 92_544, 32_768, kv_heads=8, base=1e6)
+    return assemble(decoder, paper_planner(), layers=8, side=32)
+
+
+def paper_planner() -> ConfigDict:
+    return of(Tiles, patch=14, side=448, **IMAGENET)
 
 
 def toy_teacher() -> ConfigDict:
@@ -92,15 +97,17 @@ def experiment(
 
 
 def paper_experiment(model: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    def files(name: str) -> dict:
-        source = of(LlavaFiles, path=f"data/{name}.json", images="data")
-        return dict(source=source, planner=model.planner, length=4096, tokenizer="data/tokenizer.json")
-
-    pairs, captions = unpaired(**files("pairs")), llava.conversations(**files("captions"))
+    pairs, captions = unpaired(**paper_files("pairs")), llava.conversations(**paper_files("captions"))
     stages = (
         llava.stage("distil", 100_000, (*MODULE, "^head/"), 1024, 3e-4, data=pairs),
         llava.stage("align", 50_000, MODULE, 1024, 1e-4, data=captions),
         llava.stage("instruct", 40_000, ALL, 128, 2e-5),
     )
-    data = llava.conversations(**files("dialogues"))
+    data = llava.conversations(**paper_files("dialogues"))
     return of(Trainer, task=task(model, teacher, compute_dtype="bfloat16"), data=data, stages=stages)
+
+
+def paper_files(name: str, length: int = 4096) -> dict:
+    """Fields of `Conversations`."""
+    source = of(LlavaFiles, path=f"data/{name}.json", images="data")
+    return dict(source=source, planner=paper_planner(), length=length, tokenizer="data/tokenizer.json")

@@ -8,7 +8,8 @@
 shows `mimicry` fall in the first two stages, and `loss`, the KL divergence from the teacher, in the third.
 `hybrid`: the same with one layer in three left as attention, the first of every three.
 `paper`: the paper's steps, batches and rates. The teacher, `task.teacher`, is a run or a model directory of yours with
-a context of 8192 tokens, the data what it was tuned on. The paper's teacher, HoVLE, reads images and text.
+a context of 8192 tokens, the data what it was tuned on.
+The paper's own teacher reads images, and is in configs/mmmamba_vlm.py.
 """
 
 from ml_collections import ConfigDict

@@ -10,7 +10,8 @@ One task for all three stages; stages choose the term by `loss_weights`, and wha
    MLPs, embeddings and head, which stay the teacher's.
 
 The parameters of a run are {"teacher": the whole decoder, "student": {"layer_3": {"attention": ...}}}: what is not
-converted is there once. Both terms are sums over tokens that are divided by their number.
+converted is there once. Both terms are sums over tokens that are divided by their number. The teacher reads text; for
+one that reads images see `research/multimodal/distillation.py`.
 """
 
 import functools
@@ -25,8 +26,18 @@ from ml_collections import ConfigDict
 from research.config_capture import capture
 from research.decoding.speculative.losses import agreement, kl
 from research.nn.attention import Context
-from research.nn.transformer import LayerStack, unscan_layers
-from research.ssm.mmmamba import Hybrid, Seeding, converted, graft, seed_mixers, student_model
+from research.nn.transformer import unscan_layers
+from research.ssm.mmmamba import (
+    Hybrid,
+    Seeding,
+    converted,
+    graft,
+    part,
+    seed_mixers,
+    stacks,
+    student_model,
+    with_stacks,
+)
 from research.training.model_directory import Loaded
 from research.training.task import Batch, Metrics, PyTree, cast_floats, check_compute_dtype, language_metrics
 from research.training.workdir import load_model
@@ -43,14 +54,14 @@ class MambaDistillation:
     guess is the teacher's), `cross_entropy` (nats a token of the text), `accuracy`, `bits_per_byte`.
 
     Args:
-        teacher: a workdir or a model directory, as for `load_model`.
+        teacher: a workdir or a model directory, as for `load_model`; or a model, whose parameters are drawn.
         hybrid, period: which layers stay attention, see `kept_layers`.
         seeding: what the mixers begin with, see `seed_mixers`.
         conv_width, chunk: of the mixers.
         compute_dtype: as in `LanguageModelling`.
     """
 
-    teacher: str
+    teacher: str | nn.Module
     hybrid: Hybrid | None = None
     period: int = 4
     seeding: Seeding = "mimic"
@@ -68,14 +79,20 @@ class MambaDistillation:
             return load_model(self.teacher)
 
     @functools.cached_property
-    def teacher_model(self) -> LayerStack:
-        return self.loaded.model.clone(scan_layers=False, remat="none")
+    def teacher_model(self) -> nn.Module:
+        model = self._saved_model
+        plain = {name: stack.clone(scan_layers=False, remat="none") for name, stack in stacks(model).items()}
+        return with_stacks(model, plain)
 
     @functools.cached_property
-    def model(self) -> LayerStack:
+    def model(self) -> nn.Module:
         """The student."""
         fields = dict(conv_width=self.conv_width, chunk=self.chunk)
-        return student_model(self.loaded.model, self.hybrid, self.period, **fields)
+        return student_model(self._saved_model, self.hybrid, self.period, **fields)
+
+    @property
+    def _saved_model(self) -> nn.Module:
+        return self.teacher if isinstance(self.teacher, nn.Module) else self.loaded.model
 
     @property
     def model_config(self) -> ConfigDict:
@@ -88,6 +105,8 @@ class MambaDistillation:
 
     def start(self, key: jax.Array) -> PyTree:
         """What a run begins with: `init`, but with the teacher that was saved."""
+        if isinstance(self.teacher, nn.Module):
+            return jax.jit(self.init)(key)
         _, params = unscan_layers(self.loaded.model, self.loaded.params)
         mixers = jax.jit(self._seeded)(jax.random.split(key)[1], params)
         return {"teacher": params, "student": mixers}
@@ -98,19 +117,26 @@ class MambaDistillation:
     def evaluate(self, params: PyTree, batch: Batch) -> Metrics:
         params = cast_floats(params, self.compute_dtype)
         teacher, mixers = jax.lax.stop_gradient(params["teacher"]), params["student"]
-        places = batch["positions"], batch["segments"]
-        hidden, seen = watch(self.teacher_model, teacher, batch["tokens"], *places)
+        inputs = self.inputs(batch)
+        hidden, seen = watch(self.teacher_model, teacher, *inputs)
         wanted = self.teacher_model.apply({"params": teacher}, hidden, method="logits")
-        student = graft(teacher, mixers)
-        logits = self.model.apply({"params": student}, batch["tokens"], *places)
-        metrics, _ = language_metrics(logits, batch)
+        logits = self.model.apply({"params": graft(teacher, mixers)}, *inputs)
+        metrics = self.measured(logits, batch)
         return {
             **metrics,
             "cross_entropy": metrics["loss"],
             "loss": kl(logits, wanted, batch["weights"]),
             "agreement": agreement(logits, jnp.argmax(wanted, axis=-1), batch["weights"]),
-            "mimicry": mimicry(self.model, mixers, seen, Context(*places)),
+            "mimicry": mimicry(self.model, mixers, seen),
         }
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """What teacher and student are called with."""
+        return batch["tokens"], batch["positions"], batch["segments"]
+
+    def measured(self, logits: jax.Array, batch: Batch) -> Metrics:
+        """Of the student's logits alone."""
+        return language_metrics(logits, batch)[0]
 
     def variants(self, params: PyTree) -> dict[str, PyTree]:
         return {"": params}
@@ -123,42 +149,42 @@ class MambaDistillation:
         return seed_mixers(self.model, self.teacher_model, params, key, self.seeding)
 
 
-Seen = dict[str, tuple[jax.Array, jax.Array]]
-"""{"layer_3": (what its mixer reads [..., width], what its heads give to W_O [..., H d])}."""
+Seen = dict[str, tuple[jax.Array, Context, jax.Array]]
+"""{"layer_3": (what its mixer reads [..., width], where that stands, what its heads give to W_O [..., H d])}."""
 
 
-def watch(model: LayerStack, params: PyTree, tokens: jax.Array, *places: jax.Array) -> tuple[jax.Array, Seen]:
-    """One forward of a decoder with unrolled layers -> its hidden states [B, T, D], and what its attentions see and
+def watch(model: nn.Module, params: PyTree, *inputs: Any) -> tuple[jax.Array, Seen]:
+    """One forward of a model with unrolled layers -> its hidden states [B, T, D], and what its attentions see and
     say: of any class that ends in a projection called `output`."""
-    inputs: dict[str, jax.Array] = {}
+    read: dict[str, tuple[jax.Array, Context]] = {}
     heads: dict[str, jax.Array] = {}
 
     def listen(run: Any, args: tuple, keywords: dict[str, Any], call: nn.module.InterceptorContext) -> Any:
         path = call.module.path
-        if call.method_name == "__call__" and path[1:] == ("attention",):
-            inputs[path[0]] = args[0]
-        if call.method_name == "__call__" and path[1:] == ("attention", "output"):
-            heads[path[0]] = args[0]
+        if call.method_name == "__call__" and path[-1:] == ("attention",):
+            read["/".join(path[:-1])] = args[:2]
+        if call.method_name == "__call__" and path[-2:] == ("attention", "output"):
+            heads["/".join(path[:-2])] = args[0]
         return run(*args, **keywords)
 
     with nn.intercept_methods(listen):
-        hidden, _ = model.apply({"params": params}, tokens, *places, method="features")
-    return hidden, {layer: (inputs[layer], heads[layer]) for layer in heads}
+        hidden, _ = model.apply({"params": params}, *inputs, method="features")
+    return hidden, {layer: (*read[layer], heads[layer]) for layer in heads}
 
 
-def mimicry(model: LayerStack, mixers: PyTree, seen: Seen, context: Context) -> tuple[jax.Array, jax.Array]:
-    """(sum over tokens of the mean square by which a layer's heads differ from the teacher's, tokens); `seen` is the
-    teacher's, and constant."""
-    real = jnp.ones(context.positions.shape) if context.segments is None else context.segments > 0
-    real = real.astype(jnp.float32).reshape(-1)
-    layers = list(converted(model))
-    total = jnp.float32(0)
-    for layer, mixer in layers:
-        u, wanted = jax.lax.stop_gradient(seen[layer])
-        said = _heads(mixer, mixers[layer]["attention"], u, context)
+def mimicry(model: nn.Module, mixers: PyTree, seen: Seen) -> tuple[jax.Array, jax.Array]:
+    """(sum over tokens of the mean square by which a layer's heads differ from the teacher's, tokens), both added over
+    the converted layers; `seen` is the teacher's, and constant."""
+    total, count = jnp.float32(0), jnp.float32(0)
+    for layer, mixer in converted(model):
+        u, context, wanted = jax.lax.stop_gradient(seen[layer])
+        real = jnp.ones(context.positions.shape) if context.segments is None else context.segments > 0
+        real = real.astype(jnp.float32).reshape(-1)
+        said = _heads(mixer, part(mixers, layer)["attention"], u, context)
         gap = said.astype(jnp.float32) - wanted.astype(jnp.float32)
         total += jnp.sum(real * jnp.mean(jnp.square(gap).reshape(len(real), -1), axis=-1))
-    return total / len(layers), jnp.sum(real)
+        count += jnp.sum(real)
+    return total, count
 
 
 def _heads(mixer: nn.Module, params: PyTree, u: jax.Array, context: Context) -> jax.Array:

@@ -13,8 +13,10 @@ the layer remembers everything ("mimic"): W_dt = 0, dt from 0.001 to 0.1, A = -e
 0.76; a convolution that passes the token itself; W_G Xavier with gain 2^-2.5. `research.ssm.distillation` trains it.
 
 A student is `student_model(teacher)`: every `Attention`, or all but one in `period` layers, becomes a `MMMamba`. The
-paper's students learn in all layers before some get their attention back; here those are never converted, which is the
-same, as layers learn apart from each other.
+teacher is a decoder, or a model that reads images and has one or several stacks of causal layers as its parts; in a
+HoVLE, the paper's teacher, the holistic module's layers are converted as the decoder's are. The paper's students learn
+in all layers before some get their attention back; here those are never converted, which is the same, as layers learn
+apart from each other.
 """
 
 import functools
@@ -143,47 +145,87 @@ def kept_layers(num_layers: int, hybrid: Hybrid | None, period: int) -> tuple[in
     return tuple(layers[hybrid])
 
 
+def stacks(model: nn.Module) -> dict[str, LayerStack]:
+    """The stacks of causal layers of a model, by the names of its parts, in the order in which a token passes them:
+    its `stacks` where it has any, its `decoder`, or {"": itself}. Raises `UserError`."""
+    if isinstance(model, LayerStack):
+        return {"": model}
+    found = getattr(model, "stacks", None) or {"decoder": getattr(model, "decoder", None)}
+    if not all(isinstance(stack, LayerStack) for stack in found.values()):
+        raise UserError(f"mmMamba converts stacks of layers, and a {type(model).__name__} has none")
+    return found
+
+
+def with_stacks(model: nn.Module, made: dict[str, LayerStack]) -> nn.Module:
+    """The model with others in the places of its `stacks`."""
+    return made[""] if "" in made else model.clone(**made)
+
+
 def student_model(
-    teacher: LayerStack, hybrid: Hybrid | None = None, period: int = 4, **fields: Any
-) -> LayerStack:
-    """The decoder with an `MMMamba` in the place of every `Attention` but the kept ones (`kept_layers`, which counts
-    the attention layers alone); `fields` are further ones of the mixer. Layers are unrolled.
+    teacher: nn.Module, hybrid: Hybrid | None = None, period: int = 4, **fields: Any
+) -> nn.Module:
+    """The model with an `MMMamba` in the place of every `Attention` but the kept ones (`kept_layers`, which counts
+    the attention layers alone, through all `stacks`); `fields` are further ones of the mixer. Layers are unrolled.
 
     Raises:
         UserError: there is no attention to convert; an attention that is not causal, or of another class.
     """
-    blocks = [teacher.blocks[i % len(teacher.blocks)] for i in range(teacher.num_layers)]
-    attending = [i for i, block in enumerate(blocks) if isinstance(block.attention, Attention)]
+    parts = stacks(teacher)
+    blocks = {
+        name: [stack.blocks[i % len(stack.blocks)] for i in range(stack.num_layers)]
+        for name, stack in parts.items()
+    }
+    attending = [
+        (name, i)
+        for name, own in blocks.items()
+        for i, block in enumerate(own)
+        if isinstance(block.attention, Attention)
+    ]
     if not attending:
-        kinds = sorted({type(block.attention).__name__ for block in blocks})
+        kinds = sorted({type(block.attention).__name__ for own in blocks.values() for block in own})
         raise UserError(f"mmMamba converts Attention, and the teacher's layers have {', '.join(kinds)} alone")
     kept = [attending[i] for i in kept_layers(len(attending), hybrid, period)]
-    for i in attending:
-        if i not in kept:
-            blocks[i] = blocks[i].clone(attention=_mixer(blocks[i].attention, i, fields))
+    for name, i in attending:
+        if (name, i) not in kept:
+            block = blocks[name][i]
+            blocks[name][i] = block.clone(attention=_mixer(block.attention, _path(name, i), fields))
+    made = {
+        name: stack.clone(blocks=_pattern(blocks[name]), scan_layers=False) for name, stack in parts.items()
+    }
+    return with_stacks(teacher, made)
+
+
+def _pattern(blocks: list[nn.Module]) -> tuple[nn.Module, ...]:
+    """The shortest pattern that the blocks repeat."""
     size = next(n for n in range(1, len(blocks) + 1) if all(b == blocks[i % n] for i, b in enumerate(blocks)))
-    return teacher.clone(blocks=tuple(blocks[:size]), scan_layers=False)
+    return tuple(blocks[:size])
 
 
-def _mixer(attention: Attention, layer: int, fields: dict[str, Any]) -> MMMamba:
+def _path(stack: str, layer: int) -> str:
+    return f"{stack}/layer_{layer}".lstrip("/")
+
+
+def _mixer(attention: Attention, layer: str, fields: dict[str, Any]) -> MMMamba:
     if not isinstance(attention.rule, Causal | Window):
-        raise UserError(f"layer_{layer} attends by {type(attention.rule).__name__}; a recurrence is causal")
+        raise UserError(f"{layer} attends by {type(attention.rule).__name__}; a recurrence is causal")
     names = ("num_heads", "head_dim", "num_kv_heads", "query_norm", "key_norm", "use_bias", "output_bias")
     return MMMamba(**{name: getattr(attention, name) for name in names}, **fields)
 
 
-def converted(model: LayerStack) -> Iterator[tuple[str, MMMamba]]:
-    """("layer_3", its mixer) of every converted layer of a student."""
-    for i in range(model.num_layers):
-        mixer = model.blocks[i % len(model.blocks)].attention
-        if isinstance(mixer, MMMamba):
-            yield f"layer_{i}", mixer
+def converted(model: nn.Module) -> Iterator[tuple[str, MMMamba]]:
+    """("layer_3", or "decoder/layer_3", and its mixer) of every converted layer of a student."""
+    for name, stack in stacks(model).items():
+        for i in range(stack.num_layers):
+            mixer = stack.blocks[i % len(stack.blocks)].attention
+            if isinstance(mixer, MMMamba):
+                yield _path(name, i), mixer
 
 
 def seed_mixers(
-    student: LayerStack, teacher: LayerStack, params: Any, key: jax.Array, seeding: Seeding = "mimic"
+    student: nn.Module, teacher: nn.Module, params: Any, key: jax.Array, seeding: Seeding = "mimic"
 ) -> dict[str, Any]:
-    """{"layer_3": {"attention": parameters of its mixer}} of every converted layer, float32.
+    """{"layer_3": {"attention": parameters of its mixer}} of every converted layer, float32; below the names of the
+    stacks where there are several.
 
     params: the teacher's, scanned or fused or structured. seeding: "mimic" as the docstring of this file says; the
     ablations "inherit", where what attention has not begins as in any Mamba-2, and "scratch", where all does.
@@ -191,22 +233,29 @@ def seed_mixers(
     if seeding not in SEEDINGS:
         raise UserError(f"seeding {seeding!r}: one of {', '.join(SEEDINGS)} is expected")
     _, params = unscan_layers(teacher, params)
-    mixers = {}
+    mixers: dict[str, Any] = {}
     for layer, mixer in converted(student):
         key, drawn, mimicked = jax.random.split(key, 3)
         made = _drawn(mixer, drawn, student.width)
         if seeding != "scratch":
-            attention = unfuse(params[layer]["attention"], mixer.num_heads, mixer.kv_heads)
+            attention = unfuse(part(params, layer)["attention"], mixer.num_heads, mixer.kv_heads)
             made |= {name: _plain(attention[name]) for name in INHERITED if name in attention}
         if seeding == "mimic":
             made |= _remember_everything(made, mimicked)
-        mixers[layer] = {"attention": made}
+        *stack, name = layer.split("/")
+        (mixers.setdefault(stack[0], {}) if stack else mixers)[name] = {"attention": made}
     return mixers
 
 
 def graft(params: Any, mixers: dict[str, Any]) -> Any:
     """The student's parameters: the teacher's (unrolled) with `mixers` in their layers; all else is shared."""
-    return params | {layer: params[layer] | mixer for layer, mixer in mixers.items()}
+    own = {name: tree if name == "attention" else graft(params[name], tree) for name, tree in mixers.items()}
+    return params | own
+
+
+def part(params: Any, path: str) -> Any:
+    """The subtree at a path."""
+    return functools.reduce(lambda tree, name: tree[name], path.split("/"), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -35,6 +35,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import Weight, materialize
 from research.ssm.mamba2 import Mamba2
+from research.ssm.mmmamba import graft, seed_mixers, student_model
 from tests.multimodal.toys import WIDTH, decoder, image, tower, video_tower, vlm
 from tests.programs import call, drawn
 
@@ -116,10 +117,27 @@ def _(_):
     "behind a module that reads more patches than the decoder has rows: the tokens of plain decoding",
 )
 def _(_):
+    model = monolith("post")
+    drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
+
+
+@runs(
+    "HoVLE",
+    "mmMamba, tree decoding (Medusa)",
+    "module and decoder as states but for one layer of attention: the tokens of plain decoding",
+)
+def _(_):
+    teacher = monolith("pre")
+    params = louder(drawn(teacher, TOKENS))
+    student = student_model(teacher, "tail", 3)
+    drafted_as_plain("Medusa", student, graft(params, seed_mixers(student, teacher, params, KEY)))
+
+
+def monolith(shuffle):
+    """A HoVLE with a module of one layer."""
     holistic = HolisticEmbedding(blocks=decoder().blocks, num_layers=1)
     parts = dict(tower=PatchEmbedding(WIDTH, 4), connector=ShuffledProjection(WIDTH), holistic=holistic)
-    model = vlm(HoVLE, Tiles(patch=2, side=8, most=2), **parts, shuffle="post")
-    drafted_as_plain("Medusa", model, louder(drawn(model, TOKENS)))
+    return vlm(HoVLE, Tiles(patch=2, side=8, most=2), **parts, shuffle=shuffle)
 
 
 @runs(

@@ -170,13 +170,11 @@ def test_every_layer_learns_from_the_teachers_states_alone():
         jnp.ones((2, 8), jnp.int32).at[1, 5:].set(0),
     )
     _, seen = watch(model, params, tokens, positions, segments)
-    assert {layer: (u.shape, y.shape) for layer, (u, y) in seen.items()} == dict.fromkeys(
+    assert {layer: (u.shape, y.shape) for layer, (u, _, y) in seen.items()} == dict.fromkeys(
         ("layer_0", "layer_1"), ((16, WIDTH), (16, 24))
     )
-    padded = {layer: (u, y.at[13:].add(100.0)) for layer, (u, y) in seen.items()}
-    gradient = jax.jit(
-        jax.value_and_grad(lambda m, seen: mimicry(student, m, seen, Context(positions, segments))[0])
-    )
+    padded = {layer: (u, where, y.at[13:].add(100.0)) for layer, (u, where, y) in seen.items()}
+    gradient = jax.jit(jax.value_and_grad(lambda m, seen: mimicry(student, m, seen)[0]))
     value, one = gradient(mixers(), seen)
     other = mixers() | {"layer_0": jax.tree.map(lambda x: x + 0.1, mixers()["layer_0"])}
     changed, two = gradient(other, padded)

@@ -1,0 +1,23 @@
+"""Distillation of a model that reads images into its mmMamba student (arXiv 2502.13145): the stages are those of
+`research/ssm/distillation.py`, over batches of `Conversations`. The paper's teacher is a HoVLE."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from research.multimodal.task import answers, batch_pictures
+from research.ssm.distillation import MambaDistillation
+from research.training.task import Batch, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionMambaDistillation(MambaDistillation):
+    """The model saved at `teacher` reads images. All its stacks of causal layers are converted; towers and connectors
+    are shared. A further metric is `answers`, the share of rows that the student answers right."""
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        return batch["tokens"], batch_pictures(batch), batch["segments"]
+
+    def measured(self, logits: jax.Array, batch: Batch) -> Metrics:
+        return super().measured(logits, batch) | {"answers": answers(logits, batch)}
