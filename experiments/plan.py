@@ -12,6 +12,8 @@ come with `pip install -e '.[aot]'`.
 A topology is a chip and how many: v5e:4x4, v5p:2x2x4, v6e:8, v4:2x2x2, a100:8, h100:64, h200:8.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -19,7 +21,11 @@ from absl import flags
 from experiments import cli
 
 if TYPE_CHECKING:
+    from jax.stages import Compiled
+
+    from research.training.loop import Trainer
     from research.training.planning import Plan
+    from research.training.topologies import Topology
 
 PROGRAM = cli.Program(__doc__)
 CONFIG = PROGRAM.config_flag()
@@ -39,7 +45,7 @@ def main(arguments: list[str]) -> None:
     from research.training.loop import Trainer
     from research.training.partitioning import table
     from research.training.planning import place, plan
-    from research.training.topologies import parse_topology
+    from research.training.topologies import parse_topology, traced_for
 
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(TOPOLOGY.value)
@@ -49,14 +55,18 @@ def main(arguments: list[str]) -> None:
             f"--config={CONFIG.value} builds a {type(trainer).__name__}, not a Trainer: there is no step to plan"
             + ("; for attention spans: python -m experiments.spans" if hasattr(trainer, "profiles") else "")
         )
-    made = plan(trainer, topology)
+    with traced_for("tpu" if "TPU" in topology.chip.name else "gpu"):
+        made = plan(trainer, topology)
     if TABLE.value and topology.devices > 1:
         params = place(trainer, topology)[2].params
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         print(table(params, shardings, large=trainer.replicate_below))
     print(describe(made))
-    compiled = compile_for(trainer, topology) if COMPILE.value else None
-    if compiled is not None:
+    compiled = None
+    if COMPILE.value:
+        # What was compiled for absent devices can't be loaded again.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compiled = analysis(compile_for(trainer, topology))
         print(compare(made, compiled))
     if JSON.value is not None:
         write(made, compiled, JSON.value)
@@ -108,24 +118,55 @@ def describe(made: "Plan") -> str:
     return "\n".join(lines)
 
 
-def compile_for(trainer: Any, topology: Any) -> dict[str, Any]:
-    """What the compiler of the devices says of the first stage's step. Raises `UserError` where there is none."""
-    import collections
-    import re
+def compile_for(trainer: "Trainer", topology: "Topology") -> "Compiled":
+    """The first stage's step by the compiler of the devices. Raises `UserError` where there is none."""
+    import time
 
     from experiments.bench.aot import find_topology
 
-    compiled = trainer.compile_for(find_topology(topology.text))
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-    found = collections.Counter(re.findall(rf"\b({'|'.join(names)})(?:-start)?\(", text))
+    devices = find_topology(topology.text)
+    print(f"tracing the step for {topology.text}", flush=True)
+    lowered = trainer.lower_for(devices)
+    what = f"{lowered.as_text().count(chr(10))} lines of StableHLO"
+    began = time.process_time()
+    with told_every(30, f"compiling {what}"):
+        compiled = lowered.compile()
+    print(f"compiled {what} in {time.process_time() - began:.0f} s of CPU time", flush=True)
+    return compiled
+
+
+def analysis(compiled: "Compiled") -> dict[str, Any]:
+    """What the compiler says of what it made."""
+    from experiments.bench.collectives import collectives, told
+
+    memory = compiled.memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "flops": compiled.cost_analysis().get("flops"),
-        "collectives": dict(found),
-        "asynchronous": len(re.findall(rf"\b({'|'.join(names)})-start\(", text)),
+        "collectives": told(collectives(compiled.as_text())),
     }
+
+
+@contextlib.contextmanager
+def told_every(seconds: float, what: str) -> Iterator[None]:
+    """Says now and then, and for how long, that something is still going on."""
+    import threading
+    import time
+
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(seconds):
+            print(f"{what} for {time.monotonic() - began:.0f} s", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def compare(made: "Plan", compiled: dict[str, Any]) -> str:
@@ -133,14 +174,13 @@ def compare(made: "Plan", compiled: dict[str, Any]) -> str:
     from research.training.topologies import GiB
 
     held = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
-    collectives = ", ".join(f"{count} {name}" for name, count in compiled["collectives"].items()) or "none"
     return "\n".join(
         [
             "the compiler's own analysis (the plan's in brackets):",
             f"  arguments {compiled['arguments'] / GiB:.3f} GiB ({held / GiB:.3f})",
             f"  temporary {compiled['temporary'] / GiB:.3f} GiB ({made.activations / GiB:.3f})",
             f"  {compiled['flops'] or 0:.3g} FLOP per device, loops once ({made.costs.products:.3g})",
-            f"  collectives: {collectives}; {compiled['asynchronous']} of them asynchronous",
+            f"  collectives: {compiled['collectives']}",
         ]
     )
 

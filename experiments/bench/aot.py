@@ -1,7 +1,7 @@
-"""Compiles every Pallas kernel, and decoders that use them, for accelerators that are not here.
+"""Compiles every Pallas kernel, decoders that use them, and a step divided by FSDP, for accelerators that are not here.
 
     make aot                                       everything, for TPU v5e, TPU v6e and H100
-    python -m experiments.bench.aot ssd            one kernel again (also: decoder); other rows of the page stay
+    python -m experiments.bench.aot ssd            one kernel again (also: decoder, fsdp); other rows of the page stay
     python -m experiments.bench.aot --targets=h100
 
 The second tier of verification: the compilers of the devices take the kernels whole, with their limits of memory,
@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import time
 import traceback
@@ -28,11 +29,11 @@ from experiments.systems import ROOT
 from research.errors import UserError, nearest
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "h100": "1x1x1"}
-DECODER = "decoder"
+DECODER, FSDP = "decoder", "fsdp"
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "flax")
 FOLDER = ROOT / "docs/results/kernels"
 
-PROGRAM = cli.Program(__doc__, arguments="KERNEL | decoder ...")
+PROGRAM = cli.Program(__doc__, arguments="KERNEL | decoder | fsdp ...")
 TARGETS = PROGRAM.define(
     flags.DEFINE_list, "targets", ",".join(TOPOLOGIES), "Devices to compile for: v5e, v6e, h100."
 )
@@ -54,6 +55,7 @@ class Row:
     flops: float | None = None
     moved: float | None = None
     error: str | None = None
+    sends: str | None = None  # the collectives of a program of several devices
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update(
         "jax_enable_compilation_cache", False
     )  # what was compiled for absent devices can't be loaded
-    known = (*(kernel.name for kernel in kernels()), DECODER)
+    known = (*(kernel.name for kernel in kernels()), DECODER, FSDP)
     _check(arguments, known, "no kernel")
     _check(TARGETS.value, tuple(TOPOLOGIES), "--targets: no target")
     made = versions()
@@ -78,10 +80,16 @@ def main(arguments: list[str]) -> None:
         for target, device in devices.items()
         for program in programs(name, device.platform)
     )
-    for target, name, case, function, shapes in found:
-        row = compile_for(target, devices[target], name, case, function, shapes)
+    made_rows = itertools.chain(
+        (compile_for(target, devices[target], *program) for target, *program in found),
+        (compile_fsdp(target) for target in devices if FSDP in (arguments or known)),
+    )
+    for row in made_rows:
         rows[row_key(row)] = row
-        print(f"{target} {name}, {case}: {row.error or 'compiled'} ({row.seconds:.1f} s)", flush=True)
+        print(
+            f"{row.target} {row.kernel}, {row.case}: {row.error or 'compiled'} ({row.seconds:.1f} s)",
+            flush=True,
+        )
         write(rows.values(), made, known)  # every time: the next one may be one that ends the process
     failed = sum(row.error is not None for row in rows.values())
     print(f"{len(rows)} programs, {failed} failed: {FOLDER / 'aot.md'}")
@@ -206,16 +214,63 @@ def compile_for(
         chip = use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=abstract))
     place = SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+    def make() -> Any:
+        with chip:
+            return jax.jit(function).trace(*placed).lower().compile()
+
+    return _row(target, name, case, make)[0]
+
+
+def compile_fsdp(target: str) -> Row:
+    """A step of a decoder whose weights are divided over 4 devices. It failed, if the gathering of them is not
+    asynchronous, with products beside it."""
+    from experiments.bench.collectives import collectives, told
+
+    case = "training: a decoder of width 1024, 4 layers, over 4 devices"
+    chips = "h100:4" if target == "h100" else TOPOLOGIES[target]
+    row, compiled = _row(target, FSDP, case, lambda: fsdp_trainer().lower_for(find_topology(chips)).compile())
+    if compiled is None:
+        return row
+    found = collectives(compiled.as_text())
+    hidden = [one for one in found if one.kind == "all-gather" and one.products]
+    row = dataclasses.replace(row, sends=told(found))
+    return row if hidden else dataclasses.replace(row, error="no all-gather has a product beside it")
+
+
+def fsdp_trainer() -> Any:
+    from configs.matlm import decoder
+    from research.config import build, of
+    from research.data.text import TokenDataset
+    from research.training.loop import Trainer
+    from research.training.optimizers import adamw, constant
+    from research.training.stages import Stage
+    from research.training.task import LanguageModelling
+
+    model = decoder(width=1024, num_layers=4, num_heads=8, hidden_dim=4096, length=1024)
+    optimizer = of(adamw, schedule=of(constant, peak=1e-3))
+    return build(
+        of(
+            Trainer,
+            task=of(LanguageModelling, model=model),
+            data=of(TokenDataset, length=1024),
+            stages=(of(Stage, name="main", steps=1, batch_size=32, optimizer=optimizer),),
+            mesh=dict(fsdp=4),
+        )
+    )
+
+
+def _row(target: str, name: str, case: str, make: Callable[[], Any]) -> tuple[Row, Any]:
+    """What the compiler says, and what it made."""
     start = time.perf_counter()
     try:
-        with chip:
-            compiled = jax.jit(function).trace(*placed).lower().compile()
+        compiled = make()
     except Exception as error:  # noqa: BLE001
         lines = str(error).strip().splitlines() or traceback.format_exc().splitlines()[-1:]
-        return Row(target, name, case, time.perf_counter() - start, error=lines[0][:300])
+        return Row(target, name, case, time.perf_counter() - start, error=lines[0][:300]), None
     seconds = time.perf_counter() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    return Row(
+    row = Row(
         target,
         name,
         case,
@@ -227,6 +282,7 @@ def compile_for(
         cost.get("flops"),
         cost.get("bytes accessed"),
     )
+    return row, compiled
 
 
 def page(record: dict[str, Any], rows: list[Row]) -> str:
@@ -250,7 +306,7 @@ def page(record: dict[str, Any], rows: list[Row]) -> str:
         "Second tier of three: the devices' own compilers took these programs, for one chip of TPU v5e and TPU v6e and",
         "for one H100 SXM (described in experiments/bench/h100_sxm.txtpb). **Nothing here was run**: there are no",
         "times, and nothing says that the numbers are right. That is the first tier's part, the tests in Pallas'",
-        "interpreters.",
+        "interpreters. `fsdp` has no kernel of this project: it is a step on four chips.",
         "",
         f"{len(rows)} programs, {len(failed)} failed." if failed else f"{len(rows)} programs, none failed.",
         "",
@@ -275,6 +331,14 @@ def page(record: dict[str, Any], rows: list[Row]) -> str:
             need = f"| {cost.flops / 1e9:.3g} | {cost.bytes / 1e9:.3g} | {limit} |"
         sizes = " | ".join(f"{size / 2**20:.1f}" for size in (row.arguments, row.outputs, row.temporary))
         lines.append(f"{start} {sizes} {need}")
+    if sent := [row for row in rows if row.sends]:
+        lines += [
+            "",
+            "What the programs of several devices send. Asynchronous is what the schedule begins and ends apart;",
+            "beside products, what has matrix products in between, or in the operation that moves it on.",
+            "",
+            *(f"- {row.kernel}, {row.target}: {row.sends}" for row in sent),
+        ]
     return "\n".join(lines) + "\n"
 
 

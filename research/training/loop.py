@@ -32,6 +32,7 @@ from research.training.step import make_step
 from research.training.structures import with_structures
 from research.training.task import Task
 from research.training.termination import Termination
+from research.training.topologies import traced_for
 from research.training.workdir import read_checkpoint
 
 PyTree = Any
@@ -132,10 +133,11 @@ class Trainer:
         run = _Run(self, None, False, None, devices)
         return run.compile(run.plans[0]), run.initial(), run.mesh
 
-    def compile_for(self, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
-        """The step of the first stage, compiled for devices that may be another machine's, or none's."""
+    def lower_for(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+        """The step of the first stage, to be compiled for devices that may be another machine's, or none's."""
         run = _Run(self, None, False, None, devices)
-        return run.compile(run.plans[0])
+        with traced_for(devices[0].platform):
+            return run.lower(run.plans[0])
 
     def abstract_first_stage(self, mesh: jax.sharding.AbstractMesh) -> tuple[Callable[..., Any], State]:
         """(step, state) as `compile_first_stage` makes them, on devices that need not exist: the step is not compiled,
@@ -473,20 +475,19 @@ class _Run:
             ema=self.trainer.ema,
         )
 
+    def lower(self, plan: _Plan) -> jax.stages.Lowered:
+        """The step of the stage, traced for its shapes on this mesh."""
+        state = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+        given = state, partitioning.batch_sharding(self.mesh)
+        made = state, partitioning.replicated(self.mesh)
+        jitted = jax.jit(self.step(plan), in_shardings=given, out_shardings=made, donate_argnums=0)
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(plan.abstract, batch_spec(plan.data, plan.stage.batch_size))
+
     def compile(self, plan: _Plan) -> jax.stages.Compiled:
         """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
-        began = time.perf_counter()
-        stage, step = plan.stage, self.step(plan)
-        state = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-        rows = partitioning.batch_sharding(self.mesh)
-        jitted = jax.jit(
-            step,
-            in_shardings=(state, rows),
-            out_shardings=(state, partitioning.replicated(self.mesh)),
-            donate_argnums=0,
-        )
-        with jax.set_mesh(self.mesh):
-            compiled = jitted.lower(plan.abstract, batch_spec(plan.data, stage.batch_size)).compile()
+        began, stage = time.perf_counter(), plan.stage
+        compiled = self.lower(plan).compile()
         seconds = time.perf_counter() - began
         self.progress.message(f"stage {stage.name!r}: {stage.steps} steps, compiled in {seconds:.1f} s")
         self.progress.begin()

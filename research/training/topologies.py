@@ -1,8 +1,12 @@
 """Accelerators and how many of them: what a plan is made for. Numbers are the makers' data sheets', one direction."""
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+
+import jax
 
 from research.errors import UserError, nearest
 
@@ -66,6 +70,18 @@ class Topology:
         chip = self.chip
         reaches = chip.fast_within is None or parts <= chip.fast_within
         return chip.link if reaches else chip.slow_link
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """Meanwhile parts of a model that ask `jax.default_backend()` what to be are what they are on `platform` (cpu, gpu,
+    tpu)."""
+    own = jax.default_backend
+    jax.default_backend = lambda: platform
+    try:
+        yield
+    finally:
+        jax.default_backend = own
 
 
 def parse_topology(text: str) -> Topology:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,15 +12,19 @@ import pytest
 
 from configs.matlm import decoder
 from experiments import plan as program
+from experiments.bench import aot
 from research.config import build, of
 from research.data.text import TokenDataset
+from research.errors import UserError
+from research.nn.attention_kernels import AutoAttention
+from research.nn.masks import Causal
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, constant
 from research.training.planning import plan
 from research.training.propagation import tally
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
-from research.training.topologies import CHIPS, Topology, parse_topology
+from research.training.topologies import CHIPS, Topology, parse_topology, traced_for
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, NONE = ("data", "fsdp"), ()
@@ -76,10 +81,12 @@ def trainer(layers=2, **mesh):
     return build(of(Trainer, task=task, data=data, stages=(stage,), mesh=mesh))
 
 
-def test_the_plan_is_what_the_compiler_says():
+def test_the_plan_is_what_the_compiler_says(monkeypatch, capsys):
     experiment = trainer(data=2, fsdp=2, tensor=2)
-    made = plan(experiment, Topology("8 simulated", CHIPS["v5e"], 8))
-    compiled = experiment.compile_for(jax.devices())
+    simulated = Topology("8 simulated", CHIPS["v5e"], 8)
+    made = plan(experiment, simulated)
+    monkeypatch.setattr(aot, "find_topology", lambda text: jax.devices())
+    compiled = program.compile_for(experiment, simulated)
     memory = compiled.memory_analysis()
     held = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
     assert held == memory.argument_size_in_bytes
@@ -94,6 +101,28 @@ def test_the_plan_is_what_the_compiler_says():
     sizes = [int(np.prod([int(x) for x in shape.split(",")])) for shape in gathers]
     assert len(sizes) >= 2 * 7  # the kernels of two layers
     assert max(sizes) <= 4096 * 64  # the embedding, the largest of all
+
+    # A CPU's collectives all wait; for a TPU's see `make aot`.
+    said = program.compare(made, program.analysis(compiled))
+    assert f"{text.count(' all-gather(')} all-gather (0 asynchronous, 0 beside products)" in said
+    assert re.search(
+        r"tracing the step for 8 simulated\ncompiled \d+ lines of StableHLO in", capsys.readouterr().out
+    )
+
+
+def test_a_step_is_traced_for_the_devices_that_are_not_here():
+    """Attention in blocks is for CPUs alone."""
+
+    def products():
+        x = jnp.zeros((1, 1, 128, 8))
+        run = partial(AutoAttention(), rule=Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
+        return str(jax.make_jaxpr(lambda x: run(x, x, x))(x)).count("dot_general")
+
+    assert products() == 4  # two blocks, two products each
+    with pytest.raises(UserError), traced_for("tpu"):
+        assert products() == 2
+        raise UserError("")
+    assert products() == 4
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
