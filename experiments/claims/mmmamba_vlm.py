@@ -28,7 +28,7 @@ from research.ssm.mmmamba import student_model
 from research.training.loop import Trainer
 from research.training.workdir import open_workdir
 
-TEACHER, STEPS, RATES = 500, (40, 40, 120), (1e-2, 3e-3, 3e-3)
+TEACHER, STEPS, RATES = 350, (30, 30, 90), (1e-2, 3e-3, 3e-3)
 LENGTH, HELD_OUT = 24, 512
 WORLD = of(Scenes, asks=("colour", "shape"))
 CONTEXTS = (1000, 10_000, 100_000)
