@@ -13,16 +13,17 @@ def copy_head(target: Target) -> Any:
     """The parameters that the target's head reads: `head`, or `embedding` where the two are tied.
 
     A structured kernel (quantized, say) is copied as the array it stands for. Of a model that reads images they are its
-    own, or those of its `decoder`.
+    own, or those of its `decoder`; of one with two towers those of the tower that it `writes`.
     """
     own = any(name in target.params for name in ("head", "embedding"))
-    params = target.params if own else target.params["decoder"]
+    part = getattr(target.model, "writes", "decoder")
+    params = target.params if own else target.params[part]
     name = "head" if "head" in params else "embedding"
     kernels = jax.tree.map(
         weights.materialize, params[name], is_leaf=lambda leaf: isinstance(leaf, weights.Weight)
     )
     copied = {name: jax.tree.map(jnp.copy, kernels)}
-    return copied if own else {"decoder": copied}
+    return copied if own else {part: copied}
 
 
 def head_logits(target: Target, head: Any, hidden: jax.Array) -> jax.Array:
