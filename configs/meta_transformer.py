@@ -43,7 +43,7 @@ from research.training.loop import Trainer
 
 PRESETS = ("tiny", "tuned", "all", "pretrain", "paper")
 FROZEN = ("^encoder/",)
-WIDTH, LAYERS, HEADS = 48, 3, 4
+WIDTH, LAYERS, HEADS = 48, 2, 4
 MADE = 2048  # records of a generated training set
 
 

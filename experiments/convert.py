@@ -9,10 +9,10 @@ adapters to and from that of the peft library.
 
 `huggingface` is what transformers and the tools around it load: config.json, safetensors, the tokenizer. The
 family (Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3) follows from the model; what none of them computes is
-refused with the reason. 4-bit kernels of GPTQ and AWQ are read packed; LLaVA-1.5, which reads images, is read too;
-neither is written. `lathe` is the model directory that every program here takes as a workdir. `peft` takes a run or
-directory of an adapter and writes `adapter_config.json` and safetensors; a directory of that kind becomes an adapter
-directory for the model at `--base`. No pickle is read and torch is not needed.
+refused with the reason. 4-bit kernels of GPTQ and AWQ are read packed; LLaVA-1.5, which reads images, is read too, and
+of CLIP the blocks of the image tower; none of them is written. `lathe` is the model directory that every program here
+takes as a workdir. `peft` takes a run or directory of an adapter and writes `adapter_config.json` and safetensors; a
+directory of that kind becomes an adapter directory for the model at `--base`. No pickle is read, and no torch needed.
 """
 
 from typing import TYPE_CHECKING
@@ -62,6 +62,7 @@ EMA = PROGRAM.define(
 def main(arguments: list[str]) -> None:
     from research.errors import UserError
     from research.interop import huggingface, peft
+    from research.multimodal.meta_transformer import Encoder
     from research.training.workdir import save_model
 
     if FORMAT.value == "lathe" and UNEQUAL.value is not None:
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> None:
     if BASE.value is not None:
         raise UserError("--base is for adapters of the peft library; --from is none")
     loaded = read()
-    if FORMAT.value == "huggingface" and hasattr(loaded.model, "planner"):
+    reads_images = hasattr(loaded.model, "planner") or isinstance(loaded.model, Encoder)
+    if FORMAT.value == "huggingface" and reads_images:
         raise UserError(
             f"{FROM.value}: a {type(loaded.model).__name__} reads images, which --format=lathe alone holds"
         )
@@ -117,9 +119,12 @@ def read() -> "Loaded":
     """The model of `--from`, whichever kind of directory it is."""
     from pathlib import Path
 
+    import jax
+
     from research.config_capture import capture
     from research.errors import UserError
     from research.interop import huggingface
+    from research.interop.clip import is_clip, load_clip
     from research.interop.fields import read_json
     from research.interop.llava import load_llava
     from research.training.model_directory import TOKENS
@@ -129,6 +134,11 @@ def read() -> "Loaded":
         return load_model(FROM.value, STEP.value, EMA.value)
     if STEP.value is not None or EMA.value:
         raise UserError(f"{FROM.value} is a Hugging Face directory: --step and --ema are for workdirs")
+    if is_clip(FROM.value):
+        encoder, variables = load_clip(FROM.value)
+        width = encoder.blocks[0].attention.num_heads * encoder.blocks[0].attention.head_dim
+        inputs = (jax.ShapeDtypeStruct((1, 2, width), "float32"),)
+        return Loaded(encoder, variables["params"], None, capture(encoder), None, inputs)
     images = read_json(Path(FROM.value) / "config.json")["model_type"] == "llava"
     model, variables, tokenizer = (load_llava if images else huggingface.load)(FROM.value)
     return Loaded(model, variables["params"], tokenizer, capture(model), None, TOKENS)

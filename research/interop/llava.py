@@ -8,7 +8,6 @@ vision_config of `clip_vision_model`. Names of transformers 4 (`language_model.m
 from torchvision's in the last bits of a pixel.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.interop.families import ACTIVATIONS, read_config
+from research.interop.clip import VISION_DEFAULTS, layer_tensor, read_block
+from research.interop.families import read_config
 from research.interop.fields import Fields, read_json
 from research.interop.files import TensorFiles, cast, check_dtype, some
 from research.interop.huggingface import read_params
@@ -27,11 +27,6 @@ from research.multimodal.connectors import PatchProjection
 from research.multimodal.media import CLIP_MEAN, CLIP_STD, Square
 from research.multimodal.model import VLM
 from research.multimodal.tower import Tower
-from research.nn.attention import Attention
-from research.nn.masks import Full
-from research.nn.mlp import MLP
-from research.nn.norm import LayerNorm
-from research.nn.transformer import Block
 from research.training.paths import nested
 
 _PREFIXES = {
@@ -49,16 +44,6 @@ _PREFIXES = {
     ),
     "multi_modal_projector": (("multi_modal_projector.", ""), ("model.multi_modal_projector.", "")),
 }
-_VISION_DEFAULTS = {
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
 # What transformers takes where an entry of the text is absent, as in the released files.
 _LLAMA_DEFAULTS = {
     "vocab_size": 32_000,
@@ -75,16 +60,6 @@ _VISION_TOP = {
     # The misspelling is theirs.
     "first_norm/scale": "pre_layrnorm.weight",
     "first_norm/bias": "pre_layrnorm.bias",
-}
-_VISION_LAYER = {
-    "attention/query": "self_attn.q_proj",
-    "attention/key": "self_attn.k_proj",
-    "attention/value": "self_attn.v_proj",
-    "attention/output": "self_attn.out_proj",
-    "attention_norm": "layer_norm1",
-    "mlp_norm": "layer_norm2",
-    "mlp/up": "mlp.fc1",
-    "mlp/down": "mlp.fc2",
 }
 
 
@@ -159,8 +134,7 @@ def _read_tower(entries: dict[str, Any], vision: dict[str, Any], where: str) -> 
     kind = vision.get("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
         raise UserError(f"{where}: vision_config is of {kind}; clip_vision_model is expected")
-    config = Fields(vision, f"{where}, vision_config", _VISION_DEFAULTS)
-    width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    config = Fields(vision, f"{where}, vision_config", VISION_DEFAULTS)
     layers, size, patch = (config.integer(n) for n in ("num_hidden_layers", "image_size", "patch_size"))
     strategy = entries.get("vision_feature_select_strategy", "default")
     feature = entries.get("vision_feature_layer", -2)
@@ -169,19 +143,16 @@ def _read_tower(entries: dict[str, Any], vision: dict[str, Any], where: str) -> 
             f"{where}: patches of one layer, counted from the end, are expected, not "
             f"vision_feature_select_strategy={strategy!r} with vision_feature_layer={feature!r}"
         )
-    activation = config.choice("hidden_act", ACTIVATIONS | {"quick_gelu": "gelu_quick"})
-    norm = LayerNorm(config.number("layer_norm_eps"))
-    attention = Attention(heads, width // heads, rule=Full(), use_bias=True, output_bias=True)
-    block = Block(attention, MLP(config.integer("intermediate_size"), activation), norm)
+    block = read_block(config)
     tower = Tower(
         blocks=(block,),
         num_layers=layers,
-        width=width,
+        width=config.integer("hidden_size"),
         side=size // patch,
         class_token=True,
         feature=feature,
         patch_bias=False,
-        pre_norm=norm,
+        pre_norm=block.norm,
         # Theirs never meets the last hidden state, which `feature` counts.
         post_norm=None,
     )
@@ -199,11 +170,7 @@ def _read_tower_params(part: _Part, model: VLM, dtype: str | None) -> dict[str, 
     found = {}
     read = set()
     for path, shape in _expected(model, "tower").items():
-        if layer := re.fullmatch(r"layer_(\d+)/(.+)/(kernel|bias|scale)", path):
-            leaf = "bias" if layer[3] == "bias" else "weight"
-            name = f"encoder.layers.{layer[1]}.{_VISION_LAYER[layer[2]]}.{leaf}"
-        else:
-            name = _VISION_TOP[path]
+        name = layer_tensor(path) or _VISION_TOP[path]
         theirs = shape[::-1] if path.endswith("kernel") else shape
         if path == "projection/kernel":
             theirs = (shape[1], 3, patch, patch)

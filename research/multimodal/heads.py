@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn.linear import Linear
+from research.nn.pool import largest
 from research.training.task import Batch, Metrics, classification_metrics
 
 Pool = Literal["class", "mean", "class_max", "flat"]
@@ -24,7 +25,7 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: Pool) -> jax.Array:
     there = jnp.ones(tokens.shape[:2], bool) if mask is None else mask[:, 1:]
     if pool == "class_max":
         low = jnp.finfo(tokens.dtype).min
-        return jnp.concatenate([x[:, 0], jnp.max(jnp.where(there[..., None], tokens, low), axis=1)], axis=-1)
+        return jnp.concatenate([x[:, 0], largest(jnp.where(there[..., None], tokens, low), axis=1)], axis=-1)
     tokens = jnp.where(there[..., None], tokens, 0)
     if pool == "flat":
         return tokens.reshape(x.shape[0], -1)

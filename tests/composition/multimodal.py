@@ -16,18 +16,22 @@ from research.multimodal.dragonfly import Zooms, ZoomSelection
 from research.multimodal.emma import EarlyFusion
 from research.multimodal.ep_alm import EPALM, LateToken, SoftPrompt
 from research.multimodal.eve import EVE, AnyAspect, PatchEmbeddingLayer, SequenceProjection
+from research.multimodal.heads import ClassHead
 from research.multimodal.hovle import HolisticEmbedding, HoVLE, PatchEmbedding, Tiles
 from research.multimodal.iaa import IAA, InsertedLayers
 from research.multimodal.inf_llava import BlocksAndStrides, DualPerspective
 from research.multimodal.llava_uhd import Slices, WindowResampler
 from research.multimodal.media import Square
+from research.multimodal.meta_transformer import Encoder, MetaTransformer, Modality
 from research.multimodal.mousi import ExpertFusion, Experts, Panel
 from research.multimodal.mplug_video import Abstractor
 from research.multimodal.prompts import Prompts
+from research.multimodal.tokenize.grids import GridTokens
+from research.multimodal.tokenize.symbols import TableTokens
 from research.multimodal.video import Frames
 from research.multimodal.zipper import Streams, Zipper
 from research.nn.attention import Attention
-from research.nn.masks import Window
+from research.nn.masks import Full, Window
 from research.nn.mlp import MLP
 from research.nn.norm import LayerNorm
 from research.nn.quantized import quantize, quantize_kernels
@@ -161,14 +165,19 @@ def _(_):
     vlm(planner=planner, rule=Window(4), **parts).init_cache(1, 16)
 
 
-def quantized_like_multiplied_out(model):
-    """With every kernel in int4, the image's rows are those of the kernels multiplied out."""
-    params = quantize_kernels(drawn(model, TOKENS), lambda kernel: quantize(kernel, 4, 4))
-    whole = jax.tree.map(
+def multiplied_out(params):
+    """Arrays in place of structured kernels."""
+    return jax.tree.map(
         lambda x: materialize(x) if isinstance(x, Weight) else x,
         params,
         is_leaf=lambda x: isinstance(x, Weight),
     )
+
+
+def quantized_like_multiplied_out(model):
+    """With every kernel in int4, the image's rows are those of the kernels multiplied out."""
+    params = quantize_kernels(drawn(model, TOKENS), lambda kernel: quantize(kernel, 4, 4))
+    whole = multiplied_out(params)
     assert jax.tree.structure(whole) != jax.tree.structure(params)
     (seen,) = asked(model).beside(32)
     (_, one), (_, other) = (call(model, p, seen.media, method="see") for p in (params, whole))
@@ -193,6 +202,34 @@ def _(_):
     towers = TowerPair(tower(), TextTower(blocks=(block,), num_layers=1, **size))
     planner = WithText(patch=4, side=8, context=12)
     quantized_like_multiplied_out(vlm(planner=planner, tower=towers, connector=EarlyFusion(WIDTH)))
+
+
+@runs(
+    "Meta-Transformer",
+    "int4 weights",
+    "of the encoder that all share: what every head says is that of the kernels multiplied out, and tokenizers learn",
+)
+def _(_):
+    attention = Attention(2, 4, rule=Full(), use_bias=True, output_bias=True)
+    encoder = Encoder(blocks=(Block(attention, MLP(16), LayerNorm()),), num_layers=1)
+    tokens = {"image": GridTokens(8, (4, 4, 1), (2, 2), (2, 2)), "table": TableTokens(8, 3)}
+    model = MetaTransformer(encoder, {name: Modality(t, ClassHead(2)) for name, t in tokens.items()})
+    params = drawn(model, TOKENS)
+    params |= {"encoder": quantize_kernels(params["encoder"], lambda kernel: quantize(kernel, 4, 4))}
+    random = np.random.default_rng(0)
+    records = {
+        "image": {"images": random.standard_normal((2, 4, 4, 1), np.float32)},
+        "table": {"numbers": random.standard_normal((2, 3), np.float32)},
+    }
+    one, other = (call(model, p, records) for p in (params, multiplied_out(params)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), one, other)
+    own = {name: params[name] for name in tokens}
+
+    def said(own):
+        return sum(jnp.sum(x**2) for x in model.apply({"params": params | own}, records).values())
+
+    gradients = jax.jit(jax.grad(said))(own)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
 @runs(

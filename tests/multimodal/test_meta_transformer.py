@@ -23,6 +23,7 @@ from research.nn.attention import Attention
 from research.nn.masks import Full
 from research.nn.mlp import MLP
 from research.nn.norm import LayerNorm
+from research.nn.pool import largest
 from research.nn.transformer import Block
 from research.training.loop import Trainer
 from research.training.optimizers import constant, sgd
@@ -232,6 +233,12 @@ def test_pools_by_hand():
     assert pool_tokens(x, mask, "mean").tolist() == [[4, 2.5]]
     assert pool_tokens(x, mask, "class_max").tolist() == [[1, 2, 5, 9]]
     assert pool_tokens(x, mask, "flat").tolist() == [[3, 9, 5, -4, 0, 0]]
+
+
+def test_the_largest_and_its_gradient():
+    x = np.float32([[1.0, 5.0, 5.0], [7.0, -1.0, 0.0]])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(largest(x, 1) * np.float32([2.0, 3.0])))(x)
+    assert float(value) == 2 * 5 + 3 * 7 and gradient.tolist() == [[0, 2, 0], [3, 0, 0]]
 
 
 def test_heads_measure_by_hand():

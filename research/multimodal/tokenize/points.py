@@ -10,6 +10,7 @@ from jax import lax
 from research.errors import UserError
 from research.multimodal.tokenize.contract import Tokens
 from research.nn.linear import Linear
+from research.nn.pool import largest
 
 
 def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -77,6 +78,6 @@ class PointTokens(nn.Module):
         _, near = lax.top_k(-squared_distances(centres, points), self.neighbours)
         patches = jax.vmap(lambda cloud, index: cloud[index])(points, near) - centres[:, :, None]
         hidden = nn.relu(Linear(self.hidden_dim, use_bias=True, name="patch_up")(patches))
-        x = jnp.max(Linear(self.width, use_bias=True, name="patch_down")(hidden), axis=2)
+        x = largest(Linear(self.width, use_bias=True, name="patch_down")(hidden), axis=2)
         hidden = nn.gelu(Linear(self.hidden_dim, use_bias=True, name="place_up")(centres))
         return Tokens(x, places=Linear(self.width, use_bias=True, name="place_down")(hidden))
