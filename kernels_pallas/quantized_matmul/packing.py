@@ -8,6 +8,7 @@ stand beside as many neighbouring columns of the activations.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kernels_pallas.common import Unsupported, pad_axis
 TILE = 1024  # rows of a tile, where there are as many
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "tile"))
 def pack_codes(codes: jax.Array, bits: int, tile: int) -> jax.Array:
     """Codes [..., K, N] of 0 .. 2**bits - 1 -> uint8[..., K * bits / 8, N]; K a multiple of tile, tile of 8 / bits.
 
@@ -34,6 +36,7 @@ def pack_codes(codes: jax.Array, bits: int, tile: int) -> jax.Array:
     return packed.reshape(*codes.shape[:-2], -1, codes.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "tile"))
 def unpack_codes(packed: jax.Array, bits: int, tile: int) -> jax.Array:
     """The inverse of `pack_codes`: uint8[..., K, N]."""
     lead, columns = packed.shape[:-2], packed.shape[-1]

@@ -230,6 +230,7 @@ class NormalFloat(struct.PyTreeNode):
     def dot(self, x: jax.Array) -> jax.Array:
         return _dot(x, self)
 
+    @jax.jit
     def materialize(self) -> jax.Array:
         values = _decode(unpack_codes(self.codes, self.bits, self.tile), code_book(self.bits, self.last))
         return packed.scaled(values, self.scales())
@@ -258,6 +259,7 @@ class NormalFloat(struct.PyTreeNode):
         return [spec] * len(jax.tree.leaves(self))
 
 
+@jax.jit
 @jax.checkpoint  # for its gradient the codes are read again, and not a float copy kept
 def _dot(x: jax.Array, kernel: NormalFloat) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
@@ -276,6 +278,7 @@ def _dot(x: jax.Array, kernel: NormalFloat) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "last"))
 def encode_normal(kernel: jax.Array, scale: jax.Array, bits: int, last: float | None = None) -> jax.Array:
     """The nearest codes of a kernel [..., in, out] under scales [..., groups, out] -> uint8[..., in, out]."""
     book = code_book(bits, last)
@@ -285,6 +288,7 @@ def encode_normal(kernel: jax.Array, scale: jax.Array, bits: int, last: float | 
     return jnp.searchsorted(between, values).astype(jnp.uint8).reshape(kernel.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "scale_block", "scale_dtype", "store", "last"))
 def quantize_normal(
     kernel: jax.Array,
     bits: int = 4,
@@ -336,6 +340,7 @@ class BlockNormal:
     group: int = 64
     block: int = 256
 
+    @functools.partial(jax.jit, static_argnums=0)
     def __call__(self, kernel: jax.Array) -> NormalFloat:
         def store(scale: jax.Array) -> PackedScales:
             return PackedScales.of(scale, self.scale_bits, self.block, jnp.dtype(self.second))

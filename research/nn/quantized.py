@@ -7,6 +7,7 @@ neighbouring inputs of one output; a kernel quantized per channel has one group.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -143,6 +144,7 @@ class Quantized(struct.PyTreeNode):
         return [spec] * len(jax.tree.leaves(self))
 
 
+@jax.jit
 @jax.checkpoint  # for its gradient the codes are read again, and not a float copy kept
 def _dot(x: jax.Array, kernel: Quantized) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
@@ -169,6 +171,7 @@ def check_groups(shape: tuple[int, ...], scale: jax.Array) -> int:
     return scale.shape[-2]
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def dequantize(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int) -> jax.Array:
     """Codes [..., in, out], scale and zero [..., groups, out] -> the kernel, float32."""
     values = packed.split_groups(codes.astype(jnp.float32), scale.shape[-2])
@@ -176,6 +179,7 @@ def dequantize(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, bits:
     return ((values - zero) * scale.astype(jnp.float32)[..., None, :]).reshape(codes.shape)
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def encode(kernel: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int) -> jax.Array:
     """The nearest codes of a kernel [..., in, out] on a grid [..., groups, out] -> uint8[..., in, out]."""
     values = packed.split_groups(kernel.astype(jnp.float32), scale.shape[-2])
@@ -214,6 +218,7 @@ def _positive(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, scale, 1.0)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "clips", "scale_dtype"))
 def quantize(
     kernel: jax.Array,
     bits: int,

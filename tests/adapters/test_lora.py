@@ -224,7 +224,9 @@ def test_trained_factors_become_8_bits(finished: Run, base):
     for exact, factor, group in ((old.down, new.down, 16), (old.up, new.up, 2)):
         values = np.repeat(np.asarray(factor.scales()), group, axis=0)[..., None] * book
         place = np.abs(values - np.asarray(exact)[..., None]).argmin(-1)[..., None]
-        np.testing.assert_array_equal(factor.materialize(), np.take_along_axis(values, place, -1)[..., 0])
+        nearest = np.take_along_axis(values, place, -1)[..., 0]
+        # A scale is a product and a sum, which a compiled program may round at once: 1 ulp, and 1 of the product.
+        np.testing.assert_allclose(factor.materialize(), nearest, rtol=3e-7)
     # 8 bits a weight; 2 * 2 and 16 scales of 8 bits, one second scale and one offset for each factor.
     assert new.stored_bits() == (64 + 32 + 4 + 16) * 8 + 2 * 64 and new.scale == old.scale
     assert stored_bits(step.params) < stored_bits(loaded.params)
