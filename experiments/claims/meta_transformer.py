@@ -16,14 +16,13 @@ from research.nn.accounting import count_bytes
 from research.training.evaluators import means
 from research.training.workdir import open_workdir
 
-STEPS, PRETRAINING, BATCH, MOST = 300, 300, 32, 512
+STEPS, PRETRAINING, BATCH, MOST = 250, 250, 32, 512
 THIN = dict(width=26, heads=2)  # with it all of a model has about as many parameters as a frozen arm trains
 # Accuracy, in per cent, of always naming one class, the most frequent.
 GUESSING = {
     "image": 10.0,
     "points": 33.3,
     "audio": 10.0,
-    "video": 25.0,
     "hyperspectral": 16.7,
     "text": 14.3,
     "table": 39.9,
@@ -130,7 +129,7 @@ def usable(results: Results) -> list[str]:
 
 
 def judge(results: Results) -> tuple[str, str]:
-    """Yes, if at least 90 % of the digits are right, at least six of the seven classifications are half of the way from
+    """Yes, if at least 90 % of the digits are right, at least five of the six classifications are half of the way from
     guessing to all right, and the mean accuracy is above that of every other arm with every seed. Partly, if only the
     first two hold. No otherwise."""
     means_of = {arm: results[arm]["mean"] for arm in SETUPS}
@@ -141,7 +140,7 @@ def judge(results: Results) -> tuple[str, str]:
         for arm in SETUPS
         if arm != "pretrained"
     }
-    works = digits >= 90 and len(served) >= 6
+    works = digits >= 90 and len(served) >= 5
     verdict = "yes" if works and all(ahead.values()) else "partly" if works else "no"
     gap = statistics.fmean(
         a - b for a, b in zip(results["pretrained"]["image"], results["random"]["image"], strict=True)
@@ -185,9 +184,9 @@ CLAIM = Claim(
     paper="arXiv 2307.10802, abstract and section 4",
     statement="One frozen encoder, pretrained on images, serves twelve modalities without paired data: each needs only "
     "a tokenizer and a head of its own.",
-    setting="Eight modalities. Real: scikit-learn's digits and wines, and text, whose package of Python's standard "
+    setting="Seven modalities. Real: scikit-learn's digits and wines, and text, whose package of Python's standard "
     "library is to be told. Generated: clouds of points of three solids, spoken digits as overlapping patches of "
-    "log-mel spectrograms, clips of moving shapes, windows of a hyperspectral scene split by blocks, hourly series to "
+    "log-mel spectrograms, windows of a hyperspectral scene split by blocks, hourly series to "
     f"be forecast. A tower of {meta.LAYERS} blocks of width {meta.WIDTH} learns in {PRETRAINING} updates to name the "
     f"cells of generated pictures: labels, not texts as in CLIP. Then {STEPS} updates with {BATCH} records of every "
     f"modality; at most {MOST} test records each; three seeds, which draw data, tower and all else. Rates are 1e-2 "
