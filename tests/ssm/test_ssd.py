@@ -1,22 +1,29 @@
 """The forms of state-space duality against the recurrence, and the recurrence against numbers worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.ssm.ssd import advance, ssd, ssd_sequential, ssd_tree
+from research.ssm import ssd as forms
+
+# One program a shape instead of one an operation.
+ssd = jax.jit(forms.ssd, static_argnames="chunk")
+ssd_sequential, ssd_tree, advance = map(jax.jit, (forms.ssd_sequential, forms.ssd_tree, forms.advance))
 
 BATCH, LENGTH, HEADS, CHANNELS, GROUPS, SIZE = 2, 11, 4, 3, 2, 5
 
 
-def inputs(length: int = LENGTH, dtype=jnp.float32):
+@functools.partial(jax.jit, static_argnums=0)
+def inputs(length: int = LENGTH):
     keys = jax.random.split(jax.random.key(0), 5)
-    x = jax.random.normal(keys[0], (BATCH, length, HEADS, CHANNELS), dtype)
-    log_decay = -jax.random.exponential(keys[1], (BATCH, length, HEADS), dtype)
-    b, c = (jax.random.normal(key, (BATCH, length, GROUPS, SIZE), dtype) for key in keys[2:4])
-    state = jax.random.normal(keys[4], (BATCH, HEADS, CHANNELS, SIZE), dtype)
+    x = jax.random.normal(keys[0], (BATCH, length, HEADS, CHANNELS))
+    log_decay = -jax.random.exponential(keys[1], (BATCH, length, HEADS))
+    b, c = (jax.random.normal(key, (BATCH, length, GROUPS, SIZE)) for key in keys[2:4])
+    state = jax.random.normal(keys[4], (BATCH, HEADS, CHANNELS, SIZE))
     return x, log_decay, b, c, state
 
 
@@ -52,8 +59,8 @@ def test_gradients_are_those_of_the_recurrence():
     def loss(form):
         return lambda *args: sum(jnp.sum(jnp.sin(part)) for part in form(*args))
 
-    chunked = jax.grad(loss(lambda *a: ssd(*a[:4], chunk=4, state=a[4])), argnums=range(5))
-    sequential = jax.grad(loss(lambda *a: ssd_sequential(*a)), argnums=range(5))
+    chunked = jax.jit(jax.grad(loss(lambda *a: ssd(*a[:4], chunk=4, state=a[4])), argnums=range(5)))
+    sequential = jax.jit(jax.grad(loss(ssd_sequential), argnums=range(5)))
     for got, expected in zip(
         chunked(x, log_decay, b, c, state), sequential(x, log_decay, b, c, state), strict=True
     ):
@@ -64,18 +71,18 @@ def test_gradients_are_those_of_the_recurrence():
 def test_without_decay_it_is_causal_linear_attention():
     x, log_decay, b, c, _ = inputs()
     y, _ = ssd(x, jnp.zeros_like(log_decay), b, c, chunk=4)
-    b, c = (jnp.repeat(part, HEADS // GROUPS, axis=2) for part in (b, c))
-    scores = jnp.einsum("bihn,bjhn->bhij", c, b) * jnp.tril(jnp.ones((LENGTH, LENGTH)))
-    close(y, jnp.einsum("bhij,bjhp->bihp", scores, x))
+    b, c = (np.repeat(part, HEADS // GROUPS, axis=2) for part in (b, c))
+    scores = np.einsum("bihn,bjhn->bhij", c, b) * np.tril(np.ones((LENGTH, LENGTH)))
+    close(y, np.einsum("bhij,bjhp->bihp", scores, x))
 
 
 def test_segments_do_not_meet():
     x, log_decay, b, c, _ = inputs()
     cuts = (0, 2, 7, LENGTH)
-    segments = jnp.repeat(jnp.arange(3), jnp.diff(jnp.array(cuts)), total_repeat_length=LENGTH)
-    y, final = ssd(x, log_decay, b, c, chunk=4, segments=jnp.broadcast_to(segments, (BATCH, LENGTH)))
+    segments = np.broadcast_to(np.repeat(np.arange(3), np.diff(cuts)), (BATCH, LENGTH))
+    y, final = ssd(x, log_decay, b, c, chunk=4, segments=segments)
     for start, stop in zip(cuts, cuts[1:], strict=False):
-        part = (value[:, start:stop] for value in (x, log_decay, b, c))
+        part = (np.asarray(value)[:, start:stop] for value in (x, log_decay, b, c))
         expected, last = ssd_sequential(*part)
         close(y[:, start:stop], expected)
     close(final, last)
@@ -90,7 +97,7 @@ def test_a_tree_is_the_recurrence_along_every_path():
         tree[node, path] = True
     y = ssd_tree(x, log_decay, b, c, tree=jnp.asarray(tree), state=state)
     for node, path in paths.items():
-        expected, _ = ssd_sequential(*(value[:, jnp.array(path)] for value in (x, log_decay, b, c)), state)
+        expected, _ = ssd_sequential(*(np.asarray(value)[:, path] for value in (x, log_decay, b, c)), state)
         close(y[:, node], expected[:, -1])
 
 
@@ -104,7 +111,7 @@ def test_a_state_advances_by_some_of_the_tokens():
 
 def test_strong_decay_does_not_overflow():
     x, log_decay, b, c, _ = inputs()
-    gradient = jax.grad(lambda a: jnp.sum(ssd(x, a, b, c, chunk=11)[0]))(log_decay * 1e4)
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(ssd(x, a, b, c, chunk=11)[0])))(log_decay * 1e4)
     assert np.all(np.isfinite(gradient))
 
 

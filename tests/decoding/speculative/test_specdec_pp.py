@@ -1,5 +1,7 @@
 """SpecDec++: exact output whatever the head says, lengths by the rule, labels and loss by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from .laws import MIXED, TABLE, VOCAB, Markov, distance, run
 from .test_draft_model import PROMPTS, decoder, init
 
 
+@functools.partial(jax.jit, static_argnames=("blocks", "width"))
 def head(blocks=2, width=VOCAB):
     """A random head. For the tokens of `Markov(MIXED)` its chances of acceptance are .98, .99, .59 and .49."""
     return AcceptanceHead(blocks).init(jax.random.key(1), jnp.zeros((1, width)))["params"]
@@ -26,8 +29,8 @@ def head(blocks=2, width=VOCAB):
 
 def always(chance: float, blocks=1, width=VOCAB):
     """A head that gives every token the same chance of acceptance."""
-    params = jax.tree.map(jnp.zeros_like, head(blocks=blocks, width=width))
-    params["output"]["bias"] = jnp.log(jnp.asarray([1 - chance, chance]))
+    params = jax.tree.map(np.zeros_like, head(blocks=blocks, width=width))
+    params["output"]["bias"] = np.log(np.asarray([1 - chance, chance], np.float32))
     return params
 
 
@@ -61,14 +64,19 @@ def test_a_rule_that_looks_at_the_token_it_drops_is_found():
 def lengths(threshold, params, rows=64, **fields):
     """Drafted tokens of the first round, for the same random numbers."""
     drafter = proposer(threshold=threshold, **fields)
-    zero = jnp.zeros((rows,), jnp.int32)
-    prompt = Prompt(zero[:, None], zero + 1, jnp.zeros((rows, 1, VOCAB)), zero, 32)
-    target = Target((), Markov(TABLE))
-    state = drafter.init(params, target, prompt)
-    warp = lambda logits, tokens, tree: logits  # noqa: E731
-    round_ = Round(zero, zero + 1, jax.random.split(jax.random.key(0), rows), warp)
-    draft, _ = drafter.propose(params, target, state, round_)
-    return np.asarray(draft.tree.real).sum(1) - 1, draft
+
+    @jax.jit
+    def first(params):
+        zero = jnp.zeros((rows,), jnp.int32)
+        prompt = Prompt(zero[:, None], zero + 1, jnp.zeros((rows, 1, VOCAB)), zero, 32)
+        target = Target((), Markov(TABLE))
+        state = drafter.init(params, target, prompt)
+        warp = lambda logits, tokens, tree: logits  # noqa: E731
+        round_ = Round(zero, zero + 1, jax.random.split(jax.random.key(0), rows), warp)
+        return drafter.propose(params, target, state, round_)[0]
+
+    draft = first(params)
+    return np.asarray(draft.tree.real).sum(1) - 1, jax.tree.map(np.asarray, draft)
 
 
 def test_length_by_hand():
@@ -124,7 +132,8 @@ def test_finished_rows_draft_nothing():
     warp = lambda logits, tokens, tree: logits  # noqa: E731
     round_ = Round(state.root, state.cache.length, keys, warp)
     waiting = state.proposer.replace(finished=jnp.asarray([True, False]))
-    draft, after = proposer().propose(weights.proposer, Target((), Markov(TABLE)), waiting, round_)
+    propose = lambda waiting: proposer().propose(weights.proposer, Target((), Markov(TABLE)), waiting, round_)  # noqa: E731
+    draft, after = jax.jit(propose)(waiting)
     assert np.asarray(draft.tree.real)[0].tolist() == [True, False, False, False, False]
     assert after.cache.length[0] == jnp.minimum(before[0], round_.length[0] - 1)
 
@@ -146,15 +155,23 @@ class Features(Markov):
 
 
 def batch(length, rows=1, seed=0):
-    tokens = jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
-    fields = {"tokens": tokens, "targets": jnp.roll(tokens, -1, 1), "segments": jnp.ones_like(tokens)}
-    weights = jnp.ones((rows, length)).at[:, -1].set(0.0)
-    return {**fields, "positions": jnp.broadcast_to(jnp.arange(length), (rows, length)), "weights": weights}
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (rows, length), np.int32)
+    fields = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "segments": np.ones_like(tokens)}
+    weights = np.ones((rows, length), np.float32)
+    weights[:, -1] = 0.0
+    return {**fields, "positions": np.broadcast_to(np.arange(length), (rows, length)), "weights": weights}
+
+
+def loss(drafter, params, table, text):
+    """Of a head, under a target that is the chain of a table."""
+    teach = lambda params, text: drafter.loss(  # noqa: E731
+        {"draft": (), "head": params}, Teacher(Lent((), Features(table)), text), text, None
+    )
+    return jax.jit(teach)(params, text)
 
 
 def measured(params, text, **fields):
-    drafter = SpecDecPP(Features(MIXED), **dict(blocks=1, mixing=0.0) | fields)
-    return drafter.loss({"draft": (), "head": params}, Teacher(Lent((), Features(TABLE)), text), text, None)
+    return loss(SpecDecPP(Features(MIXED), **dict(blocks=1, mixing=0.0) | fields), params, TABLE, text)
 
 
 def test_the_mean_label_is_the_chance_of_acceptance():
@@ -175,9 +192,10 @@ def test_the_best_constant_head():
     total, places = measured(always(0.5), text)["label"]
     mean = float(total / places)
     odds = mean / (weight * (1 - mean))
+    slopes = jax.jit(jax.grad(lambda params: measured(params, text)["loss"][0]))
     for factor, sign in ((1.0, 0), (0.9, -1), (1.1, 1)):
         chance = factor * odds / (1 + factor * odds)
-        slope = jax.grad(lambda p: measured(p, text)["loss"][0])(always(chance))["output"]["bias"][1]
+        slope = slopes(always(chance))["output"]["bias"][1]
         assert abs(slope) < 1e-3 if sign == 0 else np.sign(slope) == sign
 
 
@@ -185,8 +203,7 @@ def test_loss_by_hand():
     """One document of 3 tokens; p = q, so every label is 1 and has weight 1; chance .25: two places of -ln .25."""
     text = batch(3)
     drafter = SpecDecPP(Features(TABLE), blocks=1, mixing=0.0)
-    teacher = Teacher(Lent((), Features(TABLE)), text)
-    metrics = drafter.loss({"draft": (), "head": always(0.25)}, teacher, text, None)
+    metrics = loss(drafter, always(0.25), TABLE, text)
     assert float(metrics["loss"][1]) == 2.0
     assert float(metrics["loss"][0]) == pytest.approx(2 * np.log(4), rel=1e-5)
     assert float(metrics["kl"][0]) == pytest.approx(0, abs=1e-6)
@@ -197,8 +214,7 @@ def test_rejections_weigh_more():
     low = jnp.asarray([[0.5, 0.5, 1e-30, 1e-30]] * VOCAB)
     text = batch(3)
     drafter = SpecDecPP(Features(low[:, ::-1]), blocks=1, mixing=0.0)
-    teacher = Teacher(Lent((), Features(low)), text)
-    metrics = drafter.loss({"draft": (), "head": always(0.25)}, teacher, text, None)
+    metrics = loss(drafter, always(0.25), low, text)
     assert float(metrics["loss"][1]) == pytest.approx(12.0)
     assert float(metrics["loss"][0]) == pytest.approx(12 * -np.log(0.75), rel=1e-5)
 
@@ -222,8 +238,8 @@ def test_the_parts_train_apart():
     text |= {"positions": jnp.arange(4)[None], "weights": jnp.asarray([[1.0, 1, 1, 0]])}
 
     def gradient(name):
-        loss = lambda p: drafter.loss(p, Teacher(target, text), text, jax.random.key(2))[name][0]  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
+        own = lambda p: drafter.loss(p, Teacher(target, text), text, jax.random.key(2))[name][0]  # noqa: E731
+        return jax.jit(jax.grad(own))(params)
 
     for name, trained, left in (("loss", "head", "draft"), ("kl", "draft", "head")):
         found = gradient(name)
