@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
     reads_images = hasattr(loaded.model, "planner") or isinstance(loaded.model, Encoder)
     if FORMAT.value == "huggingface" and reads_images:
         raise UserError(
-            f"{FROM.value}: a {type(loaded.model).__name__} reads images, which --format=lathe alone holds"
+            f"{FROM.value}: {type(loaded.model).__name__} reads images, which --format=lathe alone holds"
         )
     if FORMAT.value == "huggingface":
         report = huggingface.save(
