@@ -62,7 +62,7 @@ def few_steps(config: ConfigDict, target: str) -> ConfigDict:
     if "start_from" in short.task:
         short.task.start_from = None  # its model is not this narrow one
     for stage in short.stages:
-        stage.steps, stage.batch_size = STEPS, 8
+        stage.steps, stage.batch_size = STEPS, 2
         # Warm-ups are longer than that.
         stage.optimizer.schedule = of(constant, peak=stage.optimizer.schedule.peak)
     return short
