@@ -6,11 +6,13 @@ the partitioner's own, which count as they go:
     products            FLOPs of matrix products and convolutions, on one device; all else is taken to be free
     moved               bytes that the operands and results of products are, which memory must move at least
     gathered, reduced   bytes that a device sends in a ring: all-gathers of operands whose axes divide the other operand
-                        already (a weight under `fsdp`), sums over axes that divide what a product contracts
+                        already (a weight under `fsdp`), sums over axes that divide what a product contracts; and what
+                        a `shard_map` sends itself: passed on and gathered, and summed
     peak                bytes of intermediate arrays that are alive together at most
 
 Elementwise results are taken to be fused into whatever reads them, unless a product or a loop does. A loop (`scan`)
-counts as often as it runs; a `while` once, and a kernel not at all: `uncounted` names them.
+counts as often as it runs; a `while` once, and a kernel not at all: `uncounted` names them. Of a `cond` the branch with
+most products counts.
 """
 
 import dataclasses
@@ -338,6 +340,48 @@ class _Program:
         total.add(once)
         return found, once.peak
 
+    def _on_shard_map(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        """Its program is one device's: nothing in it is divided further."""
+        params = step.equation.params
+        for var, spec, wanted in zip(step.inputs, inputs, params["in_specs"], strict=True):
+            if var is not None and spec:
+                kept = set(sum(_divided(wanted, len(spec)), ()))
+                self._gathered(var, spec, set(sum(spec, ())) - kept, total)
+        body = params["jaxpr"]
+        once, _ = self.run(body, [_open(v) for v in body.invars])
+        total.add(once)
+        outputs = zip(params["out_specs"], step.outputs, strict=True)
+        return [_divided(spec, len(out.aval.shape)) for spec, out in outputs], once.peak
+
+    def _on_ppermute(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        total.gathered += sum(self.bytes(v, s) for v, s in zip(step.inputs, inputs, strict=True))
+        return inputs, 0.0
+
+    def _on_all_gather(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        return self._sent(step, step.outputs, "gathered", 1, total)
+
+    def _on_all_to_all(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        return self._sent(step, step.outputs, "gathered", 1, total)
+
+    def _on_psum_invariant(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        return self._on_psum(step, inputs, total)
+
+    def _on_psum(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        return self._sent(step, step.outputs, "reduced", 2, total)
+
+    def _on_reduce_scatter(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
+        return self._sent(step, step.inputs, "reduced", 1, total)
+
+    def _sent(
+        self, step: _Step, values: list[Any], kind: str, times: int, total: Tally
+    ) -> tuple[list[Spec], float]:
+        """A collective of `shard_map`, by its larger side."""
+        axes = step.equation.params.get("axes") or step.equation.params["axis_name"]
+        parts = self.parts((axes,) if isinstance(axes, str) else tuple(axes))
+        size = sum(self.bytes(v, _open(v)) for v in values if v is not None)
+        setattr(total, kind, getattr(total, kind) + times * size * (parts - 1) / parts)
+        return [_open(v) for v in step.outputs], 0.0
+
     def _on_cond(self, step: _Step, inputs: list[Spec], total: Tally) -> tuple[list[Spec], float]:
         runs = [self.run(branch.jaxpr, list(inputs[1:])) for branch in step.equation.params["branches"]]
         worst = max(runs, key=lambda run: run[0].products)
@@ -347,6 +391,12 @@ class _Program:
 
 def _open(value: Any) -> Spec:
     return () if value is None else ((),) * len(value.aval.shape)
+
+
+def _divided(spec: Any, ndim: int) -> Spec:
+    """Of a `PartitionSpec`."""
+    entries = tuple(spec) + (None,) * (ndim - len(spec))
+    return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
 
 
 def _joined(one: Spec, other: Spec) -> Spec:
@@ -390,7 +440,7 @@ def _flatten(jaxpr: Any) -> tuple[list[_Step], list[Any]]:
         for equation in inner.eqns:
             inputs = [read(names, atom) for atom in equation.invars]
             called = None
-            if equation.primitive.name not in ("scan", "while", "cond", "pallas_call"):
+            if equation.primitive.name not in ("scan", "while", "cond", "shard_map", "pallas_call"):
                 called = next((equation.params[key] for key in _INLINED if key in equation.params), None)
             if called is None:
                 fresh = [_Value(v.aval) for v in equation.outvars]

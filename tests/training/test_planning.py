@@ -74,6 +74,27 @@ def test_loops_count_as_often_as_they_run():
     assert costs.gathered == 5 * 16 * 16 * 4 * 3 / 4  # one layer at a time
 
 
+def test_what_a_shard_map_sends_and_computes():
+    """8 rows over 4 devices; 16 floats a device, 64 of all."""
+    mesh = jax.sharding.AbstractMesh((4,), ("seq",))
+
+    def part(x):
+        passed = jax.lax.ppermute(x, "seq", [(i, (i + 1) % 4) for i in range(4)])
+        every = jax.lax.all_gather(x, "seq")
+        mine = jax.lax.psum_scatter(every, "seq")
+        return jax.lax.psum(passed @ passed.T, "seq") @ mine
+
+    def program(x):
+        spec = jax.sharding.PartitionSpec("seq")
+        return jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=spec)(x)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        costs = count(program, ((8, 8), (("seq",), NONE)), sizes={"seq": 4})
+    assert costs.products == 2 * 2 * 2 * 8 + 2 * 2 * 2 * 8
+    assert costs.gathered == 4 * (16 + 64 * 3 / 4)
+    assert costs.reduced == 4 * (64 * 3 / 4 + 2 * 4 * 3 / 4)
+
+
 def trainer(layers=2, **mesh):
     model = decoder(width=64, num_layers=layers, num_heads=4, hidden_dim=256, length=64)
     stage = of(Stage, name="m", steps=1, batch_size=16, optimizer=of(adamw, schedule=of(constant, peak=1e-3)))
