@@ -8,6 +8,8 @@
     python -m experiments.bench context                   a decoding step by context: attention, TidalDecode, spans,
                                                           Mamba-2, and Llama of transformers
     python -m experiments.bench ssm                       Mamba-2 against that of transformers
+    python -m experiments.bench multimodal                a model that reads images against LLaVA of transformers, and
+                                                          planners on a photograph of 12 megapixels
     python -m experiments.bench quant                     decoding with weights of 16, 8, 4 and 2 bits against float32
     python -m experiments.bench scaling --sizes=1M        training on 1, 2, 4 and 8 devices, simulated or real
     python -m experiments.bench startup                   start of a process to its first training step
@@ -47,6 +49,7 @@ PARTS = (
     "moe",
     "context",
     "ssm",
+    "multimodal",
     "quant",
     "scaling",
     "startup",
@@ -58,8 +61,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 PROGRAM = cli.Program(
     __doc__,
-    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | quant | scaling | startup | costs | "
-    "drafters | all ...",
+    arguments="peak | kernels | train | decode | assisted | moe | context | ssm | multimodal | quant | scaling | "
+    "startup | costs | drafters | all ...",
 )
 SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
@@ -160,6 +163,10 @@ def measure(part: str, shapes: list[Any]) -> Any:
         from experiments.bench import ssm
 
         return [row.as_dict() for row in ssm.run(rounds=ROUNDS.value)]
+    if part == "multimodal":
+        from experiments.bench import multimodal
+
+        return [row.as_dict() for row in multimodal.run(rounds=ROUNDS.value)]
     if part == "quant":
         from experiments.bench import quant
 

@@ -3,13 +3,14 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
 from research.nn.attention import Attention
 from research.nn.attention_kernels import NEGATIVE, cap
-from research.nn.transformer import LayerStack, unscan_layers
+from research.nn.transformer import holds_stack, stack_of, unscan_layers
 from research.sparse.moa.influence import with_attention
 
 
@@ -33,17 +34,21 @@ class _Recorder:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attention_maps(model: LayerStack, params: Any, tokens: jax.Array) -> dict[int, jax.Array]:
+def attention_maps(model: nn.Module, params: Any, tokens: jax.Array, *beside: Any) -> dict[int, jax.Array]:
     """{layer: float32[B, H, T, T], row i what token i looks at} for tokens int32[B, T], of layers of `Attention`.
 
+    beside: what the model takes beside tokens, as one that reads images its `Pictures`; its decoder's layers are meant.
     Raises UserError where no layer is one.
     """
     model, params = unscan_layers(model, params)
-    mixers = [model.blocks[i % len(model.blocks)].attention for i in range(model.num_layers)]
+    stack, _ = stack_of(model, params)
+    mixers = [stack.blocks[i % len(stack.blocks)].attention for i in range(stack.num_layers)]
     recorders = {i: _Recorder() for i, mixer in enumerate(mixers) if type(mixer) is Attention}
     if not recorders:
         kinds = ", ".join(sorted({type(mixer).__name__ for mixer in mixers}))
         raise UserError(f"no layer of this model is Attention ({kinds}): there is nothing to see")
-    recorded = with_attention(model, {i: mixers[i].clone(kernel=each) for i, each in recorders.items()})
-    recorded.clone(remat="none").apply({"params": params}, tokens)
+    changed = {i: mixers[i].clone(kernel=each) for i, each in recorders.items()}
+    recorded = with_attention(stack, changed).clone(remat="none")
+    whole = model.clone(decoder=recorded) if holds_stack(model) else recorded
+    whole.apply({"params": params}, tokens, *beside)
     return {i: recorder.probabilities for i, recorder in recorders.items()}

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from research.compression.gear import Gear, with_cache
@@ -26,6 +27,7 @@ from research.multimodal.prompts import Prompts
 from research.nn.masks import Window
 from research.nn.transformer import stack_of
 from research.sparse.gathered import gathered
+from research.sparse.maps import attention_maps
 from research.sparse.moa.plan import Plan, Shape, apply_plan
 from research.sparse.moa.rules import Grid, Rule
 from research.sparse.selectors import Newest
@@ -141,3 +143,17 @@ def test_a_cache_shorter_than_a_chunk(toy):
     model, params = with_cache(*toy, Gear(bits=4, group=8, rank=0, outliers=0.0, buffer=64))
     cache = jax.eval_shape(lambda: model.init_cache(1, 16))
     assert cache.layers[0].key.tokens == 64
+
+
+def test_maps_are_of_the_decoder(toy):
+    model, params = toy
+    asked = Prompts.of(PROMPTS[:1], model.planner, vocabulary())
+    tokens = jnp.asarray(asked.tokens)
+    found = attention_maps(model, params, tokens, *asked.beside(tokens.shape[1]))
+    text = attention_maps(model.decoder, params["decoder"], tokens)
+    # <bos> stands in front of the image and sees itself; what follows sees the image's rows, not the tokens there.
+    assert list(found) == [0, 1] and found[0].shape == text[0].shape
+    for layer in found:
+        np.testing.assert_allclose(found[layer].sum(-1), 1.0, rtol=1e-5)
+        np.testing.assert_array_equal(np.triu(found[layer], 1), 0.0)
+    assert not np.allclose(found[0][0, :, -1], text[0][0, :, -1], atol=1e-3)
