@@ -18,7 +18,7 @@ from research.moe.routing import Routing, route
 from research.nn.weights import LowRank, Sum
 
 N, K, E, D, F = 24, 2, 4, 8, 6
-MASK = jnp.arange(N) % 5 > 0
+MASK = np.arange(N) % 5 > 0
 
 BACKENDS = {
     "capacity": CapacityDispatch.make,
@@ -29,22 +29,22 @@ BACKENDS = {
 
 
 def inputs(dtype=jnp.float32) -> dict:
-    keys = jax.random.split(jax.random.key(1), 8)
+    normal = np.random.default_rng(1).standard_normal
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
     params = {
         name: {
-            "kernel": jax.random.normal(key, (E, *shape), dtype) / shape[0] ** 0.5,
-            "bias": jax.random.normal(key, (E, shape[1]), dtype),
+            "kernel": (normal((E, *shape)) / shape[0] ** 0.5).astype(dtype),
+            "bias": normal((E, shape[1])).astype(dtype),
         }
-        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+        for name, shape in shapes.items()
     }
-    x = jax.random.normal(keys[3], (N, D), dtype)
+    x = normal((N, D)).astype(dtype)
     # Loads 2, 1, 0 and 1 times the mean: an expert without tokens among them.
-    logits = jax.random.normal(keys[4], (N, E)) + jnp.asarray([2.0, 0.0, -30.0, 0.0])
+    logits = normal((N, E)).astype(np.float32) + np.asarray([2.0, 0.0, -30.0, 0.0], np.float32)
     return {"x": x, "logits": logits, "params": params}
 
 
-def value_and_gradients(make, values, run=None):
+def value_and_gradients(make, values):
     """The output, and the gradients of a function of it by x, the router's logits and all parameters."""
 
     def layer(values):
@@ -54,11 +54,11 @@ def value_and_gradients(make, values, run=None):
         return dispatch.combine(y, routing.gate)
 
     def objective(values):
-        y = (run or layer)(values)
+        y = layer(values)
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape)), dtype=jnp.float32), y
 
-    (_, y), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True, allow_int=True))(values)
-    return y, gradients
+    (_, y), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(values)
+    return jax.tree.map(np.asarray, (y, gradients))
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def test_equals_the_oracle_forward_and_backward(name, piece, oracle, monkeypatch
 
 def test_the_oracle_is_a_loop_over_tokens_and_experts(oracle):
     values = inputs()
-    routing = route(values["logits"], K)
-    params = jax.tree.map(np.asarray, values["params"])
+    routing = jax.jit(lambda logits: route(logits, K))(values["logits"])
+    params = values["params"]
     for n in range(5):
         y = np.zeros(D)
         for e, gate in zip(np.asarray(routing.index[n]), np.asarray(routing.gate[n]), strict=True):
-            x = np.asarray(values["x"][n])
+            x = values["x"][n]
             up, gated = (x @ params[p]["kernel"][e] + params[p]["bias"][e] for p in ("up", "gate"))
             hidden = gated / (1 + np.exp(-gated)) * up
             y += gate * (hidden @ params["down"]["kernel"][e] + params["down"]["bias"][e])
@@ -102,99 +102,122 @@ def test_half_precision_rounds_what_it_must_and_no_more(oracle):
     assert y.dtype == gradients["params"]["up"]["kernel"].dtype == jnp.bfloat16
     dense, dense_gradients = value_and_gradients(DenseDispatch.make, values)
     # Both round to 8 bits after each product; sums are float32 in both.
-    close(y.astype(jnp.float32), dense.astype(jnp.float32), 3e-2)
+    close(y.astype(np.float32), dense.astype(np.float32), 3e-2)
     close(gradients["logits"], dense_gradients["logits"], 6e-2)
 
 
 @pytest.mark.parametrize("name", ["sorted, tiles of 1", "sorted, tiles of 5"])
 def test_structured_kernels(name):
     """A sum of an array and a low-rank product, stacked by experts, multiplies as its matrices do."""
-    keys = jax.random.split(jax.random.key(2), 3)
-    low = LowRank(jax.random.normal(keys[0], (E, D, 2)), jax.random.normal(keys[1], (E, 2, F)))
-    kernel = Sum((jax.random.normal(keys[2], (E, D, F)), low))
-    routing, x = route(inputs()["logits"], K), inputs()["x"]
-    dispatch = BACKENDS[name](routing)
+    shapes = (E, D, 2), (E, 2, F), (E, D, F)
+    down, up, term = (np.random.default_rng(2).standard_normal(s).astype(np.float32) for s in shapes)
 
-    def run(kernel):
-        return lambda x: dispatch.gather_slots(dispatch.dot(dispatch.scatter(x), kernel))
+    @jax.jit
+    def run(logits, x, kernel):
+        dispatch = BACKENDS[name](route(logits, K))
+        y, pull = jax.vjp(lambda x, k: dispatch.gather_slots(dispatch.dot(dispatch.scatter(x), k)), x, kernel)
+        return y, pull(jnp.ones_like(y))
 
-    whole = kernel.terms[0] + jnp.einsum("edr,erf->edf", low.down, low.up)
-    y, pull = jax.vjp(lambda x, kernel: run(kernel)(x), x, kernel)
-    expected, expected_pull = jax.vjp(lambda x, kernel: run(kernel)(x), x, whole)
+    tokens = inputs()["logits"], inputs()["x"]
+    y, (dx, d_kernel) = run(*tokens, Sum((term, LowRank(down, up))))
+    expected, (dx_expected, d_whole) = run(*tokens, term + down @ up)
     close(y, expected, 1e-4)
-    dx, d_kernel = pull(jnp.ones_like(y))
-    dx_expected, d_whole = expected_pull(jnp.ones_like(y))
     close(dx, dx_expected, 1e-4)
     close(d_kernel.terms[0], d_whole, 1e-4)
-    close(d_kernel.terms[1].down, jnp.einsum("edf,erf->edr", d_whole, low.up), 1e-4)
+    close(d_kernel.terms[1].down, np.einsum("edf,erf->edr", d_whole, up), 1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_slots_are_gathered_where_they_were_scattered(name):
-    routing = route(inputs()["logits"], K, mask=MASK)
-    dispatch = BACKENDS[name](routing)
-    rows = jax.random.normal(jax.random.key(0), (N, K, D))
+
+    @jax.jit
+    def there_and_back(logits, rows):
+        routing = route(logits, K, mask=MASK)
+        dispatch, oracle = BACKENDS[name](routing), DenseDispatch.make(routing)
+        token = dispatch.gather_slots(dispatch.scatter(rows[:, 0]))[:, 1]
+        return *(made.gather_slots(made.scatter_slots(rows)) for made in (dispatch, oracle)), token
+
+    rows = np.random.default_rng(0).standard_normal((N, K, D)).astype(np.float32)
     kept = rows * MASK[:, None, None]
-    np.testing.assert_array_equal(dispatch.gather_slots(dispatch.scatter_slots(rows)), kept)
-    x = rows[:, 0]
-    np.testing.assert_array_equal(dispatch.gather_slots(dispatch.scatter(x))[:, 1], kept[:, 0])
-    oracle = DenseDispatch.make(routing)
-    np.testing.assert_array_equal(oracle.gather_slots(oracle.scatter_slots(rows)), kept)
+    slots, oracle, token = there_and_back(inputs()["logits"], rows)
+    np.testing.assert_array_equal(slots, kept)
+    np.testing.assert_array_equal(token, kept[:, 0])
+    np.testing.assert_array_equal(oracle, kept)
 
 
 def test_choices_of_few_tokens_read_few_kernels():
     """Decoding: experts without tokens may hold NaN, they are not read."""
-    routing = route(jnp.asarray([[0.0, 1.0, 5.0, 4.0]] * 2), K)
-    dispatch = make_dispatch(routing)
-    kernel = jnp.ones((E, D, F)).at[:2].set(jnp.nan)
-    y = dispatch.gather_slots(dispatch.dot(dispatch.scatter(jnp.ones((2, D))), kernel))
-    np.testing.assert_array_equal(y, jnp.full((2, K, F), float(D)))
+
+    @jax.jit
+    def run(logits, x, kernel):
+        dispatch = make_dispatch(route(logits, K))
+        return dispatch.gather_slots(dispatch.dot(dispatch.scatter(x), kernel))
+
+    kernel = np.ones((E, D, F), np.float32)
+    kernel[:2] = np.nan
+    y = run(np.asarray([[0.0, 1.0, 5.0, 4.0]] * 2, np.float32), np.ones((2, D), np.float32), kernel)
+    np.testing.assert_array_equal(y, np.full((2, K, F), float(D)))
 
 
 def test_blocks_of_a_large_kernel_add_up(monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 64)  # bytes: D * F * 4 = 192 of them in 3 or more blocks
-    rows, kernel = jax.random.normal(jax.random.key(0), (5, D)), inputs()["params"]["up"]["kernel"]
+    rows = np.random.default_rng(0).standard_normal((5, D)).astype(np.float32)
+    kernel = inputs()["params"]["up"]["kernel"]
+    rows[4] = 0
     assert grouped._block_count(kernel) == 4  # the first divisor of 8 from 3 on
-    y = grouped.grouped_dot(rows.at[4].set(0), kernel, jnp.asarray([0, 3, 0, 1]), 2)
-    close(y, jnp.stack([*(rows[i] @ kernel[1] for i in range(3)), rows[3] @ kernel[3], jnp.zeros(F)]))
+    y = jax.jit(lambda *args: grouped.grouped_dot(*args, 2))(rows, kernel, np.asarray([0, 3, 0, 1]))
+    close(y, np.stack([*(rows[i] @ kernel[1] for i in range(3)), rows[3] @ kernel[3], np.zeros(F)]))
 
 
 # Three tokens, each with a first and a second choice; every expert has ceil(1 * 2 * 3 / 2) = 3, rounded up to 4 and
 # cut to the 3 tokens; with a factor of 1/3 it has one slot.
-CHOICES = jnp.asarray([[1, 0], [0, 1], [0, 1]])
+CHOICES = np.asarray([[1, 0], [0, 1], [0, 1]])
 
 
-def chosen(index, mask=None) -> Routing:
-    index = jnp.asarray(index)
-    tokens = index.shape[0]
-    logits = jnp.zeros((tokens, int(index.max()) + 1))
-    mask = jnp.ones(tokens, bool) if mask is None else jnp.asarray(mask)
-    return Routing(logits, jax.nn.softmax(logits), index, jnp.ones(index.shape), mask)
+def chosen(index, mask) -> Routing:
+    logits = np.zeros((len(index), index.max() + 1), np.float32)
+    return Routing(logits, logits + 1 / logits.shape[1], index, np.ones(index.shape), np.asarray(mask))
+
+
+def one_slot(mask):
+    """Tokens 1, 2 and 3 scattered to one slot an expert, and 10 and 20 combined from there."""
+
+    @jax.jit
+    def run(routing):
+        dispatch = CapacityDispatch.make(routing)
+        there = dispatch.scatter(jnp.asarray([[1.0], [2.0], [3.0]]))
+        return dispatch, there, dispatch.combine(jnp.asarray([[[10.0]], [[20.0]]]), jnp.ones((3, 2)))
+
+    return run(chosen(CHOICES, mask))
 
 
 def test_first_choices_come_before_second_ones(monkeypatch):
     monkeypatch.setattr("research.moe.dispatch.expert_capacity", lambda *_: 1)
-    dispatch = CapacityDispatch.make(chosen(CHOICES))
+    dispatch, there, y = one_slot([True, True, True])
     # Expert 0: first choices of tokens 1 and 2, second of token 0: token 1. Expert 1: first of 0, second of 1 and 2.
-    assert dispatch.scatter(jnp.asarray([[1.0], [2.0], [3.0]])).ravel().tolist() == [2.0, 1.0]
-    assert dispatch.dropped == 4 and dispatch.counts.tolist() == [3, 3]
-    y = dispatch.combine(jnp.asarray([[[10.0]], [[20.0]]]), jnp.ones((3, 2)))
-    assert y.ravel().tolist() == [20.0, 10.0, 0.0]  # the last token is dropped by both
+    assert np.ravel(there).tolist() == [2.0, 1.0]
+    assert float(dispatch.dropped) == 4 and dispatch.counts.tolist() == [3, 3]
+    assert np.ravel(y).tolist() == [20.0, 10.0, 0.0]  # the last token is dropped by both
 
 
 def test_padding_takes_no_slot(monkeypatch):
     monkeypatch.setattr("research.moe.dispatch.expert_capacity", lambda *_: 1)
-    dispatch = CapacityDispatch.make(chosen(CHOICES, [True, False, True]))
-    assert dispatch.scatter(jnp.asarray([[1.0], [2.0], [3.0]])).ravel().tolist() == [3.0, 1.0]
-    assert dispatch.dropped == 2 and dispatch.counts.tolist() == [2, 2]
+    dispatch, there, _ = one_slot([True, False, True])
+    assert np.ravel(there).tolist() == [3.0, 1.0]
+    assert float(dispatch.dropped) == 2 and dispatch.counts.tolist() == [2, 2]
 
 
 def test_capacity_sweep():
-    routing = route(inputs()["logits"], K)
     # ceil(factor * 2 * 24 / 4 = 12 factor), up to a multiple of 4, at most 24 tokens.
     wanted = {0.25: 4, 0.5: 8, 1.0: 12, 1.25: 16, 2.0: 24, 4.0: 24, None: 24}
     assert {factor: expert_capacity(N, E, K, factor) for factor in wanted} == wanted
-    dropped = [float(make_dispatch(routing, "capacity", factor).dropped) for factor in wanted]
+
+    @jax.jit
+    def sweep(logits):
+        routing = route(logits, K)
+        return jnp.stack([make_dispatch(routing, "capacity", factor).dropped for factor in wanted])
+
+    dropped = sweep(inputs()["logits"]).tolist()
     assert dropped == sorted(dropped, reverse=True) and dropped[0] > 0 and dropped[-3:] == [0, 0, 0]
 
 
@@ -209,4 +232,4 @@ def test_capacity_sweep():
 )
 def test_mistakes_are_one_line(backend, factor, message):
     with pytest.raises(UserError, match=message):
-        make_dispatch(route(jnp.zeros((N, E)), K), backend, factor)
+        make_dispatch(jax.eval_shape(lambda: route(jnp.zeros((N, E)), K)), backend, factor)
