@@ -61,6 +61,8 @@ class Clips(World):
         speeds: pixels a frame of what is slow and of what is fast.
         objects: the fewest and the most, at most two.
         asks: the questions that come, all alike often.
+        told: a sentence, the caption, stands where the clip would, and there is none: what a language model may learn
+            from words alone, before it is frozen.
     """
 
     frames: int = 8
@@ -68,6 +70,7 @@ class Clips(World):
     speeds: tuple[int, int] = (1, 3)
     objects: tuple[int, int] = (1, 2)
     asks: tuple[Literal["direction", "speed", "motion", "colour", "shape", "caption"], ...] = ASKS
+    told: bool = False
 
     tokenizer = str(TOKENIZER)
 
@@ -88,6 +91,8 @@ class Clips(World):
         movers = self._movers(random)
         clip = self._film(random, movers)
         question, answer = self._ask(random, movers)
+        if self.told:
+            return Dialogue((), ((f"{_caption(movers)} . {question}", answer),))
         return Dialogue((clip,), ((f"<image> {question}", answer),))
 
     def movers(self, number: int) -> tuple[Mover, ...]:
@@ -124,8 +129,7 @@ class Clips(World):
         one = movers[random.randint(len(movers))]
         ask = self.asks[random.randint(len(self.asks))]
         if ask == "caption":
-            said = (f"a {m.speed} {m.colour} {m.shape} moves {m.direction}" for m in movers)
-            return "describe the clip", " and ".join(said)
+            return "describe the clip", _caption(movers)
         return {
             "direction": (f"which way does the {one.shape} move", one.direction),
             "speed": (f"how fast is the {one.shape}", one.speed),
@@ -133,3 +137,7 @@ class Clips(World):
             "colour": (f"what colour is the {one.shape}", one.colour),
             "shape": (f"what shape is {one.colour}", one.shape),
         }[ask]
+
+
+def _caption(movers: tuple[Mover, ...]) -> str:
+    return " and ".join(f"a {m.speed} {m.colour} {m.shape} moves {m.direction}" for m in movers)

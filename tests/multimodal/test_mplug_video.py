@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.config import build, load_config
 from research.config_capture import capture
 from research.data.shapes import vocabulary
 from research.errors import UserError
@@ -199,3 +200,14 @@ def test_a_run_begins_with_an_image_tower(toy, towers, tmp_path):
         UserError, match=r"tower/times: the image tower's is \(3,\), and the video tower's \(4, 8\)"
     ):
         begin_as_images(begun, {"times": np.zeros(3)})
+
+
+def test_the_decoder_is_frozen_when_videos_come():
+    trainer = build(load_config("configs/mplug_video.py"))
+    words, videos = trainer.stages
+    shapes = jax.eval_shape(trainer.task.init, KEY)
+    parts = {name: set(jax.tree.leaves(part)) for name, part in videos.mask(shapes).items()}
+    assert parts == {"decoder": {False}, "tower": {True}, "connector": {True}}
+    assert {name for name, part in words.mask(shapes).items() if any(jax.tree.leaves(part))} == {"decoder"}
+    told = words.data.take(np.arange(2))
+    assert (told["slot"] == -1).all() and not told["patches"].any()

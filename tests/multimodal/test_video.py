@@ -80,6 +80,8 @@ def test_the_clips_say_what_they_show():
             one.colour,
             one.shape,
         ) or (answer.endswith(f"a {one.speed} {one.colour} {one.shape} moves {one.direction}"))
+    told = Clips(size=64, asks=("caption",), told=True)[0]
+    assert told.images == () and told.turns[0][0] == f"{told.turns[0][1]} . describe the clip"
     with pytest.raises(UserError, match="a way of at most 24 pixels"):
         Clips(frames=10)
 
