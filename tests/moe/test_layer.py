@@ -22,16 +22,17 @@ from research.training.partitioning import batch_sharding, make_mesh, parameter_
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
 from research.training.workdir import open_workdir
+from tests.programs import call, drawn
 
 B, T, D, F, E, K = 2, 7, 8, 12, 4, 2
 # Sums of at most 24 products of order 1 in float32, in another order, through two products.
 CLOSE = dict(rtol=2e-5, atol=2e-6)
 DISPATCHES = ("dense", "capacity", "sorted")
-SEGMENTS = jnp.asarray([[1, 1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0]])
+SEGMENTS = np.asarray([[1, 1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 2, 0]])
 
 
 def context(segments=None) -> Context:
-    return Context(jnp.broadcast_to(jnp.arange(T), (B, T)), segments)
+    return Context(np.broadcast_to(np.arange(T), (B, T)), segments)
 
 
 def moe(**fields) -> MoE:
@@ -42,14 +43,9 @@ def x() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def init(layer: MoE) -> dict:
-    return layer.init(jax.random.key(1), x(), context())["params"]
-
-
 def params(layer: MoE) -> dict:
-    """New ones, which a test may change."""
-    return jax.tree.map(lambda y: y, init(layer))
+    """New ones, which a test may change. Biases are not 0."""
+    return jax.tree.map(np.array, drawn(layer, x(), context(), seed=1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -62,9 +58,8 @@ def apply(layer, params, x, segments=None):
 def test_one_expert_is_the_dense_layer(dispatch, gated):
     layer = moe(num_experts=1, k=1, dispatch=dispatch, gated=gated, activation="gelu", use_bias=True)
     tree = params(layer)
-    tree["experts"] = jax.tree.map(lambda y: y + 0.1, tree["experts"])  # biases that are not 0
     dense = GatedMLP(F, "gelu", use_bias=True) if gated else MLP(F)
-    expected = dense.apply({"params": jax.tree.map(lambda y: y[0], tree["experts"])}, x())
+    expected = call(dense, jax.tree.map(lambda y: y[0], tree["experts"]), x())
     np.testing.assert_allclose(apply(layer, tree, x())[0], expected, **CLOSE)
 
 
@@ -72,14 +67,14 @@ def test_one_expert_is_the_dense_layer(dispatch, gated):
 def test_equal_experts_are_the_dense_layer_whatever_the_router_says(dispatch):
     layer = moe(dispatch=dispatch)
     tree = params(layer)
-    tree["experts"] = jax.tree.map(lambda y: jnp.broadcast_to(y[:1], y.shape), tree["experts"])
-    expected = GatedMLP(F).apply({"params": jax.tree.map(lambda y: y[0], tree["experts"])}, x())
+    tree["experts"] = jax.tree.map(lambda y: np.broadcast_to(y[:1], y.shape), tree["experts"])
+    expected = call(GatedMLP(F), jax.tree.map(lambda y: y[0], tree["experts"]), x())
     np.testing.assert_allclose(apply(layer, tree, x())[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
 def test_the_order_of_experts_does_not_matter(dispatch):
-    layer, order = moe(dispatch=dispatch, router_bias=True), jnp.asarray([2, 0, 3, 1])
+    layer, order = moe(dispatch=dispatch, router_bias=True), np.asarray([2, 0, 3, 1])
     tree = params(layer)
     permuted = {
         "router": jax.tree.map(lambda y: y[..., order], tree["router"]),
@@ -89,7 +84,7 @@ def test_the_order_of_experts_does_not_matter(dispatch):
     theirs, other_losses, other = apply(layer, permuted, x())
     np.testing.assert_allclose(ours, theirs, **CLOSE)
     np.testing.assert_allclose(losses["balance"], other_losses["balance"], rtol=1e-6)
-    np.testing.assert_array_equal(measured["load"][0][order], other["load"][0])
+    np.testing.assert_array_equal(np.asarray(measured["load"][0])[order], other["load"][0])
 
 
 @pytest.mark.parametrize("dispatch", [*DISPATCHES, "capacity 1"])
@@ -99,37 +94,37 @@ def test_padding_never_matters(dispatch):
     tree = params(layer)
     real = (SEGMENTS > 0)[..., None]
     y, losses, measured = apply(layer, tree, x(), SEGMENTS)
-    other = apply(layer, tree, jnp.where(real, x(), 100.0 * x()[::-1]), SEGMENTS)
+    other = apply(layer, tree, np.where(real, x(), 100.0 * x()[::-1]), SEGMENTS)
     jax.tree.map(np.testing.assert_array_equal, (y, losses, measured), other)
-    np.testing.assert_array_equal(jnp.where(real, 0.0, y), 0.0)
-    assert measured["load"][1] == K * real.sum()
+    np.testing.assert_array_equal(np.where(real, 0.0, y), 0.0)
+    assert float(measured["load"][1]) == K * real.sum()
 
 
 def test_what_is_dropped_gets_nothing_but_the_shared_expert():
     layer = moe(capacity_factor=0.1, k=1, shared=GatedMLP(4))  # ceil(0.1 * 14 / 4) = 1, rounded up to 4 slots
     tree = params(layer)
-    tree["router"]["kernel"] = jnp.zeros((D, E))  # all choose expert 0
+    tree["router"]["kernel"][:] = 0  # all choose expert 0
     y, _, measured = apply(layer, tree, x())
-    shared = GatedMLP(4).apply({"params": tree["shared"]}, x()).reshape(-1, D)
-    assert measured["dropped"] == (10.0, 14.0)
-    np.testing.assert_array_equal(y.reshape(-1, D)[4:], shared[4:])
-    assert (y.reshape(-1, D)[:4] != shared[:4]).any(axis=1).all()
+    y, shared = (np.reshape(part, (-1, D)) for part in (y, call(GatedMLP(4), tree["shared"], x())))
+    assert tuple(map(float, measured["dropped"])) == (10.0, 14.0)
+    np.testing.assert_array_equal(y[4:], shared[4:])
+    assert (y[:4] != shared[:4]).any(axis=1).all()
 
 
 def test_shared_experts_are_added_and_gated():
     plain, layer = moe(), moe(shared=GatedMLP(4), gate_shared=True, output_bias=True)
     tree = params(layer)
-    tree["bias"] = jnp.arange(float(D))
-    gate = jax.nn.sigmoid(x() @ tree["shared_gate"]["kernel"])
-    expected = apply(plain, {name: tree[name] for name in ("router", "experts")}, x())[0]
-    expected += gate * GatedMLP(4).apply({"params": tree["shared"]}, x()) + tree["bias"]
+    tree["bias"] = np.arange(D, dtype=np.float32)
+    gate = 1 / (1 + np.exp(-x() @ tree["shared_gate"]["kernel"]))
+    expected = np.asarray(apply(plain, {name: tree[name] for name in ("router", "experts")}, x())[0])
+    expected = expected + gate * call(GatedMLP(4), tree["shared"], x()) + tree["bias"]
     np.testing.assert_allclose(apply(layer, tree, x())[0], expected, **CLOSE)
 
 
 def test_reports():
     layer = moe(balance="switch", balance_weight=0.5, z_weight=2.0)
     tree = params(layer)
-    tree["router"]["kernel"] = jnp.zeros((D, E))
+    tree["router"]["kernel"][:] = 0
     _, losses, measured = apply(layer, tree, x(), SEGMENTS)
     # Equal probabilities: E f P = 1 whatever the choices, logsumexp = ln 4, entropy ln 4; experts 0 and 1 have all.
     np.testing.assert_allclose(losses["balance"], 0.5, rtol=1e-6)
@@ -138,8 +133,8 @@ def test_reports():
     np.testing.assert_allclose(means.pop("load"), [0.5, 0.5, 0, 0])
     expected = {"max_over_mean": 2.0, "entropy": np.log(4), "dropped": 0, "router_non_finite": 0}
     assert means == pytest.approx(expected)
-    tree["router"]["kernel"] = tree["router"]["kernel"].at[:, 1].set(jnp.nan)
-    assert apply(layer, tree, x())[2]["router_non_finite"] == (14.0, 56.0)
+    tree["router"]["kernel"][:, 1] = np.nan
+    assert apply(layer, tree, x(), np.ones_like(SEGMENTS))[2]["router_non_finite"] == (14.0, 56.0)
     assert apply(moe(balance_weight=0.0), tree, x())[1] == {}
 
 
@@ -148,51 +143,58 @@ def decoder(mlp: MoE, **fields) -> DecoderLM:
     return DecoderLM(vocab_size=16, width=D, max_length=16, num_layers=2, blocks=(block,), **fields)
 
 
-TOKENS = jnp.arange(2 * 6).reshape(2, 6) * 5 % 16
+TOKENS = np.arange(2 * 6).reshape(2, 6) * 5 % 16
 
 
 @pytest.fixture(scope="module")
 def tree() -> dict:
-    return jax.jit(decoder(moe()).init)(jax.random.key(0), TOKENS)["params"]
+    return drawn(decoder(moe()), TOKENS)
 
 
 @pytest.mark.parametrize("dispatch", ["sorted", "capacity"])
 def test_decoding_step_by_step_is_the_whole_sequence(dispatch, tree):
     model = decoder(moe(dispatch=dispatch))
-    whole = jax.jit(lambda tokens: model.apply({"params": tree}, tokens))(TOKENS)
-    cache = model.init_cache(2, 8)
-    step = jax.jit(lambda tokens, cache: model.apply({"params": tree}, tokens, cache, method="extend"))
+    whole = np.asarray(call(model, tree, TOKENS))
+
+    @jax.jit
+    def step(tokens, cache):
+        logits, _, fresh = model.apply({"params": tree}, tokens, cache, method="extend")
+        return logits[:, 0], cache.commit(fresh, None, jnp.ones(2, jnp.int32))
+
+    cache = jax.jit(lambda: model.init_cache(2, 8))()
     for t in range(TOKENS.shape[1]):
-        logits, _, fresh = step(TOKENS[:, t : t + 1], cache)
-        np.testing.assert_allclose(logits[:, 0], whole[:, t], rtol=1e-4, atol=1e-4)
-        cache = cache.commit(fresh, None, jnp.ones(2, jnp.int32))
+        logits, cache = step(TOKENS[:, t : t + 1], cache)
+        np.testing.assert_allclose(logits, whole[:, t], rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_drops_nothing(tree):
-    small, none = decoder(moe(capacity_factor=0.1)), decoder(moe())
+    small, none = decoder(moe(capacity_factor=0.1)), decoder(moe(dispatch="sorted"))
 
     def run(model):
-        cache = model.init_cache(2, 8)
-        extend = jax.jit(lambda tree: model.apply({"params": tree}, TOKENS, cache, method="extend")[0])
-        return extend(tree), jax.jit(lambda tree: model.apply({"params": tree}, TOKENS))(tree)
+        extend = lambda: model.apply({"params": tree}, TOKENS, model.init_cache(2, 8), method="extend")[0]  # noqa: E731
+        return jax.jit(extend)(), call(model, tree, TOKENS)
 
     (decoded, whole), (other, reference) = run(small), run(none)
     np.testing.assert_array_equal(decoded, other)
     assert not np.allclose(whole, reference)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+@jax.value_and_grad
+def loss(params, model):
+    logits, losses, _ = apply_reporting(model, {"params": params}, TOKENS)
+    return jnp.sum(jnp.sin(logits)) + losses["balance"]
+
+
+scanned = jax.jit(functools.partial(scan_params, period=1))
+
+
 @pytest.mark.parametrize("scan, remat", [(True, "full"), (False, "dots")])
 def test_scan_and_remat_change_nothing(scan, remat, tree):
-    def loss(model, params):
-        logits, losses, _ = apply_reporting(model, {"params": params}, TOKENS)
-        return jnp.sum(jnp.sin(logits)) + losses["balance"]
-
-    plain, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, decoder(moe()))))(tree)
-    model = decoder(moe(), scan_layers=scan, remat=remat)
-    given = scan_params(tree, 1) if scan else tree
-    value, other = jax.jit(jax.value_and_grad(functools.partial(loss, model)))(given)
+    plain, gradient = loss(tree, decoder(moe()))
+    value, other = loss(scanned(tree) if scan else tree, decoder(moe(), scan_layers=scan, remat=remat))
     np.testing.assert_allclose(value, plain, rtol=1e-5)
-    expected = scan_params(gradient, 1) if scan else gradient
+    expected = scanned(gradient) if scan else gradient
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), other, expected)
 
 
@@ -202,15 +204,16 @@ def test_scan_and_remat_change_nothing(scan, remat, tree):
 def test_eight_devices_compute_what_one_does(fields, tree):
     """Experts over 4 groups of devices, records over all 8: loss, loads and gradients, and each kernel divided by 4."""
     task = LanguageModelling(decoder(moe(**fields)))
-    tokens = jnp.arange(8 * 6).reshape(8, 6) * 7 % 16
+    tokens = np.arange(8 * 6, dtype=np.int32).reshape(8, 6) * 7 % 16
     batch = {
         "tokens": tokens,
         "targets": tokens[:, ::-1],
-        "positions": jnp.broadcast_to(jnp.arange(6), (8, 6)),
-        "segments": jnp.ones((8, 6), jnp.int32).at[3, 4:].set(0),
-        "target_bytes": jnp.ones((8, 6), jnp.int32),
-        "weights": jnp.ones((8, 6)),
+        "positions": np.broadcast_to(np.arange(6, dtype=np.int32), (8, 6)),
+        "segments": np.ones((8, 6), np.int32),
+        "target_bytes": np.ones((8, 6), np.int32),
+        "weights": np.ones((8, 6), np.float32),
     }
+    batch["segments"][3, 4:] = 0
 
     def run(sizes):
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod([*sizes.values()]))])
@@ -293,10 +296,8 @@ def test_routings_are_those_of_every_layer_scanned_or_not(tree):
     found = jax.jit(functools.partial(routings, decoder(moe())))(tree, TOKENS)
     assert list(found) == ["layer_0/mlp", "layer_1/mlp"]
     assert found["layer_1/mlp"].index.shape == (TOKENS.size, K)
-    scanned = jax.jit(functools.partial(routings, decoder(moe(), scan_layers=True)))(
-        scan_params(tree, 1), TOKENS
-    )
-    jax.tree.map(np.testing.assert_array_equal, scanned, found)
+    again = jax.jit(functools.partial(routings, decoder(moe(), scan_layers=True)))(scanned(tree), TOKENS)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
     dense = decoder(GatedMLP(F))
     with pytest.raises(UserError, match="no layer of DecoderLM routes its tokens"):
-        routings(dense, jax.jit(dense.init)(jax.random.key(0), TOKENS)["params"], TOKENS)
+        routings(dense, drawn(dense, TOKENS), TOKENS)

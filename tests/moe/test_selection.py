@@ -3,28 +3,27 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.moe.routing import route
-from research.moe.selection import (
-    drop_gates,
-    selection_dispatch,
-    slot_count,
-    slot_share,
-    take,
-    take_behind,
-    token_of_slot,
-)
+from research.moe import routing as routers
+from research.moe import selection
+from research.moe.selection import drop_gates, slot_count, slot_share, take_behind, token_of_slot
+
+# One program a shape instead of one an operation.
+route = jax.jit(routers.route, static_argnames=("k", "norm"))
+take = jax.jit(selection.take, static_argnums=(1, 2, 3))
+selection_dispatch = jax.jit(selection.selection_dispatch, static_argnums=2)
 
 BATCH, LENGTH, EXPERTS, K = 2, 24, 4, 2
 
 
 def make_routing(seed=0, mask=None):
     """Uneven choices: experts of lower numbers are preferred."""
-    logits = jax.random.normal(jax.random.key(seed), (BATCH * LENGTH, EXPERTS)) - 0.7 * jnp.arange(EXPERTS)
+    logits = np.random.default_rng(seed).standard_normal((BATCH * LENGTH, EXPERTS))
+    logits = (logits - 0.7 * np.arange(EXPERTS)).astype(np.float32)
+    mask = np.ones(BATCH * LENGTH, bool) if mask is None else mask
     return route(logits, K, norm="unit_straight_through", mask=mask)
 
 
@@ -47,9 +46,9 @@ def one_by_one(chosen, share):
 def test_the_running_rule_is_the_loop_and_never_overflows(factor):
     share = slot_share(EXPERTS, K, factor)
     assert share == factor / 2  # k / n = 2 / 4
-    mask = jnp.arange(BATCH * LENGTH) % 7 != 3
+    mask = np.arange(BATCH * LENGTH) % 7 != 3
     routing = make_routing(mask=mask)
-    taken = np.asarray(jax.jit(lambda r: take(r, BATCH, share, ranked=False))(routing))
+    taken = np.asarray(take(routing, BATCH, share, False))
     expected = one_by_one(choices(routing), share)
     np.testing.assert_array_equal(taken, expected)
     assert (taken != choices(routing)).any()
@@ -58,18 +57,18 @@ def test_the_running_rule_is_the_loop_and_never_overflows(factor):
 
 def test_by_hand():
     # One expert of two is always chosen, share 1/2: it may hold 1, 1, 2, 2 of the first 1, 2, 3, 4 tokens.
-    routing = route(jnp.array([[1.0, 0.0]] * 4), 1, norm="unit")
-    taken = take(routing, 1, slot_share(2, 1, 1.0), ranked=False)
+    routing = route(np.array([[1.0, 0.0]] * 4, np.float32), 1, norm="unit")
+    taken = take(routing, 1, slot_share(2, 1, 1.0), False)
     assert taken[0].tolist() == [[True, False], [False, False], [True, False], [False, False]]
     # Ranked: the two of four with the largest softmax, tokens 1 and 3; expert 1 has room for its only one, 2.
-    routing = route(jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.1], [2.0, 0.0]]), 1, norm="unit")
-    taken = take(routing, 1, 0.5, ranked=True)
+    routing = route(np.array([[1.0, 0.0], [3.0, 0.0], [0.0, 0.1], [2.0, 0.0]], np.float32), 1, norm="unit")
+    taken = take(routing, 1, 0.5, True)
     assert taken[0].tolist() == [[False, False], [True, False], [False, True], [True, False]]
-    dispatch = selection_dispatch(routing, taken, slots=2)
+    dispatch = selection_dispatch(routing, taken, 2)
     assert token_of_slot(dispatch).tolist() == [[1, 3], [2, 4]]  # 4: empty
     assert dispatch.slot_of_pair.tolist() == [[4], [0], [2], [1]]  # 4: token 0 was left out
-    assert dispatch.counts.tolist() == [3, 1] and dispatch.dropped == 1
-    assert drop_gates(routing, taken).gate.tolist() == [[0], [1], [1], [1]]
+    assert dispatch.counts.tolist() == [3, 1] and float(dispatch.dropped) == 1
+    assert jax.jit(drop_gates)(routing, taken).gate.tolist() == [[0], [1], [1], [1]]
 
 
 def test_no_factor_takes_all_choices():
@@ -83,7 +82,7 @@ def test_slots_hold_each_sequences_tokens_in_order():
     routing = make_routing()
     share = slot_share(EXPERTS, K, 1.0)
     slots = slot_count(LENGTH, share)
-    taken = take(routing, BATCH, share, ranked=False)
+    taken = np.asarray(take(routing, BATCH, share, False))
     dispatch = selection_dispatch(routing, taken, slots)
     tokens = np.asarray(token_of_slot(dispatch)).reshape(EXPERTS, BATCH, slots)
     for expert in range(EXPERTS):
@@ -93,11 +92,12 @@ def test_slots_hold_each_sequences_tokens_in_order():
             assert found[: len(expected)].tolist() == expected.tolist()
             assert (found[len(expected) :] == BATCH * LENGTH).all()
     # There and back: every token as often as it was taken.
-    x = jax.random.normal(jax.random.key(1), (BATCH * LENGTH, 3))
-    back = dispatch.combine(dispatch.scatter(x), jnp.ones_like(routing.gate))
-    times = np.asarray(taken).sum(axis=2).reshape(-1, 1)
+    x = np.random.default_rng(1).standard_normal((BATCH * LENGTH, 3)).astype(np.float32)
+    whole = np.ones_like(routing.gate)
+    back = jax.jit(lambda dispatch, x: dispatch.combine(dispatch.scatter(x), whole))(dispatch, x)
+    times = taken.sum(axis=2).reshape(-1, 1)
     np.testing.assert_allclose(back, x * times, rtol=1e-6)
-    assert dispatch.dropped == BATCH * LENGTH * K - times.sum()
+    assert float(dispatch.dropped) == BATCH * LENGTH * K - times.sum()
 
 
 @functools.partial(jax.jit, static_argnums=4)
