@@ -91,6 +91,15 @@ def test_attention_maps(kernel, tmp_path):
     assert re.search(r"the first 24 of 24 tokens are the dense model's\n$", text)
 
 
+def test_towers(kernel, tmp_path):
+    smaller = {"STEPS = 500": "STEPS = 4", "COUNT = 64": "COUNT = 16", "SHOWN = 4": "SHOWN = 1", "[:3]": "[:1]"}
+    text, figures = executed("06_towers.ipynb", tmp_path, smaller | {"subplots(3, 1 +": "subplots(1, 1 +"})
+    assert figures == 3
+    assert re.search(r"right: \d+% of 16, without seeing \d+%", text)
+    crops = dict(re.findall(r"^(\S+): (\d+) crops", text, re.MULTILINE))
+    assert crops == {"LLaVA": "1", "LLaVA-UHD": "7", "Dragonfly": "29", "INF-LLaVA": "9", "EVE": "2"}
+
+
 def test_sweep(kernel, tmp_path, monkeypatch):
     """Two trials of two steps, as the notebook runs six of many."""
     monkeypatch.setenv("LATHE_NOTEBOOK_STEPS", "2")
