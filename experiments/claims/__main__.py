@@ -3,6 +3,8 @@
     python -m experiments.claims matformer                    run it, print the table and the verdict
     python -m experiments.claims matformer --seeds=0          one seed, for a first look
     python -m experiments.claims --family=elastic --record    a whole family, results into docs/results/
+    python -m experiments.claims --family=multimodal --recorded
+                                                              what docs/results/ has of it; nothing is run
 
 Prints one table (arm, each measure with its spread over seeds, budget, bytes, seconds) and one sentence, and
 leaves result.json, figure.png and README.md in <workdir>/<system>/. Every finished arm is saved, so the same
@@ -10,6 +12,7 @@ command goes on where an interrupted one stopped. A claim that does not hold is 
 exit code is 0.
 """
 
+import collections
 import contextlib
 import importlib
 from collections.abc import Iterator
@@ -32,24 +35,70 @@ WORKDIR = PROGRAM.workdir_flag("Where arms and results are kept.", default="runs
 FAMILY = PROGRAM.define(flags.DEFINE_string, "family", None, "Also every system of this family.")
 SEEDS = PROGRAM.define(flags.DEFINE_list, "seeds", None, "Seeds instead of the claim's own: 0,1,2.")
 RECORD = PROGRAM.define(flags.DEFINE_boolean, "record", False, "Copy the result to docs/results/<system>/.")
+RECORDED = PROGRAM.define(flags.DEFINE_boolean, "recorded", False, "Print what is recorded; run nothing.")
 
 
 def main(arguments: list[str]) -> None:
     """Runs the claims named, one after the other."""
     systems = select(arguments, FAMILY.value, read_catalogue())
+    if RECORDED.value:
+        if RECORD.value or SEEDS.value is not None:
+            raise UserError("--recorded runs nothing: it goes without --record and --seeds")
+        show_recorded(systems, RESULTS, make_console())
+        return
     seeds = None if SEEDS.value is None else parse_seeds(SEEDS.value)
     claims = [load_claim(system) for system in systems]  # a mistake in the last is told before the first runs
     for system, claim in zip(systems, claims, strict=True):
         if RECORD.value and seeds is not None and not set(claim.seeds) <= set(seeds):
             own = ",".join(map(str, claim.seeds))
             raise UserError(f"--record needs at least the claim's own seeds, --seeds={own} ({system.name})")
+    console = make_console()
+    for system, claim in zip(systems, claims, strict=True):
+        run_claim(system, claim, claim.seeds if seeds is None else seeds, Path(WORKDIR.value), console)
+
+
+def make_console() -> "Console":
+    """Where tables go."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
         console.width = 240  # a log file has no width, and a table folded to 80 columns can't be read
-    for system, claim in zip(systems, claims, strict=True):
-        run_claim(system, claim, claim.seeds if seeds is None else seeds, Path(WORKDIR.value), console)
+    return console
+
+
+def show_recorded(systems: list[System], results: Path, console: "Console") -> None:
+    """The recorded tables and verdicts of the systems, then how many hold; raises UserError where none is recorded."""
+    from experiments.claims import report
+
+    records = {system.name: report.read_recorded(results / system.name) for system in systems}
+    if not any(records.values()):
+        raise UserError(f"nothing is recorded of {', '.join(records)}: run the claims with --record")
+    for record in filter(None, records.values()):
+        print_plainly(console, f"{record['system']}: {record['statement']} ({record['paper']})")
+        print_table(console, *report.recorded_rows(record))
+        print_plainly(console, report.sentence(record))
+    counts = collections.Counter(record["holds"] for record in records.values() if record is not None)
+    held = ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items()))
+    missing = [name for name, record in records.items() if record is None]
+    print_plainly(console, f"holds: {held}" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
+
+
+def print_plainly(console: "Console", text: str) -> None:
+    """A line as it is, however long."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_table(console: "Console", header: list[str], rows: list[list[str]]) -> None:
+    """Arms to the left, numbers to the right."""
+    from rich.table import Table
+
+    table = Table()
+    for column in header:
+        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def select(names: list[str], family: str | None, catalogue: list[System]) -> list[System]:
@@ -94,8 +143,6 @@ def run_claim(
     system: System, claim: "Claim", seeds: tuple[int, ...], workdir: Path, console: "Console"
 ) -> None:
     """Runs, judges, prints and saves one claim."""
-    from rich.table import Table
-
     from experiments.claims import harness, report
 
     folder = workdir / system.name
@@ -106,18 +153,12 @@ def run_claim(
         return _bar(console, f"[{number}/{total}] {label}")
 
     def tell(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_plainly(console, text)
 
     tell(f"{claim.system}: {claim.statement} ({claim.paper})")
     results = harness.run_arms(claim, seeds, folder, sources, tell, progress)
     record = report.report(claim, seeds, results, folder)
-    header, rows = report.rows(claim, results)
-    table = Table()
-    for column in header:
-        table.add_column(column, justify="left" if column == "arm" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(console, *report.rows(claim, results))
     tell(report.sentence(record))
     if RECORD.value:
         report.record_to(folder, RESULTS / system.name)

@@ -64,6 +64,30 @@ def rows(claim: Claim, results: Results) -> tuple[list[str], list[list[str]]]:
     return header, table
 
 
+def read_recorded(folder: Path) -> dict[str, Any] | None:
+    """What `record_to` put into a folder; None where nothing is. Raises UserError for what is no such file."""
+    path = folder / "result.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no recorded result: {error}") from error
+
+
+def recorded_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """As `rows`, of a result.json; measures go without their units."""
+    measured = record["measured"]
+    keys = list(dict.fromkeys(key for own in measured.values() for key, x in own.items() if "mean" in x))
+    table = []
+    for name, own in measured.items():
+        cells = [_mean_and_spread(own[key]["values"]) if key in own else "-" for key in keys]
+        costs = record["arms"][name]
+        numbers = [f"{costs['budget']:,.0f}", f"{costs['bytes']:,.0f}", f"{costs['seconds']:.1f}"]
+        table.append([name, *cells, *numbers])
+    return ["arm", *keys, "budget", "bytes", "seconds"], table
+
+
 def sentence(record: dict[str, Any]) -> str:
     """The verdict in one line."""
     return f"{record['system']} holds: {record['holds']}. {record['why']}"

@@ -119,6 +119,32 @@ def test_a_claim_runs_and_leaves_its_report(place, monkeypatch, capsys):
         ).read_bytes()
 
 
+def test_what_is_recorded_is_shown_without_a_run(place, monkeypatch, capsys):
+    other = dataclasses.replace(SYSTEM, name="other")
+    monkeypatch.setattr(program, "read_catalogue", lambda: [SYSTEM, other])
+    lab = Lab()
+    monkeypatch.setattr(program, "load_claim", lambda system: lab.claim())
+    argv = ["--family=moe", "--recorded"]
+    assert program.PROGRAM.call(program.main, argv) == 2
+    assert capsys.readouterr().err.startswith("error: nothing is recorded of fake, other: run the claims")
+    assert run(lab, place, monkeypatch, "--record") == 0
+    count, _ = len(lab.runs), capsys.readouterr()
+    assert program.PROGRAM.call(program.main, argv) == 0
+    out = capsys.readouterr().out
+    assert len(lab.runs) == count and out.startswith(
+        "fake: The method is better. (arXiv 0000.00000, table 1)"
+    )
+    assert [cell.strip() for cell in out.splitlines()[5].split("│")[1:5]] == [
+        "method",
+        "2 ± 0.71",
+        "100",
+        "2,000",
+    ]
+    assert out.endswith("0.50 nats better.\nholds: yes 1; not recorded: other\n")
+    assert program.PROGRAM.call(program.main, [*argv, "--record"]) == 2
+    assert "--recorded runs nothing" in capsys.readouterr().err
+
+
 def test_an_interrupted_claim_goes_on_where_it_stopped(place, monkeypatch, capsys):
     lab = Lab()
     lab.fail = ("base", 1)
