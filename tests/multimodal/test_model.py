@@ -143,6 +143,32 @@ def test_packed_dialogues_do_not_see_each_other(toy):
         Conversations(length=4, **options).take(np.arange(1))
 
 
+@pytest.mark.parametrize("steps", ["images", "prefix"])
+def test_packed_dialogues_that_see_ahead_are_those_of_rows_of_their_own(toy, steps):
+    model, params = vlm(rule=Steps()), toy[1]
+    options = dict(source=Said(), planner=model.planner, shuffle=False, steps=steps)
+    alone = Conversations(length=24, **options).take(np.arange(2))
+    packed = Conversations(length=48, images=2, pack=2, **options).take(np.arange(1))
+    count = int((alone["segments"][0] > 0).sum())
+
+    def logits(batch, tokens=None):
+        tokens = batch["tokens"] if tokens is None else tokens
+        masks = dict(segments=batch["segments"], prefix=batch["step_ends"])
+        return np.asarray(call(model, params, tokens, batch_pictures(batch), **masks))
+
+    one, two = logits(alone), logits(packed)
+    np.testing.assert_allclose(two[0, :count], one[0, :count], atol=1e-5)
+    np.testing.assert_allclose(two[0, count : 2 * count], one[1, :count], atol=1e-5)
+    # Ahead: another last word of the second question moves all of its prefix (or nothing before it), and the first
+    # dialogue in no bit.
+    last = count + int(np.flatnonzero(alone["weights"][1])[0])
+    tokens = packed["tokens"].copy()
+    tokens[0, last] = 9
+    moved = np.abs(logits(packed, tokens) - two)[0].max(axis=-1) > 0
+    assert not moved[:count].any() and moved[last : 2 * count].all()
+    assert moved[count:last].all() if steps == "prefix" else not moved[count:last].any()
+
+
 def test_steps_are_the_cumulative_rule():
     opens = np.asarray([[1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1, 0]], bool)
     ends = jax.jit(step_ends)(opens)
