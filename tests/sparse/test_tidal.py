@@ -30,7 +30,7 @@ from research.sparse.gathered import (
 from research.sparse.selectors import EveryLayer, Newest, PagedCache, Quest
 from research.sparse.tidal import Tidal, parse_selector, profile, tidal
 from research.sparse.traffic import cache_bytes
-from tests.programs import drawn
+from tests import programs
 
 BATCH, HEADS, KV, DIM, SLOTS = 2, 4, 2, 4, 12
 LENGTHS = np.array([11, 2])
@@ -45,16 +45,29 @@ def call(tree=TREE, page=None) -> Call:
     rows = {name: rng.normal(size=(BATCH, KV, n, DIM)) for name, n in (("old", SLOTS), ("new", count))}
     beyond = np.arange(SLOTS) >= LENGTHS[:, None]
     key = np.where(beyond[:, None, :, None], 1e4, rows["old"])
-    cache = DenseCache(*(jnp.asarray(x, jnp.float32) for x in (key, rows["old"][..., ::-1])))
+    old, fresh = (
+        tuple(x.astype(np.float32) for x in (k, rows[n][..., ::-1]))
+        for k, n in ((key, "old"), (rows["new"], "new"))
+    )
+    cache = DenseCache(*old)
     if page is not None:
-        cache = PagedCache.of(jax.tree.map(jnp.zeros_like, cache), page).append(
-            (cache.key, cache.value), jnp.zeros(BATCH, jnp.int32), jnp.asarray(LENGTHS)
-        )
-    fresh = tuple(jnp.asarray(x, jnp.float32) for x in (rows["new"], rows["new"][..., ::-1]))
-    query = jnp.asarray(rng.normal(size=(BATCH, HEADS, count, DIM)), jnp.float32)
-    mask = jnp.asarray(np.broadcast_to(tree, (BATCH, 1, *tree.shape)))
-    places = (jnp.asarray(LENGTHS), None, mask)
+
+        @jax.jit
+        def paged(*rows):
+            empty = PagedCache.of(DenseCache(*map(jnp.zeros_like, rows)), page)
+            return empty.append(rows, np.zeros(BATCH, np.int32), LENGTHS)
+
+        cache = jax.tree.map(np.asarray, paged(*old))
+    query = rng.normal(size=(BATCH, HEADS, count, DIM)).astype(np.float32)
+    mask = np.broadcast_to(tree, (BATCH, 1, *tree.shape))
+    places = (LENGTHS, None, mask)
     return Call(query, (cache.key, cache.value), fresh, *places, 0.5, 2.0, cache)
+
+
+def of_call(function, c: Call):
+    """function(c) in one program. Scale and cap are static, as in a model."""
+    static = dict(scale=c.scale, softcap=c.softcap)
+    return jax.jit(lambda c: function(c._replace(**static)))(c._replace(scale=None, softcap=None))
 
 
 def by_hand(c: Call) -> np.ndarray:
@@ -84,19 +97,20 @@ def trained(num_layers=5, **attention):
     fields = dict(num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, rotary=Rotary()) | attention
     block = Block(Attention(**fields), GatedMLP(16))
     model = DecoderLM(blocks=(block,), num_layers=num_layers, vocab_size=12, width=8, max_length=32)
-    params = drawn(model, jnp.zeros((1, 2), jnp.int32))
-    return model, jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, params)  # far from uniform
+    params = programs.drawn(model, jnp.zeros((1, 2), jnp.int32))
+    sharp = lambda x: jnp.asarray(4 * np.asarray(x)) if x.ndim > 1 else x  # noqa: E731  (far from uniform)
+    return model, jax.tree.map(sharp, params)
 
 
 @functools.cache
 def prefilled():
     """The cache behind prompts of unequal lengths."""
     model, params = trained()
-    lengths = jnp.asarray(LENGTHS)
+    lengths = LENGTHS
 
     @jax.jit
     def prefill():
-        tokens = jnp.arange(22).reshape(2, 11) % 12
+        tokens = np.arange(22).reshape(2, 11) % 12
         _, _, fresh = model.apply({"params": params}, tokens, lengths, method="prefill")
         return model.init_cache(2, 16).commit(fresh, None, lengths)
 
@@ -106,7 +120,7 @@ def prefilled():
 @functools.partial(jax.jit, static_argnums=0)
 def extend(model, params, cache):
     """Logits and fresh rows of the tree's tokens."""
-    new, depth = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]]), jnp.array([0, 1, 1, 2])
+    new, depth = np.array([[3, 1, 4, 1], [5, 9, 2, 6]]), np.array([0, 1, 1, 2])
     logits, _, fresh = model.apply({"params": params}, new, cache, jnp.asarray(TREE), depth, method="extend")
     return logits, fresh
 
@@ -115,7 +129,13 @@ def extend(model, params, cache):
 def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
     c, k = call(), 5
     scores = by_hand(c)
-    choice = choose_greatest(c.scores(), k, per)
+
+    def attended(c):
+        choice = choose_greatest(c.scores(), k, per)
+        plain, other = attend_chosen(c, choice), attend_chosen(c, choice[..., ::-1])
+        return choice, plain, other, attend_chosen_by_kernel(c, choice, "reference")
+
+    choice, out, other, by_kernel = of_call(attended, c)
     rank = scores if per == "head" else scores.reshape(BATCH, KV, HEADS // KV, *scores.shape[2:]).max(2)
     rank = rank.copy()
     for token in range(len(TREE)):
@@ -134,17 +154,16 @@ def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
     weights /= weights.sum(-1, keepdims=True)
     value = np.concatenate([c.cached[1], c.fresh[1]], axis=2).astype(np.float64)
     expected = np.einsum("bhns,bhsd->bhnd", weights, np.repeat(value, HEADS // KV, axis=1))
-    out = attend_chosen(c, choice)
     np.testing.assert_allclose(out, expected, atol=2e-6)  # float32, five terms of order 1
-    np.testing.assert_allclose(attend_chosen_by_kernel(c, choice, "reference"), out, atol=2e-6)
+    np.testing.assert_allclose(by_kernel, out, atol=2e-6)
     # In any order. Sums of five terms may round differently.
-    np.testing.assert_allclose(attend_chosen(c, choice[..., ::-1]), out, atol=1e-6)
+    np.testing.assert_allclose(other, out, atol=1e-6)
 
 
 def test_newest_tokens_and_pages():
     # Window of 3 behind 1 sink. Token 3 has ancestors 0 and 1; token 0 itself and slots 10, 9; with 2 slots: 1 and the
     # sink, slot 0, which counts once.
-    found = sets(Newest(4, sinks=1).choose(call(), None))
+    found = sets(of_call(lambda c: Newest(4, sinks=1).choose(c, None), call()))
     new = SLOTS + np.arange(4)
     row = [{0, new[0], 10, 9}, {0, new[0], new[1], 10}, {0, new[0], new[2], 10}, {0, new[0], new[1], new[3]}]
     short = [{0, new[0], 1}, {0, new[0], new[1], 1}, {0, new[0], new[2], 1}, {0, new[0], new[1], new[3]}]
@@ -156,7 +175,7 @@ def test_newest_tokens_and_pages():
     pages = key.reshape(BATCH, KV, 4, 3, DIM)
     np.testing.assert_array_equal(c.cache.least[0, :, :3], pages[0, :, :3].min(2))
     np.testing.assert_array_equal(c.cache.greatest[0, :, :3], pages[0, :, :3].max(2))
-    found = sets(Quest(6, page=3).choose(c, None))
+    found = sets(of_call(lambda c: Quest(6, page=3).choose(c, None), c))
     for head in range(HEADS):
         q = query[0, head, 0]
         corners = np.maximum(q * pages[0, head // 2].min(1), q * pages[0, head // 2].max(1)).sum(-1)
@@ -166,12 +185,16 @@ def test_newest_tokens_and_pages():
 
 
 def test_bounds_forget_what_was_rolled_back():
-    zero = jnp.zeros((1, 1, 8, 1))
-    cache = PagedCache.of(DenseCache(zero, zero), 2)
-    rows = lambda *values: (jnp.array(values, jnp.float32).reshape(1, 1, -1, 1),) * 2  # noqa: E731
-    at = lambda n: jnp.array([n], jnp.int32)  # noqa: E731
-    cache = cache.append(rows(1, 2, 9, 9, 9), at(0), at(5))
-    cache = cache.append(rows(3, 4), at(2), at(2))  # back to two tokens
+    rows = lambda *values: (np.array(values, np.float32).reshape(1, 1, -1, 1),) * 2  # noqa: E731
+    at = lambda n: np.array([n], np.int32)  # noqa: E731
+
+    @jax.jit
+    def run(first, then):
+        zero = jnp.zeros((1, 1, 8, 1))
+        cache = PagedCache.of(DenseCache(zero, zero), 2).append(first, at(0), at(5))
+        return cache.append(then, at(2), at(2))  # back to two tokens
+
+    cache = jax.tree.map(np.asarray, run(rows(1, 2, 9, 9, 9), rows(3, 4)))
     np.testing.assert_array_equal(cache.greatest[0, 0, :2, 0], [2, 4])
     np.testing.assert_array_equal(cache.least[0, 0, :2, 0], [1, 3])
 
@@ -255,9 +278,7 @@ def test_decoding_with_correction(monkeypatch):
         own = prompt + output[row, : count[row] - 1].tolist()
         assert len(own) == cache.length[row] == len(prompt) + 6
         tokens[row, : len(own)] = own
-    _, _, fresh = jax.jit(functools.partial(model.apply, method="prefill"))(
-        {"params": params}, jnp.asarray(tokens), jnp.asarray(cache.length)
-    )
+    _, _, fresh = programs.call(model, params, tokens, np.asarray(cache.length), method="prefill")
     # Entries of order 5 behind layers whose weights are four times their usual size: 1e-4 is rounding.
     wrong = 0
     for layer, (key, value) in enumerate(fresh):

@@ -22,7 +22,7 @@ from research.ssm.recurrent import RecurrentCache
 from tests.programs import call, drawn
 
 VOCAB, WIDTH = 12, 16
-TOKENS = jnp.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
+TOKENS = np.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
 
 
 @functools.cache
@@ -33,7 +33,8 @@ def hybrid():
     blocks = tuple(Block(mixer, GatedMLP(hidden_dim=24)) for mixer in (mamba, attention, mamba))
     model = DecoderLM(blocks=blocks, num_layers=3, vocab_size=VOCAB, width=WIDTH, max_length=40)
     params = drawn(model, TOKENS)
-    return model, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params)  # far from uniform
+    sharp = lambda x: jnp.asarray(3 * np.asarray(x)) if x.ndim > 1 else x  # noqa: E731  (far from uniform)
+    return model, jax.tree.map(sharp, params)
 
 
 @functools.cache
@@ -42,11 +43,12 @@ def _whole():
 
 
 def whole(tokens, params=None, **places):
-    """Padded on the right, which a causal model does not see: one program for all lengths."""
+    """Padded on the right, which a causal model does not see, and by a row: one program for all."""
     params = hybrid()[1] if params is None else params
-    padded = jnp.pad(tokens, ((0, 0), (0, 24 - tokens.shape[1])))
-    places = {name: jnp.pad(y, ((0, 0), (0, 24 - y.shape[1]))) for name, y in places.items()}
-    return _whole()(params, padded, **places)[:, : tokens.shape[1]]
+    count, length = np.shape(tokens)
+    pad = lambda y: np.pad(y, ((0, 2 - count), (0, 24 - length)))  # noqa: E731
+    logits = _whole()(params, pad(tokens), **{name: pad(y) for name, y in places.items()})
+    return np.asarray(logits)[:count, :length]
 
 
 def close(got, expected):
@@ -57,6 +59,15 @@ def close(got, expected):
 
 def states(cache):
     return [layer for layer in cache.layers if isinstance(layer, RecurrentCache)]
+
+
+@jax.jit
+def read(cache, length):
+    return [layer.read(length) for layer in states(cache)]
+
+
+rollback = jax.jit(lambda cache, length: cache.rollback(length))
+reversible = jax.jit(lambda cache, margin: cache.reversible(margin), static_argnums=1)
 
 
 @functools.cache
@@ -77,56 +88,66 @@ def test_steps_are_the_whole_sequence_and_can_be_taken_back():
     cache, at, logits, behind = model.init_cache(2, 16), 0, [], {}
     assert [layer.state.size for layer in states(cache)] == [2 * 4 * 8 * 6] * 2
     for size in (3, 1, 3):
-        part, cache = step()(
-            jnp.pad(TOKENS[:, at : at + size], ((0, 0), (0, 3 - size))), cache, jnp.full(2, size)
-        )
-        logits.append(part[:, :size])
+        padded = np.pad(TOKENS[:, at : at + size], ((0, 0), (0, 3 - size)))
+        part, cache = step()(padded, cache, np.full(2, size))
+        logits.append(np.asarray(part)[:, :size])
         at += size
-        cache = cache.reversible(4) if at == 3 else cache
-        behind[at] = [jax.tree.map(np.asarray, layer.read(cache.length)) for layer in states(cache)]
-    close(jnp.concatenate(logits, axis=1), whole(TOKENS))
+        cache = reversible(cache, 4) if at == 3 else cache
+        behind[at] = jax.tree.map(np.asarray, read(cache, cache.length))
+    close(np.concatenate(logits, axis=1), whole(TOKENS))
     assert [layer.state.size for layer in states(cache)] == [5 * 2 * 4 * 8 * 6] * 2  # whatever was read
-    three = jnp.full(2, 3)
-    for layer, before in zip(states(cache.rollback(three)), behind[3], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, layer.read(three), before)  # to the bit
-    back = cache.rollback(jnp.array([3, 6]))
-    part, again = step()(
-        jnp.stack([TOKENS[0, 3:6], TOKENS[1, jnp.array([6, 0, 0])]]), back, jnp.array([3, 1])
-    )
+    three = np.full(2, 3, np.int32)
+    found = read(rollback(cache, three), three)
+    jax.tree.map(np.testing.assert_array_equal, found, behind[3])  # to the bit
+    back = rollback(cache, np.array([3, 6], np.int32))
+    part, again = step()(np.stack([TOKENS[0, 3:6], TOKENS[1, [6, 0, 0]]]), back, np.array([3, 1]))
+    part = np.asarray(part)
     close(part[0], whole(TOKENS)[0, 3:6])
     close(part[1, :1], whole(TOKENS)[1, 6:])
-    for new, old in zip(states(again), behind[7], strict=True):  # row 1 read its last token beside two others
-        np.testing.assert_allclose(new.read(again.length)[1][1], old[1][1], rtol=1e-4, atol=1e-5)  # up to 1
+    found = read(again, again.length)
+    for new, old in zip(found, behind[7], strict=True):  # row 1 read its last token beside two others
+        np.testing.assert_allclose(np.asarray(new[1])[1], old[1][1], rtol=1e-4, atol=1e-5)  # up to 1
 
 
 def test_prefill_of_unequal_lengths():
     model, params = hybrid()
-    lengths = jnp.array([7, 4])
-    last, _, fresh = call(model, params, TOKENS, lengths, method="prefill")
-    cache = model.init_cache(2, 16).commit(fresh, None, lengths)
-    close(last, jnp.stack([whole(TOKENS)[0, 6], whole(TOKENS)[1, 3]]))
-    following = call(model, params, TOKENS[:, 4:5], cache, method="extend")[0]
+    lengths = np.array([7, 4])
+
+    @jax.jit
+    def run(params):
+        last, _, fresh = model.apply({"params": params}, TOKENS, lengths, method="prefill")
+        cache = model.init_cache(2, 16).commit(fresh, None, lengths)
+        return last, model.apply({"params": params}, TOKENS[:, 4:5], cache, method="extend")[0]
+
+    last, following = map(np.asarray, run(params))
+    close(last, np.stack([whole(TOKENS)[0, 6], whole(TOKENS)[1, 3]]))
     close(following[1, 0], whole(TOKENS)[1, 4])
 
 
 def test_a_tree_scores_every_path_and_commits_one():
     """Behind two tokens: 0 -> 1 -> 3 and 0 -> 2 -> 4; the second path is kept."""
     model, params = hybrid()
-    apply = jax.jit(functools.partial(model.apply, {"params": params}), static_argnames="method")
-    _, _, fresh = apply(TOKENS[:1, :2], jnp.array([2]), method="prefill")
-    cache = model.init_cache(1, 16).commit(fresh, None, jnp.array([2]))
     paths = {0: [0], 1: [0, 1], 2: [0, 2], 3: [0, 1, 3], 4: [0, 2, 4]}
-    tree, nodes = np.zeros((5, 5), bool), jnp.array([[3, 6, 1, 0, 9]])
+    tree, nodes = np.zeros((5, 5), bool), np.array([[3, 6, 1, 0, 9]])
     for node, path in paths.items():
         tree[node, path] = True
-    depth = jnp.array([0, 1, 1, 2, 2])
-    logits, _, fresh = apply(nodes, cache, jnp.asarray(tree), depth, method="extend")
+    depth, last = np.array([0, 1, 1, 2, 2]), np.array([[5]])
+
+    @jax.jit
+    def run(params):
+        apply = functools.partial(model.apply, {"params": params})
+        _, _, fresh = apply(TOKENS[:1, :2], np.array([2]), method="prefill")
+        cache = model.init_cache(1, 16).commit(fresh, None, np.array([2]))
+        logits, _, fresh = apply(nodes, cache, tree, depth, method="extend")
+        kept = cache.commit(fresh, np.array([[0, 2, 4]]), np.array([3]))
+        return logits, apply(last, kept, method="extend")[0]
+
+    logits, behind = map(np.asarray, run(params))
     for node, path in paths.items():
-        row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array(path)]], axis=1)
+        row = np.concatenate([TOKENS[:1, :2], nodes[:, path]], axis=1)
         close(logits[:, node], whole(row)[:, -1])
-    kept = cache.commit(fresh, jnp.array([[0, 2, 4]]), jnp.array([3]))
-    row = jnp.concatenate([TOKENS[:1, :2], nodes[:, jnp.array([0, 2, 4])], jnp.array([[5]])], axis=1)
-    close(apply(row[:, -1:], kept, method="extend")[0], whole(row)[:, -1:])
+    row = np.concatenate([TOKENS[:1, :2], nodes[:, [0, 2, 4]], last], axis=1)
+    close(behind, whole(row)[:, -1:])
 
 
 def test_drafts_change_no_token():
@@ -137,15 +158,16 @@ def test_drafts_change_no_token():
         result = Generator(*hybrid(), **options).generate(prompts, max_new_tokens=20)
         outputs.append([sample.tokens for sample in result.samples])
     assert outputs[0] == outputs[1]
-    alone = Generator(*hybrid()).generate(prompts[1:], max_new_tokens=20).samples[0].tokens
+    # Beside itself, for which no other program is needed.
+    alone = Generator(*hybrid()).generate(prompts[1:] * 2, max_new_tokens=20).samples[0].tokens
     assert alone == outputs[0][1]
-    row = jnp.asarray([prompts[1] + alone[:-1]])
+    row = np.asarray([prompts[1] + alone[:-1]])
     assert alone == np.argmax(whole(row)[0], -1).tolist()
 
 
 def test_segments_do_not_meet():
-    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2]] * 2)
-    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3]] * 2)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2]] * 2)
+    positions = np.array([[0, 1, 2, 0, 1, 2, 3]] * 2)
     logits = whole(TOKENS, positions=positions, segments=segments)
     close(logits[:, :3], whole(TOKENS[:, :3]))
     close(logits[:, 3:], whole(TOKENS[:, 3:]))
@@ -154,14 +176,14 @@ def test_segments_do_not_meet():
 def test_scanned_layers_are_the_same():
     model, params = hybrid()
     scanned = model.clone(scan_layers=True)
-    close(call(scanned, scan_params(params, 3), TOKENS), whole(TOKENS))
+    close(call(scanned, jax.jit(functools.partial(scan_params, period=3))(params), TOKENS), whole(TOKENS))
 
 
 def test_a_recurrent_draft_takes_back_what_was_rejected():
     """Calls are as many as drafts from the draft's own greedy text explain: its states are those of the kept text."""
     model, params = hybrid()
-    keys = iter(jax.random.split(jax.random.key(5), 100))
-    other = jax.tree.map(lambda x: x + 0.1 * jnp.std(x) * jax.random.normal(next(keys), x.shape), params)
+    normal = np.random.default_rng(5).standard_normal
+    other = jax.tree.map(lambda x: x + jnp.asarray(0.1 * np.std(x) * normal(x.shape), x.dtype), params)
     prompt, gamma, new = [1, 2, 3, 1], 3, 16
 
     def greedy(text, count, params):

@@ -46,25 +46,37 @@ def teacher():
     model = decoder(use_bias=True, output_bias=True, query_norm=RMSNorm(), key_norm=RMSNorm())
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     rng = np.random.default_rng(0)
-    return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32) / 2, shapes)
+    return model, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32), shapes)
 
 
 @functools.cache
-def mixers():
+def seeds():
+    """From plain, fused and scanned parameters, and the two ablations: one program."""
     model, params = teacher()
-    return jax.jit(lambda key: seed_mixers(student_model(model), model, params, key))(jax.random.key(1))
+    student = student_model(model)
+
+    @jax.jit
+    def run(params, key):
+        return {
+            "plain": seed_mixers(student, model, params, key),
+            "fused": seed_mixers(student, model, fuse_projections(params), key),
+            "scanned": seed_mixers(student, model.clone(scan_layers=True), scan_params(params, 1), key),
+            "scratch": seed_mixers(student, model, params, key, "scratch"),
+            "inherit": seed_mixers(student, model, params, key, "inherit"),
+        }
+
+    return jax.tree.map(np.asarray, run(params, jax.random.key(1)))
+
+
+def mixers():
+    return seeds()["plain"]
 
 
 def test_what_is_inherited_is_the_teachers_to_the_bit():
     """From plain, fused and scanned parameters alike; the rest starts as remembering everything."""
-    model, params = teacher()
-    student, key = student_model(model), jax.random.key(1)
-    for form, tree in {
-        "plain": (model, params),
-        "fused": (model, fuse_projections(params)),
-        "scanned": (model.clone(scan_layers=True), scan_params(params, 1)),
-    }.values():
-        for layer, mixer in seed_mixers(student, form, tree, key).items():
+    _, params = teacher()
+    for form in ("plain", "fused", "scanned"):
+        for layer, mixer in seeds()[form].items():
             for name, leaf in named_leaves(params[layer]["attention"]).items():
                 np.testing.assert_array_equal(named_leaves(mixer["attention"])[name], leaf)
     new = {n: x for n, x in named_leaves(mixers()["layer_1"]["attention"]).items() if n in NEW}
@@ -74,14 +86,12 @@ def test_what_is_inherited_is_the_teachers_to_the_bit():
     assert np.all(new["A_log"] == 1) and np.all(new["norm/scale"] == 1)
     limit = np.sqrt(2.0**-5 * 6 / (WIDTH + 24))  # Xavier of 12 inputs and 4 x 6 outputs, gain 2^-2.5
     assert 0.9 * limit < np.abs(new["gate/kernel"]).max() <= limit
-    x = jax.random.normal(key, (1, 3, 48))
-    passed = Convolution(2, True).apply(
-        {"params": mixers()["layer_1"]["attention"]["conv"]}, x, Context(jnp.zeros((1, 3), jnp.int32)), None
-    )
+    x = np.random.default_rng(1).normal(size=(1, 3, 48)).astype(np.float32)
+    context, conv = Context(np.zeros((1, 3), np.int32)), mixers()["layer_1"]["attention"]["conv"]
+    passed = jax.jit(lambda conv: Convolution(2, True).apply({"params": conv}, x, context, None))(conv)
     np.testing.assert_array_equal(passed, x)
-    scratch = seed_mixers(student, model, params, key, "scratch")["layer_0"]["attention"]
-    inherit = seed_mixers(student, model, params, key, "inherit")["layer_0"]["attention"]
-    assert (scratch["query"]["kernel"] != params["layer_0"]["attention"]["query"]["kernel"]).all()
+    scratch, inherit = (seeds()[name]["layer_0"]["attention"] for name in ("scratch", "inherit"))
+    assert (scratch["query"]["kernel"] != np.asarray(params["layer_0"]["attention"]["query"]["kernel"])).all()
     assert (inherit["A_log"] != 1).all() and (
         inherit["query"]["kernel"] == mixers()["layer_0"]["attention"]["query"]["kernel"]
     ).all()
@@ -96,10 +106,10 @@ def test_the_mixer_is_the_formula():
     rng = np.random.default_rng(3)
     mixer, d = MMMamba(4, 6, num_kv_heads=2, chunk=3), 6
     u = rng.normal(size=(5, WIDTH)).astype(np.float32)
-    context = Context(jnp.arange(5)[None])
+    context = Context(np.arange(5)[None])
     shapes = jax.eval_shape(mixer.init, jax.random.key(0), u[None], context)["params"]
     p = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 2, shapes)
-    got, _ = mixer.apply({"params": p}, u[None], context)
+    got, _ = jax.jit(lambda p: mixer.apply({"params": p}, u[None], context))(p)
 
     q, k, v = (u @ p[name]["kernel"] for name in ("query", "key", "value"))
     inputs = np.concatenate([v, k, q], axis=1)
@@ -155,7 +165,8 @@ def test_which_layers_stay_attention():
     hybrid = student_model(model, "tail", 2)
     assert [type(block.attention) for block in hybrid.blocks] == [MMMamba, Attention]
     assert hybrid.blocks[1] == model.blocks[0]
-    made = graft(params, seed_mixers(hybrid, model, params, jax.random.key(0)))
+    seed = jax.jit(functools.partial(seed_mixers, hybrid, model))
+    made = graft(params, seed(params, jax.random.key(0)))
     assert made["layer_1"] is params["layer_1"]  # with its rotary embedding: the very block
     assert made["layer_0"]["mlp"] is params["layer_0"]["mlp"]
 
@@ -164,16 +175,15 @@ def test_every_layer_learns_from_the_teachers_states_alone():
     """The mimicry of layer 1 does not know what layer 0 has become; padding has no part in it."""
     model, params = teacher()
     student = student_model(model)
-    tokens = jnp.arange(16).reshape(2, 8) % VOCAB
-    positions, segments = (
-        jnp.broadcast_to(jnp.arange(8), (2, 8)),
-        jnp.ones((2, 8), jnp.int32).at[1, 5:].set(0),
-    )
-    _, seen = watch(model, params, tokens, positions, segments)
+    tokens = np.arange(16, dtype=np.int32).reshape(2, 8) % VOCAB
+    positions, segments = np.broadcast_to(np.arange(8), (2, 8)), np.ones((2, 8), np.int32)
+    segments[1, 5:] = 0
+    _, seen = jax.jit(functools.partial(watch, model))(params, tokens, positions, segments)
     assert {layer: (u.shape, y.shape) for layer, (u, _, y) in seen.items()} == dict.fromkeys(
         ("layer_0", "layer_1"), ((16, WIDTH), (16, 24))
     )
-    padded = {layer: (u, where, y.at[13:].add(100.0)) for layer, (u, where, y) in seen.items()}
+    beyond = np.where(np.arange(16) >= 13, np.float32(100.0), 0)[:, None]
+    padded = {layer: (u, where, np.asarray(y) + beyond) for layer, (u, where, y) in seen.items()}
     gradient = jax.jit(jax.value_and_grad(lambda m, seen: mimicry(student, m, seen)[0]))
     value, one = gradient(mixers(), seen)
     other = mixers() | {"layer_0": jax.tree.map(lambda x: x + 0.1, mixers()["layer_0"])}
@@ -199,7 +209,8 @@ def test_stages_touch_their_own_and_the_run_is_the_student(tmp_path):
         state, metrics = trainer.train(place, progress=False, devices=jax.devices()[:1])
     assert {"train/loss", "train/mimicry", "train/cross_entropy"} <= set(metrics)
     jax.tree.map(np.testing.assert_array_equal, state.params["teacher"], params)  # to the bit
-    began = named_leaves(trainer.task.start(jax.random.key(0))["student"]["layer_1"]["attention"])
+    start = jax.jit(trainer.task.start)(jax.random.key(0))
+    began = named_leaves(start["student"]["layer_1"]["attention"])
     loaded = [load_model(tmp_path / "run", step) for step in (1, 2, 3)]
     found = [named_leaves(run.params["layer_1"]["attention"]) for run in loaded]
     changed = [
