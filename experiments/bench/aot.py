@@ -227,7 +227,7 @@ def compile_fsdp(target: str) -> Row:
     asynchronous, with products beside it."""
     from experiments.bench.collectives import collectives, told
 
-    case = "training: a decoder of width 1024, 4 layers, over 4 devices"
+    case = "training: a decoder of 2 layers of width 256, over 4 devices"
     chips = "h100:4" if target == "h100" else TOPOLOGIES[target]
     row, compiled = _row(target, FSDP, case, lambda: fsdp_trainer().lower_for(find_topology(chips)).compile())
     if compiled is None:
@@ -247,14 +247,14 @@ def fsdp_trainer() -> Any:
     from research.training.stages import Stage
     from research.training.task import LanguageModelling
 
-    model = decoder(width=1024, num_layers=4, num_heads=8, hidden_dim=4096, length=1024)
+    model = decoder(width=256, num_layers=2, num_heads=2, hidden_dim=1024, length=256)
     optimizer = of(adamw, schedule=of(constant, peak=1e-3))
     return build(
         of(
             Trainer,
             task=of(LanguageModelling, model=model),
-            data=of(TokenDataset, length=1024),
-            stages=(of(Stage, name="main", steps=1, batch_size=32, optimizer=optimizer),),
+            data=of(TokenDataset, length=256),
+            stages=(of(Stage, name="main", steps=1, batch_size=16, optimizer=optimizer),),
             mesh=dict(fsdp=4),
         )
     )
