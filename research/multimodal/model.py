@@ -10,7 +10,7 @@ decoder (docs/architecture.md, Models), so every way to decode works on prompts 
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from research.language.decoder import DecoderLM
 from research.multimodal.media import Media, Planner
 from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh, LayerCache
-from research.nn.masks import Window
+from research.nn.masks import Steps, Window
 from research.nn.transformer import Hook, VirtualRows, tree_places
 
 
@@ -104,6 +104,8 @@ class VLM(nn.Module):
         tower: Media -> what the connector and the hooks read.
         connector: (what the tower gives, Media) -> [B, I, M, D], M the planner's `rows`.
         hooks: `DecoderHook`s.
+        steps: what sees ahead in a prompt, as in the `Conversations` that it learned from; beyond "causal" the rule
+            of the decoder is `Steps`.
 
     Parameters: decoder/..., tower/..., connector/..., hooks_0/...
     """
@@ -113,6 +115,7 @@ class VLM(nn.Module):
     tower: nn.Module
     connector: nn.Module
     hooks: tuple[nn.Module, ...] = ()
+    steps: Literal["causal", "images", "prefix"] = "causal"
 
     @property
     def vocab_size(self) -> int:
@@ -192,13 +195,45 @@ class VLM(nn.Module):
         """As `DecoderLM.prefill`, of prompts with images."""
         places = jnp.arange(tokens.shape[1])
         segments = (places[None] < lengths[:, None]).astype(jnp.int32)
-        hidden, fresh = self.features(tokens, pictures, segments)
+        hidden, fresh = self.features(tokens, pictures, segments, self.ahead(places, lengths, pictures))
         end = (lengths - 1)[:, None]
         last = jnp.take_along_axis(hidden, end[..., None], axis=1)[:, 0]
         following = lengths
         if pictures is not None:
             following = jnp.take_along_axis(pictures.positions, end, axis=1)[:, 0] + 1
         return self.logits(last), hidden, Prefilled(fresh, following)
+
+    @nn.nowrap
+    def ahead(self, places: jax.Array, lengths: jax.Array, pictures: Pictures | None) -> jax.Array | None:
+        """Of prompts at places [T]: the index behind the last token of each one's step, int32[B, T], or None."""
+        self.check_steps(self.steps != "causal")
+        if self.steps == "causal" or (self.steps == "images" and pictures is None):
+            return None
+        shape = len(lengths), len(places)
+        if self.steps == "prefix":
+            return jnp.broadcast_to(lengths[:, None], shape)
+        images = jnp.arange(pictures.media.grid.shape[1])
+        member = (pictures.slot[..., None] >= 0) & (pictures.slot[..., None] // self.planner.rows == images)
+        index = places[:, None]
+        first = jnp.min(jnp.where(member, index, shape[1]), axis=1, keepdims=True)
+        end = jnp.max(jnp.where(member, index + 1, 0), axis=1, keepdims=True)
+        # Separators among an image's rows belong to it.
+        inside = (first <= index) & (index < end)
+        return jnp.max(jnp.where(inside, end, index + 1), axis=-1)
+
+    @nn.nowrap
+    def check_steps(self, wanted: bool) -> None:
+        """Raise UserError unless tokens see ahead in this model, or do not, as wanted."""
+        rules = [getattr(block.attention, "rule", None) for block in self.decoder.blocks]
+        if wanted and (self.steps == "causal" or not any(isinstance(rule, Steps) for rule in rules)):
+            raise UserError(
+                f"what sees ahead (Conversations.steps) needs {type(self).__name__}.steps, now {self.steps!r}, to say "
+                "the same, and the rule Steps in the decoder"
+            )
+        if not wanted and self.steps != "causal":
+            raise UserError(
+                f"{type(self).__name__}.steps={self.steps!r}, but in Conversations.steps nothing sees ahead"
+            )
 
     def extend(
         self,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.multimodal.media import Media
-from research.multimodal.model import Pictures
+from research.multimodal.model import VLM, Pictures
 from research.nn.reports import apply_reporting
 from research.training.checkpoint_files import mismatches
 from research.training.paths import named_leaves
@@ -62,6 +62,8 @@ class VisionLanguage(LanguageModelling):
     def _metrics(
         self, params: Any, batch: Batch, key: jax.Array | None
     ) -> tuple[Metrics, jax.Array, dict[str, jax.Array]]:
+        if isinstance(self.model, VLM):
+            self.model.check_steps("step_ends" in batch)
         logits, losses, measured = apply_reporting(
             self.model,
             {"params": cast_floats(params, self.compute_dtype)},

@@ -169,6 +169,41 @@ def test_packed_dialogues_that_see_ahead_are_those_of_rows_of_their_own(toy, ste
     assert moved[count:last].all() if steps == "prefix" else not moved[count:last].any()
 
 
+@pytest.mark.parametrize("steps", ["images", "prefix"])
+def test_prompts_that_see_ahead_decode_as_they_are_read(toy, steps):
+    model, params = vlm(rule=Steps(), steps=steps), toy[1]
+    asked = Prompts.of(PROMPTS, model.planner, TEXT)
+    result = Generator(model, params, ends=()).generate(asked.tokens, beside=asked.beside, max_new_tokens=6)
+    outputs = [sample.tokens for sample in result.samples]
+    length = max(len(row.tokens) for row in asked.written) + 6
+    tokens, segments = np.zeros((3, length), np.int32), np.zeros((3, length), np.int32)
+    ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (3, 1))
+    for i, (row, output) in enumerate(zip(asked.written, outputs, strict=True)):
+        count = len(row.tokens)
+        # Two images at 1 to 4 and at 7 to 10, none, one at 4 to 7.
+        for start, end in {"prefix": [(0, count)], "images": ([(1, 5), (7, 11)], [], [(4, 8)])[i]}[steps]:
+            ends[i, start:end] = end
+        row.say(output)
+        tokens[i, : count + 6], segments[i, : count + 6] = row.tokens, 1
+    seen = pictures(asked.written, model.planner, 2, length)
+    logits = np.asarray(call(model, params, tokens, seen, segments=segments, prefix=ends))
+    for i, (row, output) in enumerate(zip(asked.written, outputs, strict=True)):
+        start = len(row.tokens) - 7
+        np.testing.assert_array_equal(logits[i, start : start + 6].argmax(-1), output)
+
+
+def test_training_and_model_agree_on_what_sees_ahead(toy):
+    batch = Conversations(Said(), toy[0].planner, 24, steps="prefix", shuffle=False).take(np.arange(1))
+    causal = {name: x for name, x in batch.items() if name != "step_ends"}
+    for model, given, message in (
+        (toy[0], batch, "VLM.steps, now 'causal', to say the same"),
+        (vlm(steps="prefix"), batch, "and the rule Steps in the decoder"),
+        (vlm(rule=Steps(), steps="prefix"), causal, "but in Conversations.steps nothing sees ahead"),
+    ):
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(VisionLanguage(model).evaluate, toy[1], given)
+
+
 def test_steps_are_the_cumulative_rule():
     opens = np.asarray([[1, 0, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1, 0]], bool)
     ends = jax.jit(step_ends)(opens)
