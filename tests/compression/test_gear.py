@@ -19,6 +19,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import array_bits
+from tests.programs import drawn
 
 HEADS, SIZE, DIM = 2, 16, 8
 SMALL = Gear(bits=2, group=8, rank=2, outliers=0.1, buffer=SIZE)
@@ -30,9 +31,7 @@ def rows(batch=2, chunks=3):
     """Chunks [B, C, H, n, d] with a loud channel and some entries of 6 deviations."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, chunks, HEADS, SIZE, DIM)).astype(np.float32)
-    return jnp.asarray(
-        np.where(rng.random(x.shape) < 0.02, 6 * x, x) * np.linspace(0.5, 3, DIM, dtype=np.float32)
-    )
+    return np.where(rng.random(x.shape) < 0.02, 6 * x, x) * np.linspace(0.5, 3, DIM, dtype=np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -41,6 +40,15 @@ def both(x, gear, along):
     kept = compress(x, gear, along)
     low_rank = jnp.einsum("bchnr,bchdr->bchnd", kept.left, kept.right)
     return kept, kept.dense(), kept.dense() + low_rank
+
+
+read = jax.jit(lambda layer, length: layer.read(length))
+dense = jax.jit(lambda kept: kept.dense())
+materialize = jax.jit(lambda kept: kept.materialize())
+
+
+def normal(*shape):
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
 def off(x, y):
@@ -67,15 +75,15 @@ def test_every_part_brings_it_nearer_and_outliers_are_exact(along):
 
 def test_a_vector_is_quantized_as_by_hand():
     # A key channel 0, 1, 2, ... 15 in groups of 8: steps of 7 / 3, values 0, 7/3, 14/3, 7, and then 8 higher.
-    x = jnp.broadcast_to(jnp.arange(16.0)[:, None], (1, 1, 1, 16, 8))
-    found = both(x, dataclasses.replace(PLAIN, group=8), "channel")[1][0, 0, 0, :, 0]
+    x = np.broadcast_to(np.arange(16, dtype=np.float32)[:, None], (1, 1, 1, 16, 8))
+    found = np.asarray(both(x, dataclasses.replace(PLAIN, group=8), "channel")[1])[0, 0, 0, :, 0]
     steps = np.round(np.arange(8) / (7 / 3)) * 7 / 3
     np.testing.assert_allclose(found, np.concatenate([steps, 8 + steps]), rtol=1e-6)
 
 
 def test_constants_full_rank_all_outliers_and_more_bits():
     x = rows()
-    constant = jnp.full_like(x, 1.7)
+    constant = np.full_like(x, 1.7)
     np.testing.assert_array_equal(both(constant, SMALL, "token")[1], constant)
     # Rounding of sums of 16 terms of size up to 20.
     np.testing.assert_allclose(both(x, dataclasses.replace(SMALL, rank=DIM), "channel")[2], x, atol=2e-4)
@@ -88,7 +96,8 @@ def test_low_rank_is_a_projection_that_grows_with_the_rank():
     residual = rows()[0, 0]
     errors = []
     for rank in (1, 2, 4, DIM):
-        left, right = jax.jit(power_iteration, static_argnums=(1, 2))(residual, rank, 3, jax.random.key(0))
+        factors = jax.jit(power_iteration, static_argnums=(1, 2))(residual, rank, 3, jax.random.key(0))
+        left, right = map(np.asarray, factors)
         np.testing.assert_allclose(
             left.mT @ left, np.broadcast_to(np.eye(rank), (HEADS, rank, rank)), atol=1e-5
         )
@@ -100,8 +109,8 @@ def test_low_rank_is_a_projection_that_grows_with_the_rank():
 
 def test_factored_attention_is_that_of_the_materialized_rows():
     kept = both(rows(), SMALL, "channel")[0]
-    held = GearRows((kept,), jax.random.normal(jax.random.key(1), (2, HEADS, 5, DIM)))
-    query = jax.random.normal(jax.random.key(2), (2, HEADS, 3, DIM))
+    held = GearRows((kept,), normal(2, HEADS, 5, DIM))
+    query = normal(2, HEADS, 3, DIM)
     dense, scores, mixed = jax.jit(lambda h, q: (h.materialize(), h.scores(q), h.mix(h.scores(q))))(
         held, query
     )
@@ -140,8 +149,19 @@ def decoder(rule=None, cached=None):
 
 @functools.cache
 def params():
-    made = jax.jit(decoder().init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, made)
+    made = drawn(decoder(), jnp.zeros((1, 2), jnp.int32))
+    return jax.tree.map(lambda x: jnp.asarray(3.0 * np.asarray(x)) if x.ndim > 1 else x, made)
+
+
+def tokens_of(rows):
+    return np.random.default_rng(3).integers(0, 32, (rows, 80), np.int32)
+
+
+@functools.cache
+def original():
+    """Keys and values of a prompt, nothing compressed."""
+    run = lambda t: decoder().apply({"params": params()}, t, np.full((3,), 80), method="prefill")[2][0]  # noqa: E731
+    return jax.tree.map(np.asarray, jax.jit(run)(tokens_of(3)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -162,41 +182,37 @@ def fill(model, tokens, first, steps, prefilled):
 
 def test_chunks_are_compressed_once_from_the_originals_row_by_row_and_survive_a_roll_back():
     model, _ = with_cache(decoder(), params(), SMALL)
-    tokens = jax.random.randint(jax.random.key(3), (3, 80), 0, 32)
-    first, steps = jnp.array([40, 19, 3]), jnp.array([30, 30, 2])
-    cache, _ = fill(model, tokens, first, steps, 40)
+    first, steps = np.array([40, 19, 3]), np.array([30, 30, 2])
+    cache, _ = fill(model, tokens_of(3), first, steps, 40)
     layer = cache.layers[0]
     # 70 = 4 chunks + 4 margin + 2; 49 = 2 + 17, one short of a third with its margin; 5: none.
     np.testing.assert_array_equal(layer.held, [64, 32, 0])
     # Offline: the same chunks of the same original rows. A prompt's rows do not depend on compression in one layer.
-    _, _, (original,) = jax.jit(
-        lambda t: decoder().apply({"params": params()}, t, jnp.full((3,), 80), method="prefill")
-    )(tokens)
-    chunks = [x[:, :, :64].reshape(3, HEADS, 4, SIZE, DIM).swapaxes(1, 2) for x in original]
+    chunks = [x[:, :, :64].reshape(3, HEADS, 4, SIZE, DIM).swapaxes(1, 2) for x in original()]
     for kept, rows_, along in zip((layer.key, layer.value), chunks, ("channel", "token"), strict=True):
-        expected = both(rows_, SMALL, along)[1]
-        found = kept.dense()
+        expected = np.asarray(both(rows_, SMALL, along)[1])
+        found = np.asarray(dense(kept))
         np.testing.assert_allclose(found[0, :4], expected[0], atol=1e-5)
         np.testing.assert_allclose(found[1, :2], expected[1, :2], atol=1e-5)
     # A roll-back by the margin, and other tokens behind it: nothing compressed changes.
-    back = cache.rollback(cache.length - 4)
-    fresh = tuple((jnp.ones((3, HEADS, 2, DIM)),) * 2 for _ in range(1))
-    after = jax.jit(lambda c, f: c.commit(f, None, jnp.full((3,), 2)))(back, fresh)
+    back = cache.rollback(np.asarray(cache.length) - 4)
+    fresh = ((np.ones((3, HEADS, 2, DIM), np.float32),) * 2,)
+    after = jax.jit(lambda c, f: c.commit(f, None, np.full((3,), 2)))(back, fresh)
     np.testing.assert_array_equal(after.layers[0].held, layer.held)
-    keys, _, index, valid = after.layers[0].read(after.length)
+    keys, _, index, valid = read(after.layers[0], after.length)
+    index, valid = np.asarray(index), np.asarray(valid)
     np.testing.assert_array_equal(np.sum(valid, axis=1), [68, 47, 3])
-    dense = keys.materialize()
+    keys, earlier = (np.asarray(materialize(k)) for k in (keys, read(layer, cache.length)[0]))
     for row, length in enumerate((68, 47, 3)):
         slots = np.flatnonzero(valid[row])
         np.testing.assert_array_equal(index[row, slots], np.arange(length))
-        np.testing.assert_array_equal(dense[row, :, slots[-2:]], 1)
-        before = cache.layers[0].read(cache.length)[0].materialize()[row, :, slots[:-2]]
-        np.testing.assert_array_equal(dense[row, :, slots[:-2]], before)
+        np.testing.assert_array_equal(keys[row, :, slots[-2:]], 1)
+        np.testing.assert_array_equal(keys[row, :, slots[:-2]], earlier[row, :, slots[:-2]])
     with pytest.raises(
         UserError, match="a roll-back to 5 tokens reaches into compressed chunks: .* go back 4 tokens"
     ):
-        cache.rollback(jnp.full((3,), 5))
-    chosen = after.select(jnp.array([2, 0]))
+        cache.rollback(np.full((3,), 5))
+    chosen = jax.jit(lambda cache, rows: cache.select(rows))(after, np.array([2, 0]))
     np.testing.assert_array_equal(chosen.layers[0].held, [0, 64])
 
 
@@ -205,31 +221,31 @@ def test_a_prompt_has_a_chunk_of_its_own():
     48; row by row what compressing just those tokens gives, and later chunks as ever."""
     kind = dataclasses.replace(SMALL, prompt=48, prompt_rank=3, outliers=0.2)
     model, _ = with_cache(decoder(), params(), kind)
-    tokens = jax.random.randint(jax.random.key(3), (3, 80), 0, 32)
-    cache, _ = fill(model, tokens, jnp.array([40, 19, 70]), jnp.array([15, 2, 0]), 70)
+    cache, _ = fill(model, tokens_of(3), np.array([40, 19, 70]), np.array([15, 2, 0]), 70)
     layer = cache.layers[0]
     np.testing.assert_array_equal(layer.begin, [32, 0, 48])
     # 55 = 48 + 4 + 3, 21 = 16 + 4 + 1, 70 = 64 + 4 + 2: each has a later chunk.
     np.testing.assert_array_equal(layer.held, [48, 16, 64])
-    _, _, (original,) = jax.jit(
-        lambda t: decoder().apply({"params": params()}, t, jnp.full((3,), 80), method="prefill")
-    )(tokens)
-    for kept, rows_, along in zip(layer.prompt, original, ("channel", "token"), strict=True):
+    for kept, rows_, along in zip(layer.prompt, original(), ("channel", "token"), strict=True):
+        whole = np.asarray(materialize(kept))
         for row, count in ((0, 32), (2, 48)):
             alone = both(
                 rows_[row, :, :count][None, None], dataclasses.replace(kind.of_prompt, buffer=count), along
             )
-            found = kept.materialize()[row, :, :count]
-            np.testing.assert_allclose(found, alone[2][0, 0], atol=2e-4)
+            found = whole[row, :, :count]
+            np.testing.assert_allclose(found, np.asarray(alone[2])[0, 0], atol=2e-4)
             places = lambda x: np.sort(np.unique(np.asarray(x)))  # noqa: E731
             if along == "channel":  # round(0.1 * 32) = 3 and round(0.1 * 48) = 5 at either end
-                np.testing.assert_array_equal(places(kept.place[row, 0, 0]), places(alone[0].place[0, 0, 0]))
+                found, expected = (np.asarray(k.place) for k in (kept, alone[0]))
+                np.testing.assert_array_equal(places(found[row, 0, 0]), places(expected[0, 0, 0]))
     # Behind it chunks of rank 2, from the tokens that follow.
-    for kept, rows_, along in zip((layer.key, layer.value), original, ("channel", "token"), strict=True):
+    for kept, rows_, along in zip((layer.key, layer.value), original(), ("channel", "token"), strict=True):
+        whole = np.asarray(materialize(kept))
         for row, at in enumerate((32, 0, 48)):
-            alone = both(rows_[row, :, at : at + SIZE][None, None], SMALL_S, along)[2]
-            np.testing.assert_allclose(kept.materialize()[row, :, :SIZE], alone[0, 0], atol=2e-4)
-    keys, _, index, valid = layer.read(cache.length)
+            alone = np.asarray(both(rows_[row, :, at : at + SIZE][None, None], SMALL_S, along)[2])
+            np.testing.assert_allclose(whole[row, :, :SIZE], alone[0, 0], atol=2e-4)
+    keys, _, index, valid = read(layer, cache.length)
+    index, valid = np.asarray(index), np.asarray(valid)
     assert keys.shape == (3, HEADS, 48 + 80 + SIZE + 3, DIM)
     for row, length in enumerate((55, 21, 70)):
         np.testing.assert_array_equal(np.sort(index[row, valid[row]]), np.arange(length))

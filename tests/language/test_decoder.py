@@ -28,7 +28,7 @@ from tests.programs import call, drawn
 VOCAB, WIDTH, LENGTH = 32, 16, 12
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 close = functools.partial(np.testing.assert_allclose, **TOLERANCE)
-TOKENS = jax.random.randint(jax.random.key(3), (3, LENGTH), 1, VOCAB)
+TOKENS = np.random.default_rng(3).integers(1, VOCAB, (3, LENGTH), np.int32)
 
 
 def make(rules=(Causal(),), *, norm=RMSNorm(), post_norms=False, num_layers=2, attention=None, **fields):  # noqa: B008
@@ -56,7 +56,8 @@ MODELS = {
 @functools.cache
 def params_of(model):
     params = drawn(model, TOKENS, seed=1)
-    return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)  # attention that is far from uniform
+    # Attention that is far from uniform.
+    return jax.tree.map(lambda x: jnp.asarray(2.0 * np.asarray(x)) if x.ndim > 1 else x, params)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,43 +65,52 @@ def test_cached_equals_uncached(name):
     """Prompts of 1, 4 and 7 tokens, extended by 3 with unequal counts, by a tree, and by one after a roll-back."""
     model = MODELS[name]
     params = params_of(model)
-    whole = call(model, params, TOKENS)
-    lengths = jnp.asarray([1, 4, 7])
-    cache = model.init_cache(3, 24, margin=4)
-    if name in ("mistral", "gemma"):
-        assert isinstance(cache.layers[0], RingCache) and cache.layers[0].key.shape[2] == 8
-    padded = jnp.where(jnp.arange(8) < lengths[:, None], TOKENS[:, :8], 0)
-    logits, hidden, fresh = call(model, params, padded, lengths, method="prefill")
-    assert logits.dtype == jnp.float32 and hidden.shape == (3, 8, WIDTH)
-    rows = jnp.arange(3)
-    close(logits, whole[rows, lengths - 1])
-    cache = cache.commit(fresh, None, lengths)
+    whole = np.asarray(call(model, params, TOKENS))
+    rows, chosen = np.arange(3), np.asarray([2, 0, 0, 1])
+    first = np.asarray([1, 4, 7])
+    second = first + [3, 1, 2]
+    third = second + 3
+    back = np.minimum(third, [3, 8, 8])
+    tree = np.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
 
     def chunk(start, size):
-        return jax.vmap(lambda row, s: jax.lax.dynamic_slice(row, (s,), (size,)))(TOKENS, start)
-
-    logits, _, fresh = call(model, params, chunk(cache.length, 3), cache, method="extend")
-    for node in range(3):
-        close(logits[:, node], whole[rows, lengths + node])
-    cache = cache.commit(fresh, None, jnp.asarray([3, 1, 2]))
-    assert cache.length.tolist() == [4, 5, 9]
+        return np.stack([row[s : s + size] for row, s in zip(TOKENS, start, strict=True)])
 
     # A tree: the root, a wrong child, the right child and its child. Depths 0, 1, 1, 2.
-    right = chunk(cache.length, 3)
-    nodes = jnp.stack([right[:, 0], (right[:, 1] + 1) % VOCAB, right[:, 1], right[:, 2]], axis=1)
-    tree = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
-    logits, _, fresh = call(model, params, nodes, cache, tree, jnp.asarray([0, 1, 1, 2]), method="extend")
-    for depth, node in enumerate((0, 2, 3)):
-        close(logits[:, node], whole[rows, cache.length + depth])
-    cache = cache.commit(fresh, jnp.broadcast_to(jnp.asarray([0, 2, 3]), (3, 3)), jnp.asarray([3, 3, 3]))
+    right = chunk(second, 3)
+    nodes = np.stack([right[:, 0], (right[:, 1] + 1) % VOCAB, right[:, 1], right[:, 2]], axis=1)
 
-    # Back within the margin of 4, each row by another distance, and on from a selection with repeats.
-    cache = cache.rollback(jnp.asarray([3, 8, 8])).select(jnp.asarray([2, 0, 0, 1]))
-    chosen = jnp.asarray([2, 0, 0, 1])
-    assert cache.length.tolist() == [8, 3, 3, 8]
-    token = jnp.take_along_axis(TOKENS[chosen], cache.length[:, None], 1)
-    logits, _, _ = call(model, params, token, cache, method="extend")
-    close(logits[:, 0], whole[chosen, cache.length])
+    @jax.jit
+    def run(params):
+        def extend(*args):
+            logits, _, fresh = model.apply({"params": params}, *args, method="extend")
+            return logits, fresh
+
+        cache = model.init_cache(3, 24, margin=4)
+        if name in ("mistral", "gemma"):
+            assert isinstance(cache.layers[0], RingCache) and cache.layers[0].key.shape[2] == 8
+        padded = np.where(np.arange(8) < first[:, None], TOKENS[:, :8], 0)
+        prompt, hidden, fresh = model.apply({"params": params}, padded, first, method="prefill")
+        cache = cache.commit(fresh, None, first)
+        line, fresh = extend(chunk(first, 3), cache)
+        cache = extended = cache.commit(fresh, None, second - first)
+        branches, fresh = extend(nodes, cache, tree, np.asarray([0, 1, 1, 2]))
+        cache = cache.commit(fresh, np.broadcast_to(np.asarray([0, 2, 3]), (3, 3)), np.full(3, 3))
+        # Back within the margin of 4, each row by another distance, and on from a selection with repeats.
+        cache = cache.rollback(np.asarray([3, 8, 8])).select(chosen)
+        last, _ = extend(TOKENS[chosen, back[chosen]][:, None], cache)
+        return prompt, hidden, line, extended.length, branches, cache.length, last
+
+    prompt, hidden, line, extended, branches, selected, last = map(np.asarray, run(params))
+    assert prompt.dtype == np.float32 and hidden.shape == (3, 8, WIDTH)
+    close(prompt, whole[rows, first - 1])
+    for node in range(3):
+        close(line[:, node], whole[rows, first + node])
+    assert extended.tolist() == [4, 5, 9] == second.tolist()
+    for depth, node in enumerate((0, 2, 3)):
+        close(branches[:, node], whole[rows, second + depth])
+    assert selected.tolist() == [8, 3, 3, 8] == back[chosen].tolist()
+    close(last[:, 0], whole[chosen, back[chosen]])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,55 +118,57 @@ def test_packed_documents_and_padded_rows_are_separate_documents(name):
     model = MODELS[name]
     params = params_of(model)
     first, second = TOKENS[:1, :5], TOKENS[1:2, :4]
-    packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], 1)
-    segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])
-    positions = jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
-    logits = call(model, params, packed, positions, segments)
-    alone = [call(model, params, tokens) for tokens in (first, second)]
-    close(logits[:, :5], alone[0])
-    close(logits[:, 5:9], alone[1])
+    packed = np.concatenate([first, second, np.zeros((1, 3), np.int32)], 1)
+    segments = np.asarray([[1] * 5 + [2] * 4 + [0] * 3])
+    positions = np.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    logits = np.asarray(call(model, params, packed, positions, segments))
+    rows = np.zeros_like(TOKENS)  # each alone; a causal model does not see what stands behind
+    rows[0, :5], rows[1, :4] = first, second
+    alone = np.asarray(call(model, params, rows))
+    close(logits[0, :5], alone[0, :5])
+    close(logits[0, 5:9], alone[1, :4])
     # The same document with its padding on the left.
-    left = jnp.concatenate([jnp.zeros((1, 7), jnp.int32), first], 1)
-    positions = jnp.maximum(jnp.arange(LENGTH)[None] - 7, 0)
-    close(
-        call(model, params, left, positions, (jnp.arange(LENGTH)[None] >= 7).astype(jnp.int32))[:, 7:],
-        alone[0],
-    )
+    left = np.concatenate([np.zeros((1, 7), np.int32), first], 1)
+    positions = np.maximum(np.arange(LENGTH)[None] - 7, 0)
+    segments = (np.arange(LENGTH)[None] >= 7).astype(int)
+    close(np.asarray(call(model, params, left, positions, segments))[0, 7:], alone[0, :5])
 
 
 def test_the_head_and_the_caps():
     untied, gemma = MODELS["mistral"], MODELS["gemma"]
     assert params_of(untied)["head"]["kernel"].shape == (WIDTH, VOCAB) and "head" not in params_of(gemma)
-    assert float(jnp.abs(call(gemma, params_of(gemma), TOKENS)).max()) < 3.0
+    assert np.abs(call(gemma, params_of(gemma), TOKENS)).max() < 3.0
     # Tied: logits are hidden states times the table, before and without the multiplier of 4.
     model = MODELS["llama"].clone(embedding_multiplier=4.0)
     params = params_of(model)
     hidden, _ = call(model, params, TOKENS, method="features")
-    close(call(model, params, TOKENS), hidden @ params["embedding"]["table"].T)
-    assert call(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), TOKENS).dtype == jnp.float32
+    close(call(model, params, TOKENS), np.asarray(hidden) @ np.asarray(params["embedding"]["table"]).T)
+    assert (
+        call(model, jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params), TOKENS).dtype
+        == jnp.float32
+    )
 
 
 def test_a_prefix_is_read_in_both_directions():
     model, params = make((Prefix(),)), params_of(MODELS["llama"])
-    prefix = jnp.asarray([4, 4, 0])
-    changed = TOKENS.at[:, 3].set((TOKENS[:, 3] + 1) % VOCAB)
-    differ = (call(model, params, TOKENS, prefix=prefix) != call(model, params, changed, prefix=prefix)).any(
-        -1
-    )
+    prefix = np.asarray([4, 4, 0])
+    changed = np.where(np.arange(LENGTH) == 3, (TOKENS + 1) % VOCAB, TOKENS)
+    one, other = (np.asarray(call(model, params, tokens, prefix=prefix)) for tokens in (TOKENS, changed))
+    differ = (one != other).any(-1)
     assert differ[:2, 0].all() and not differ[2, :3].any()
-    close(call(model, params, TOKENS, prefix=jnp.zeros(3, jnp.int32)), call(MODELS["llama"], params, TOKENS))
+    close(call(model, params, TOKENS, prefix=np.zeros(3, int)), call(MODELS["llama"], params, TOKENS))
 
 
 def test_scanned_rematerialised_and_batched_forms_are_the_same_model():
     model = make((Window(4), Causal()), num_layers=4)
     params = params_of(model)
     logits = call(model, params, TOKENS)
-    stacked = scan_params(params, 2)
+    stacked, fused = jax.jit(lambda tree: (scan_params(tree, 2), fuse_projections(tree)))(params)
     for other, tree in (
         (model.clone(scan_layers=True), stacked),
         (model.clone(scan_layers=True, remat="full"), stacked),
         (model.clone(token_layout="batched"), params),
-        (model, fuse_projections(params)),
+        (model, fused),
     ):
         close(call(other, tree, TOKENS), logits)
     with pytest.raises(UserError, match="decoding runs unrolled layers: convert with `unscan_layers` first"):
@@ -166,18 +178,18 @@ def test_scanned_rematerialised_and_batched_forms_are_the_same_model():
 @pytest.mark.parametrize("kind", ["low rank", "sum"])
 def test_structured_kernels_in_place_of_every_kernel(kind):
     model = MODELS["mistral"]
-    key = jax.random.key(5)
+    rng = np.random.default_rng(5)
 
     def structured(path, leaf):
         if path[-1].key != "kernel":
             return leaf
-        low = LowRank(
-            *(0.3 * jax.random.normal(key, shape) for shape in ((leaf.shape[0], 3), (3, leaf.shape[1])))
-        )
+        shapes = (leaf.shape[0], 3), (3, leaf.shape[1])
+        low = LowRank(*((0.3 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes))
         return low if kind == "low rank" else Sum((leaf, low))
 
     params = jax.tree_util.tree_map_with_path(structured, params_of(model))
-    plain = jax.tree.map(materialize, params, is_leaf=lambda x: isinstance(x, LowRank | Sum))
+    is_weight = lambda x: isinstance(x, LowRank | Sum)  # noqa: E731
+    plain = jax.jit(lambda params: jax.tree.map(materialize, params, is_leaf=is_weight))(params)
     # x A B + x W against x (A B + W): the kernels are larger here, so scores reach 30 and their rounding is amplified.
     np.testing.assert_allclose(call(model, params, TOKENS), call(model, plain, TOKENS), rtol=1e-4, atol=1e-4)
 
@@ -188,7 +200,7 @@ def test_structured_kernels_in_place_of_every_kernel(kind):
 def test_eight_devices_equal_one(sizes):
     model = MODELS["qwen3"]
     params = params_of(model)
-    tokens = jax.random.randint(jax.random.key(4), (8, LENGTH), 0, VOCAB)
+    tokens = np.random.default_rng(4).integers(0, VOCAB, (8, LENGTH), np.int32)
     mesh = make_mesh(sizes, jax.devices()[:8])
     shardings = parameter_shardings(params, mesh)
     spread = jax.device_put(params, shardings)
@@ -202,7 +214,7 @@ def test_gradients_are_causal_and_map_over_models():
     model = MODELS["llama"]
     params = params_of(model)
 
-    distinct = jnp.arange(1, LENGTH + 1)  # so that a row of the table is one position
+    distinct = np.arange(1, LENGTH + 1)  # so that a row of the table is one position
     tokens = distinct[None]
 
     def score(rows):
@@ -212,8 +224,9 @@ def test_gradients_are_causal_and_map_over_models():
         )[0]
         return jnp.sum(hidden[0, 5] ** 3)
 
-    gradient = jax.jit(jax.grad(score))(jnp.zeros((LENGTH, WIDTH)))
+    gradient = np.asarray(jax.jit(jax.grad(score))(np.zeros((LENGTH, WIDTH), np.float32)))
     assert (gradient[:6] != 0).any(-1).all() and (gradient[6:] == 0).all()
-    two = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), params)
+    half = jax.tree.map(lambda x: np.float32(0.5) * np.asarray(x), params)
+    two = jax.tree.map(lambda *x: np.stack(x), params, half)
     mapped = jax.jit(jax.vmap(lambda p: model.apply({"params": p}, TOKENS)))(two)
-    close(mapped[1], call(model, jax.tree.map(lambda x: 0.5 * x, params), TOKENS))
+    close(np.asarray(mapped)[1], call(model, half, TOKENS))

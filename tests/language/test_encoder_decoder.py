@@ -65,7 +65,9 @@ def config(scan: bool = False, **fields):
 def make(scan: bool = False):
     model = build(config(scan))
     params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=1)
-    return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: outputs that vary
+    return model, jax.tree.map(
+        lambda x: jnp.asarray(2.0 * np.asarray(x)), params
+    )  # sharper logits: outputs that vary
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +84,14 @@ def padded(sources):
     rows = np.zeros((len(sources), SOURCE), np.int32)
     for row, source in enumerate(sources):
         rows[row, : len(source)] = source
-    return jnp.asarray(rows), jnp.asarray([len(source) for source in sources], jnp.int32)
+    return rows, np.asarray([len(source) for source in sources], np.int32)
 
 
 def without_cache(model, params, source: list[int], count: int) -> list[int]:
     """Greedy decoding by a full forward pass for every token."""
     tokens = np.full((1, TARGET), model.bos, np.int32)
     for at in range(count):
-        tokens[0, at + 1] = int(jnp.argmax(call(model, params, *padded([source]), tokens)[0, at]))
+        tokens[0, at + 1] = np.argmax(np.asarray(call(model, params, *padded([source]), tokens))[0, at])
     return tokens[0, 1 : count + 1].tolist()
 
 
@@ -124,18 +126,25 @@ def test_lengths_have_limits_of_their_own(plain):
 def test_what_each_side_sees(made):
     model, params = made
     source, lengths = padded([SOURCES[0]])
-    tokens = jax.random.randint(jax.random.key(0), (1, 6), 0, VOCAB)
-    logits = call(model, params, source, lengths, tokens)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 6), np.int32)
+
+    def changed(array, index, value):
+        other = array.copy()
+        other[index] = value
+        return other
+
+    def run(source, tokens):
+        return np.asarray(call(model, params, source, lengths, tokens))
+
+    logits = run(source, tokens)
     # A later token of the target changes nothing before it, padding of the source nothing at all.
-    later = call(model, params, source, lengths, tokens.at[0, 4].add(1))
+    later = run(source, changed(tokens, (0, 4), (tokens[0, 4] + 1) % VOCAB))
     np.testing.assert_array_equal(later[:, :4], logits[:, :4])
     assert np.all(np.any(later[:, 4:] != logits[:, 4:], axis=-1))
-    other = call(model, params, source.at[0, 3:].set(11), lengths, tokens)
-    np.testing.assert_array_equal(other, logits)
+    np.testing.assert_array_equal(run(changed(source, (0, slice(3, None)), 11), tokens), logits)
     # Every real token of the source, the last included, changes all.
     for place in range(3):
-        changed = call(model, params, source.at[0, place].set(30), lengths, tokens)
-        assert np.all(np.any(changed != logits, axis=-1))
+        assert np.all(np.any(run(changed(source, (0, place), 30), tokens) != logits, axis=-1))
 
 
 def test_an_empty_source_decodes(made):
@@ -162,40 +171,49 @@ def test_the_cache_keeps_the_source(made):
     _, states, fresh = apply(*padded(SOURCES), method="prefill")
     assert states.shape == (3, SOURCE, 16)
     lengths = padded(SOURCES)[1]
-    start = model.init_cache(3, 16).commit(fresh, None, lengths)
-    assert start.length.tolist() == [1, 1, 1] and start.source.sum(1).tolist() == [3, 20, 1]
-    tokens = jax.random.randint(jax.random.key(2), (3, 4), 0, VOCAB)
+    commit = jax.jit(lambda cache, fresh, count: cache.commit(fresh, None, count))
+    rollback = jax.jit(lambda cache, length: cache.rollback(length))
+    select = jax.jit(lambda cache, rows: cache.select(rows))
+    start = commit(jax.jit(lambda: model.init_cache(3, 16))(), fresh, lengths)
+    assert start.length.tolist() == [1, 1, 1] and np.sum(start.source, axis=1).tolist() == [3, 20, 1]
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (3, 4), np.int32)
     logits, _, rows = apply(tokens, start, method="extend")
     # The whole target at once gives the same.
-    whole = apply(*padded(SOURCES), jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=model.bos))
-    np.testing.assert_allclose(logits, whole[:, 1:], atol=2e-5)
+    whole = apply(*padded(SOURCES), np.pad(tokens, ((0, 0), (1, 0)), constant_values=model.bos))
+    np.testing.assert_allclose(logits, np.asarray(whole)[:, 1:], atol=2e-5)
 
-    long = start.commit(rows, None, jnp.asarray([4, 2, 0]))
+    long = commit(start, rows, np.asarray([4, 2, 0]))
     assert long.length.tolist() == [5, 3, 1]
     for layer, before in zip(long.layers, start.layers, strict=True):
         jax.tree.map(np.testing.assert_array_equal, layer.memory, before.memory)
-    back = long.rollback(jnp.asarray([1, 1, 1]))
+    back = rollback(long, np.asarray([1, 1, 1]))
     np.testing.assert_array_equal(back.source, start.source)
     again, _, _ = apply(tokens, back, method="extend")
     np.testing.assert_array_equal(again, logits)
-    chosen = long.select(jnp.asarray([2, 0]))
-    assert chosen.length.tolist() == [1, 5] and chosen.source.sum(1).tolist() == [1, 3]
-    moved, _, _ = apply(tokens[jnp.asarray([2, 0])], chosen, method="extend")
+    chosen = select(long, np.asarray([2, 0, 2]))  # as many rows: the program that is there
+    assert chosen.length.tolist() == [1, 5, 1] and np.sum(chosen.source, axis=1).tolist() == [1, 3, 1]
+    moved, _, _ = apply(tokens[[2, 0, 2]], chosen, method="extend")
     there, _, _ = apply(tokens, long, method="extend")
-    np.testing.assert_allclose(moved, there[jnp.asarray([2, 0])], atol=1e-5)
+    np.testing.assert_allclose(moved, np.asarray(there)[[2, 0, 2]], atol=1e-5)
 
 
 def test_a_tree_is_scored_as_its_paths(made):
     model, params = made
-    _, _, fresh = call(model, params, *padded(SOURCES[:1]), method="prefill")
-    cache = model.init_cache(1, 16).commit(fresh, None, jnp.asarray([3]))
+
+    @jax.jit
+    def begin(params):
+        _, _, fresh = model.apply({"params": params}, *padded(SOURCES[:1]), method="prefill")
+        return model.init_cache(1, 16).commit(fresh, None, np.asarray([3]))
+
+    cache = begin(params)
     # Node 0, its children 1 and 2, and 3 below 2.
-    tree = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
-    tokens = jnp.asarray([[4, 8, 15, 16]])
-    logits, _, _ = call(model, params, tokens, cache, tree, jnp.asarray([0, 1, 1, 2]), method="extend")
+    tree = np.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], bool)
+    tokens = np.asarray([[4, 8, 15, 16]])
+    logits, _, _ = call(model, params, tokens, cache, tree, np.asarray([0, 1, 1, 2]), method="extend")
     for path in ([0, 1], [0, 2, 3]):
-        alone, _, _ = call(model, params, tokens[:, jnp.asarray(path)], cache, method="extend")
-        np.testing.assert_allclose(logits[:, jnp.asarray(path)], alone, atol=1e-5)
+        row = np.pad(tokens[:, path], ((0, 0), (0, 3 - len(path))))  # nothing sees what stands behind it
+        alone, _, _ = call(model, params, row, cache, method="extend")
+        np.testing.assert_allclose(np.asarray(logits)[:, path], np.asarray(alone)[:, : len(path)], atol=1e-5)
 
 
 def test_a_decoder_with_a_full_rule_sees_both_ways():
@@ -210,11 +228,11 @@ def test_a_decoder_with_a_full_rule_sees_both_ways():
     full.blocks = (block,)
     model, (_, params) = build(full), make()
     source, lengths = padded([SOURCES[0]])
-    tokens = jnp.asarray([[1, 2, 3, 4, 5]])
-    logits = call(model, params, source, lengths, tokens, jnp.asarray([4]))
-    later = call(model, params, source, lengths, tokens.at[0, 3].set(9), jnp.asarray([4]))
+    texts = np.asarray([[1, 2, 3, 4, 5]]), np.asarray([[1, 2, 3, 9, 5]]), np.asarray([[1, 2, 3, 4, 9]])
+    logits, later, beyond = (
+        np.asarray(call(model, params, source, lengths, tokens, np.asarray([4]))) for tokens in texts
+    )
     assert np.all(np.any(later[:, :4] != logits[:, :4], axis=-1))
-    beyond = call(model, params, source, lengths, tokens.at[0, 4].set(9), jnp.asarray([4]))
     np.testing.assert_array_equal(beyond[:, :4], logits[:, :4])
 
 
@@ -222,19 +240,24 @@ def test_the_task_by_hand(made):
     model, params = made
     task = SequenceToSequence(model, label_smoothing=0.1)
     source, lengths = padded(SOURCES[:2])
-    targets = jnp.asarray([[3, 4, 5], [6, 7, 0]])
-    weights = jnp.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    targets = np.asarray([[3, 4, 5], [6, 7, 0]])
+    weights = np.asarray([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]], np.float32)
     batch = {"source": source, "source_lengths": lengths, "targets": targets, "weights": weights}
     np.testing.assert_array_equal(shift_right(targets, 1), [[1, 3, 4], [1, 6, 7]])
-    logits = call(model, params, source, lengths, shift_right(targets, 1))
-    log_p = jax.nn.log_softmax(logits)
-    nats = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
-    loss, weight = task.evaluate(params, batch)["loss"]
-    assert weight == 5 and loss == pytest.approx(float(jnp.sum(nats * weights)), rel=1e-5)
+
+    @jax.jit
+    def run(params, batch):
+        logits = model.apply({"params": params}, source, lengths, shift_right(batch["targets"], 1))
+        return logits, task.evaluate(params, batch), task.loss(params, batch, jax.random.key(0))
+
+    logits, evaluated, metrics = jax.tree.map(np.asarray, run(params, batch))
+    log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    nats = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    loss, weight = evaluated["loss"]
+    assert weight == 5 and loss == pytest.approx(float(np.sum(nats * weights)), rel=1e-5)
     # One tenth of the mass is spread evenly.
-    smooth = 0.9 * nats - 0.1 * jnp.mean(log_p, axis=-1)
-    metrics = task.loss(params, batch, jax.random.key(0))
-    assert metrics["loss"][0] == pytest.approx(float(jnp.sum(smooth * weights)), rel=1e-5)
+    smooth = 0.9 * nats - 0.1 * np.mean(log_p, axis=-1)
+    assert metrics["loss"][0] == pytest.approx(float(np.sum(smooth * weights)), rel=1e-5)
     assert metrics["cross_entropy"][0] == pytest.approx(float(loss), rel=1e-6)
     with pytest.raises(UserError, match="label_smoothing: 1.0 is not in"):
         SequenceToSequence(model, label_smoothing=1.0)

@@ -44,13 +44,14 @@ def made():
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 8**0.5, x.dtype), shapes)
     sparse, own = dynamic(model, params, jax.random.key(1), SPARSITY)
-    return model, params, sparse, jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, own)
+    loud = lambda x: jnp.asarray(3.0 * np.asarray(x)) if x.ndim > 1 else x  # noqa: E731
+    return model, params, sparse, jax.tree.map(loud, own)
 
 
-def rows() -> tuple[jax.Array, ...]:
-    tokens = jax.random.randint(jax.random.key(2), (2, LENGTH), 0, VOCAB)
-    positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
-    return tokens, positions, jnp.ones_like(tokens), jnp.full((2,), PROMPT)
+def rows() -> tuple[np.ndarray, ...]:
+    tokens = np.random.default_rng(2).integers(0, VOCAB, (2, LENGTH), np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
+    return tokens, positions, np.ones_like(tokens), np.full((2,), PROMPT, np.int32)
 
 
 @functools.cache
@@ -75,8 +76,8 @@ def test_decoding_without_a_cache():
     """Rows of unequal lengths: the last token's logits are those under the policy, on as many tokens as are kept."""
     _, _, sparse, own = made()
     logits, _, text = policy()
-    lengths = jnp.asarray([LENGTH, LENGTH - 5])
-    found, held = decode_without_cache(sparse, own, rows()[0], lengths, rows()[3], bucket=4)
+    lengths = np.asarray([LENGTH, LENGTH - 5])
+    found, held = map(np.asarray, decode_without_cache(sparse, own, rows()[0], lengths, rows()[3], bucket=4))
     for row, length in enumerate(lengths.tolist()):
         np.testing.assert_allclose(found[row], logits[row, length - 1], rtol=1e-4, atol=1e-4)
         # System and question 4, image 3, kept answers and the last token.
@@ -113,36 +114,37 @@ def test_cache_lengths_and_positions():
 
 
 def test_a_pruned_cache_by_hand():
-    cache = PrunedCache.of(DenseCache.empty(1, 8, 1, 1, jnp.float32), 2)
+    cache = jax.jit(lambda: PrunedCache.of(DenseCache.empty(1, 8, 1, 1, jnp.float32), 2))()
+    append, read = jax.jit(PrunedCache.append), jax.jit(PrunedCache.read)
     assert cache.key.shape == (1, 1, 6, 1)
 
     def fresh(values, places):
-        rows = jnp.asarray(values, jnp.float32)[None, None, :, None]
-        return rows, -rows, jnp.asarray(places)[None, None, :, None]
+        rows = np.asarray(values, np.float32)[None, None, :, None]
+        return rows, -rows, np.asarray(places, np.int32)[None, None, :, None]
 
     def held(cache, length):
-        key, value, index, valid = cache.read(jnp.asarray([length]))
+        key, value, index, valid = map(np.asarray, read(cache, np.asarray([length])))
         assert (value == -key).all()
-        seen = np.asarray(valid[0])
+        seen = valid[0]
         return key[0, 0, seen, 0].tolist(), index[0, seen].tolist()
 
-    one, three = jnp.asarray([1]), jnp.asarray([3])
-    cache = cache.append(fresh([10, 11, 12, 13], [0, -1, 2, 3]), jnp.asarray([0]), three)
+    zero, one, two, three, four = (np.asarray([n]) for n in range(5))
+    cache = append(cache, fresh([10, 11, 12, 13], [0, -1, 2, 3]), zero, three)
     assert held(cache, 3) == ([10, 12], [0, 2])  # token 1 dropped, token 3 beyond the count
-    cache = cache.append(fresh([14], [0]), three, one)
+    cache = append(cache, fresh([14], [0]), three, one)
     assert held(cache, 4) == ([10, 12, 14], [0, 2, 3])
     # Rolled back to two tokens, then a dropped one and a kept one: nothing of before comes back.
     assert held(cache, 2) == ([10], [0])
-    cache = cache.append(fresh([20, 21], [-1, 1]), jnp.asarray([2]), jnp.asarray([2]))
+    cache = append(cache, fresh([20, 21], [-1, 1]), two, two)
     assert held(cache, 4) == ([10, 21], [0, 3])
     # Rows of a path whose end is not accepted.
-    cache = cache.append(fresh([30, 30], [0, 0]), jnp.asarray([4]), one)
-    assert held(cache.select(jnp.asarray([0])), 5) == ([10, 21, 30], [0, 3, 4])
+    cache = append(cache, fresh([30, 30], [0, 0]), four, one)
+    assert held(jax.jit(PrunedCache.select)(cache, zero), 5) == ([10, 21, 30], [0, 3, 4])
 
 
 def test_nothing_dropped_is_the_dense_model():
     model, params, sparse, own = made()
-    kept = dict(image_keep=jnp.ones((2, IMAGE[1])), text_keep=jnp.ones((2, LENGTH)))
+    kept = dict(image_keep=np.ones((2, IMAGE[1])), text_keep=np.ones((2, LENGTH)))
 
     @jax.jit
     def run(tokens, *places):
@@ -157,82 +159,97 @@ def test_nothing_dropped_is_the_dense_model():
 
 def test_a_dropped_token_reaches_itself_alone():
     rng = np.random.default_rng(0)
-    query, key, value = (jnp.asarray(rng.normal(size=(1, 2, 5, 3)), jnp.float32) for _ in range(3))
-    kept = jnp.asarray([[1.0, 0.0, 1.0, 0.0, 1.0]])
+    query, key, value = (rng.normal(size=(1, 2, 5, 3)).astype(np.float32) for _ in range(3))
+    kept = np.asarray([[1.0, 0.0, 1.0, 0.0, 1.0]], np.float32)
     options = dict(segments=None, prefix=None, scale=0.5, softcap=None)
 
-    def outputs(value, epsilon=0.0):
-        return PolicyAttention(kept, epsilon)(query, key, value, Causal(), **options)
+    @jax.jit
+    def outputs(value):
+        out = lambda value, eps=0.0: PolicyAttention(kept, eps)(query, key, value, Causal(), **options)  # noqa: E731
+        reach = jax.jacobian(lambda value: out(value).sum(axis=(0, 1, 3)))(value)
+        return out(value), out(value, 0.1), reach
 
-    out = outputs(value)
+    out, smooth, reach = map(np.asarray, outputs(value))
     # Query 3, by hand: keys 0, 2 and itself.
     seen = np.array([0, 2, 3])
     scores = np.exp(0.5 * np.einsum("hd,hkd->hk", query[0, :, 3], key[0][:, seen]))
     expected = np.einsum("hk,hkd->hd", scores / scores.sum(axis=1, keepdims=True), value[0][:, seen])
     np.testing.assert_allclose(out[0, :, 3], expected, rtol=1e-5)
-    reach = jax.jacobian(lambda v: outputs(v).sum(axis=(0, 1, 3)))(value)[:, 0, 0, :, 0]
     assert (
-        (reach != 0)
+        (reach[:, 0, 0, :, 0] != 0)
         == np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 0, 1]])
     ).all()
     # With eps: (w + eps / 5) / (sum w + eps) over visible keys, dropped ones included.
     scores = 0.5 * np.einsum("hd,hkd->hk", query[0, :, 2], key[0][:, :3])
     weights = np.exp(scores - scores.max(axis=1, keepdims=True)) * [1, 0, 1]
     shares = (weights + 0.1 / 5) / (weights.sum(axis=1, keepdims=True) + 0.1)
-    np.testing.assert_allclose(
-        outputs(value, 0.1)[0, :, 2], np.einsum("hk,hkd->hd", shares, value[0][:, :3]), rtol=1e-5
-    )
+    np.testing.assert_allclose(smooth[0, :, 2], np.einsum("hk,hkd->hd", shares, value[0][:, :3]), rtol=1e-5)
     # A policy of ones is dense attention, with grouped queries, a cap and padding too.
-    segments = jnp.asarray([[1, 1, 2, 2, 0]])
+    segments = np.asarray([[1, 1, 2, 2, 0]])
     options = dict(segments=segments, prefix=None, scale=0.5, softcap=2.0)
-    every, dense = (
-        kernel(query, key[:, :1], value[:, :1], Causal(), **options)
-        for kernel in (PolicyAttention(jnp.ones((1, 5)), 0.0), DenseAttention())
-    )
+
+    @jax.jit
+    def both(query, key, value):
+        kernels = PolicyAttention(np.ones((1, 5), np.float32), 0.0), DenseAttention()
+        return [kernel(query, key, value, Causal(), **options) for kernel in kernels]
+
+    every, dense = map(np.asarray, both(query, key[:, :1], value[:, :1]))
     np.testing.assert_allclose(every[:, :, :4], dense[:, :, :4], rtol=1e-5, atol=1e-6)
     assert (every[:, :, 4] == 0).all()
 
 
 def test_a_draw_is_hard_and_its_gradient_soft():
-    key, logits = jax.random.key(3), jnp.asarray([[0.3, -0.2], [-1.0, 1.0], [2.0, 0.0], [0.0, 0.5]])
-    drawn, gradient = jax.value_and_grad(lambda x: hard_gumbel_keep(x, 0.7, key).sum())(logits)
-    assert set(hard_gumbel_keep(logits, 0.7, key).tolist()) == {0.0, 1.0} and drawn == int(drawn)
-    noise = jax.random.gumbel(key, logits.shape)
-    soft = jax.nn.softmax((jax.nn.log_softmax(logits) + noise) / 0.7)[:, 0]
+    logits = np.asarray([[0.3, -0.2], [-1.0, 1.0], [2.0, 0.0], [0.0, 0.5]], np.float32)
+
+    @jax.jit
+    def run(logits, key):
+        keep = lambda x: hard_gumbel_keep(x, 0.7, key)  # noqa: E731
+        soft = jax.nn.softmax((jax.nn.log_softmax(logits) + jax.random.gumbel(key, logits.shape)) / 0.7)[:, 0]
+        value, gradient = jax.value_and_grad(lambda x: keep(x).sum())(logits)
+        return keep(logits), value, gradient, soft, keep(jnp.broadcast_to(logits[1], (4000, 2)))
+
+    kept, drawn, gradient, soft, many = map(np.asarray, run(logits, jax.random.key(3)))
+    assert set(kept.tolist()) == {0.0, 1.0} and drawn == int(drawn)
     # d p / d z0 = p (1 - p) / tau, and log_softmax adds what is the same for both.
     np.testing.assert_allclose(gradient[:, 0], soft * (1 - soft) / 0.7, rtol=1e-5)
     np.testing.assert_allclose(gradient[:, 0], -gradient[:, 1], rtol=1e-4)
-    many = hard_gumbel_keep(jnp.broadcast_to(logits[1], (4000, 2)), 0.7, key)
     # softmax([-1, 1])[0] = 0.1192, with a standard error of 0.005.
     assert float(many.mean()) == pytest.approx(0.1192, abs=0.02)
 
 
 def test_selected_tokens_keep_their_order_and_positions():
-    scores = jnp.asarray([[3.0, 9.0, 1.0, 9.0], [5.0, 4.0, 3.0, 2.0]])
-    index, there = select_tokens(scores, 2, jnp.asarray([[True] * 4, [False, False, False, True]]))
+    scores = np.asarray([[3.0, 9.0, 1.0, 9.0], [5.0, 4.0, 3.0, 2.0]], np.float32)
+
+    @jax.jit
+    def run(scores, mask, positions):
+        index, there = select_tokens(scores, 2, mask)
+        return index, there, *take_tokens(scores[..., None], positions, index)
+
+    mask = np.asarray([[True] * 4, [False, False, False, True]])
+    index, there, x, positions = map(np.asarray, run(scores, mask, np.asarray([[10, 11, 12, 13]] * 2)))
     assert index.tolist()[0] == [1, 3] and index.tolist()[1][0] == 3
     assert there.tolist() == [[True, True], [True, False]]
-    x, positions = take_tokens(scores[..., None], jnp.asarray([[10, 11, 12, 13]] * 2), index)
     assert positions[0].tolist() == [11, 13] and x[0, :, 0].tolist() == [9.0, 9.0]
 
 
 def test_the_loss_and_the_temperature_by_hand():
     sparse, own = made()[2:]
     task = DynamicTraining(model=sparse, least=10, updates=200)
-    assert float(task.temperature(jnp.asarray(100))) == pytest.approx(0.1**0.5)
-    assert float(task.temperature(jnp.asarray(300))) == pytest.approx(0.1)
+    temperature = jax.jit(task.temperature)
+    assert float(temperature(100)) == pytest.approx(0.1**0.5)
+    assert float(temperature(300)) == pytest.approx(0.1)
     tokens, positions, segments, prompt = rows()
     # The second answer has 7 tokens and so is kept whole.
-    segments = segments.at[1, PROMPT + 7 :].set(0)
-    answer = (np.arange(LENGTH) >= PROMPT) & (np.asarray(segments) > 0)
+    segments[1, PROMPT + 7 :] = 0
+    answer = (np.arange(LENGTH) >= PROMPT) & (segments > 0)
     batch = {
         "tokens": tokens,
-        "targets": jnp.roll(tokens, -1, axis=1),
+        "targets": np.roll(tokens, -1, axis=1),
         "positions": positions,
         "segments": segments,
         "prompt": prompt,
-        "weights": jnp.asarray(answer, jnp.float32),
-        "target_bytes": jnp.zeros_like(tokens),
+        "weights": answer.astype(np.float32),
+        "target_bytes": np.zeros_like(tokens),
     }
     state, key = {"model": own, "updates": jnp.asarray(100)}, jax.random.key(5)
     draw, tau = jax.random.split(key)[0], 0.1**0.5
