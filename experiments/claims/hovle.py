@@ -141,7 +141,7 @@ def judge(results: Results) -> tuple[str, str]:
         f"{_ends(curves['encoder'])}); right answers after stages 2 and 3: "
         + ", ".join(f"{arm} {aligned[arm]:.3f} and {ends[arm]:.3f}" for arm in ends)
         + f"; text: decoder alone {text[0]:.3f} nats, through the module after stage 1 {text[1]:.3f}, through a drawn "
-        f"one {drawn:.3f}. Parts that held: {', '.join(str(i + 1) for i, h in enumerate(held) if h) or 'none'} of 4."
+        f"one {drawn:.3f}. Of the four parts held: {', '.join(str(i + 1) for i, h in enumerate(held) if h) or 'none'}."
     )
 
 
