@@ -33,10 +33,6 @@ from research.training.stages import Stage
 
 PRESETS = ("tiny", "paper")
 OWN = ("^tower/", "^connector/")
-RATES = (
-    ("^tower/times$", 10.0),
-    (".*", 1.0),
-)  # of the toy, whose run is too short for an embedding that begins at 0
 FRAMES, QUERIES, LENGTH = 4, 8, 32
 
 
@@ -82,7 +78,7 @@ def experiment(source: ConfigDict) -> ConfigDict:
     read = llava.conversations(told, whole.planner, LENGTH)
     stages = (
         llava.stage("words", 300, ("^decoder/",), 32, 3e-3, floor=0.1, data=read),
-        llava.stage("videos", 600, OWN, 32, 3e-3, floor=0.1, rates=RATES),
+        llava.stage("videos", 600, OWN, 32, 3e-3, floor=0.1),
     )
     data = llava.conversations(source, whole.planner, LENGTH)
     return of(Trainer, task=of(VideoLanguage, model=whole), data=data, stages=stages)
