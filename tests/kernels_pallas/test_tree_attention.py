@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.tree_attention import Unsupported, gpu, tpu, tree_attention
+from kernels_pallas import tree_attention as kernels
+from kernels_pallas.tree_attention import Unsupported, gpu, tpu
+
+# One program a shape instead of one an operation.
+tree_attention = jax.jit(
+    kernels.tree_attention, static_argnames=("scale", "softcap", "implementation", "interpret")
+)
 
 
 def make(batch, heads, kv_heads, count, slots, dim, lengths, *, dtype=jnp.float32, tree_heads=1, mask=None):
@@ -16,15 +22,16 @@ def make(batch, heads, kv_heads, count, slots, dim, lengths, *, dtype=jnp.float3
     rng = np.random.default_rng(count + slots)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return rng.normal(size=shape).astype(dtype)
 
-    length = jnp.asarray(lengths, jnp.int32)
-    held = (jnp.arange(slots) < length[:, None])[:, None, :, None]
-    cached = tuple(jnp.where(held, normal(batch, kv_heads, slots, dim), jnp.nan) for _ in range(2))
+    length = np.asarray(lengths, np.int32)
+    held = (np.arange(slots) < length[:, None])[:, None, :, None]
+    nan = np.asarray(np.nan, dtype)
+    cached = tuple(np.where(held, normal(batch, kv_heads, slots, dim), nan) for _ in range(2))
     fresh = (normal(batch, kv_heads, count, dim), normal(batch, kv_heads, count, dim))
     tree = np.tril(rng.random((batch, tree_heads, count, count)) < 0.5) | np.eye(count, dtype=bool)
-    cached_mask = None if mask is None else jnp.asarray(rng.random((*mask, count, slots)) < 0.4)
-    return normal(batch, heads, count, dim), cached, fresh, length, jnp.asarray(tree), cached_mask
+    cached_mask = None if mask is None else rng.random((*mask, count, slots)) < 0.4
+    return normal(batch, heads, count, dim), cached, fresh, length, tree, cached_mask
 
 
 def written_out(query, cached, fresh, length, tree, cached_mask, scale=None, softcap=None):
@@ -94,7 +101,8 @@ def test_bfloat16(implementation):
 def test_several_blocks_and_splits(kernel):
     """Lengths at, just before and just behind the edge of a block of 128."""
     arguments = make(4, 2, 2, 2, 400, 16, [127, 128, 129, 400])
-    out = kernel.tree_attention(*arguments, scale=0.25, block=128, interpret=True)
+    run = jax.jit(functools.partial(kernel.tree_attention, scale=0.25, block=128, interpret=True))
+    out = run(*arguments)
     np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
 
 
@@ -102,18 +110,18 @@ def test_several_blocks_and_splits(kernel):
 def test_equal_scores_give_the_mean(implementation):
     """Queries of 0 weigh all visible values alike. Cached 1, 3, (8: not held); fresh 5, 9, node 1 below
     node 0: node 0 sees (1 + 3 + 5) / 3 = 3, node 1 sees (1 + 3 + 5 + 9) / 4 = 4.5."""
-    cached = jnp.broadcast_to(jnp.asarray([1.0, 3.0, 8.0])[:, None], (1, 1, 3, 16))
-    fresh = jnp.broadcast_to(jnp.asarray([5.0, 9.0])[:, None], (1, 1, 2, 16))
+    cached = np.broadcast_to(np.float32([1.0, 3.0, 8.0])[:, None], (1, 1, 3, 16))
+    fresh = np.broadcast_to(np.float32([5.0, 9.0])[:, None], (1, 1, 2, 16))
     out = tree_attention(
-        jnp.zeros((1, 1, 2, 16)),
+        np.zeros((1, 1, 2, 16), np.float32),
         (cached, cached),
         (fresh, fresh),
-        jnp.asarray([2]),
-        jnp.asarray([[[[True, False], [True, True]]]]),
+        np.asarray([2]),
+        np.asarray([[[[True, False], [True, True]]]]),
         implementation=implementation,
         interpret=True,
     )
-    np.testing.assert_allclose(out[0, 0, :, 0], [3.0, 4.5], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(out)[0, 0, :, 0], [3.0, 4.5], rtol=1e-6)
 
 
 LOWERED = {"tpu": ("tpu", "tpu_custom_call"), "gpu": ("cuda", "triton")}
@@ -143,7 +151,7 @@ def test_lowers_without_the_device(implementation, count, slots, dim, heads, kv_
         shape(1, 1, count, count, dtype=bool),
         shape(1, heads, count, slots, dtype=bool) if masked else None,
     )
-    function = jax.jit(functools.partial(tree_attention, implementation=implementation))
+    function = jax.jit(functools.partial(kernels.tree_attention, implementation=implementation))
     lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
     assert marker in lowered.as_text()
 
@@ -171,4 +179,4 @@ def test_what_cannot_be_computed_is_refused(change, message):
     implementation, lengths = options.pop("implementation"), options.pop("lengths")
     query, cached, fresh, _, tree, mask = make(**options, lengths=[3])
     with pytest.raises(Unsupported, match=message):
-        tree_attention(query, cached, fresh, jnp.asarray(lengths), tree, mask, implementation=implementation)
+        tree_attention(query, cached, fresh, np.asarray(lengths), tree, mask, implementation=implementation)
