@@ -17,6 +17,7 @@ from research.training.task import Metrics
 AHEAD = 2  # steps that may be unfinished: one in work, one queued
 WINDOW = 100  # losses that say what is usual
 SETTLED = 20  # losses before that means anything
+SMALL = 0.1
 
 
 class Diverged(UserError):
@@ -44,13 +45,16 @@ class Monitor:
 
     watched: the metric to check. explode: a loss above `explode` times what nine in ten of the last `WINDOW`
     losses stay below (once there are `SETTLED`) counts as exploding; `None` checks for NaN and infinity only.
-    A median would not do: near zero, the losses of a well-trained classifier scatter over a factor of ten.
+    A median would not do: near zero, the losses of a well-trained classifier scatter over a factor of ten. Nor does a
+    loss explode that is below `SMALL` of the highest of the first `SETTLED`, however low the last ones were.
     """
 
     def __init__(self, watched: str, explode: float | None):
         self._watched, self._explode = watched, explode
         self._pending: deque[Pending] = deque()
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._first = -math.inf  # the highest of the first losses
+        self._seen = 0
 
     def add(self, pending: Pending) -> None:
         """Takes a dispatched step and waits until at most `AHEAD` are unfinished."""
@@ -81,9 +85,12 @@ class Monitor:
             raise Diverged(f"the {self._watched} is {loss} {where}" + (f": {cause}" if cause else ""))
         if self._explode is not None and len(self._losses) >= SETTLED:
             usual = sorted(self._losses)[len(self._losses) * 9 // 10]
-            if 0 < usual * self._explode < loss:
+            if loss > SMALL * self._first and 0 < usual * self._explode < loss:
                 raise Diverged(
                     f"the {self._watched} exploded {where}: {loss:.6g}, over {self._explode:g} times what nine in "
                     f"ten of the last {len(self._losses)} stayed below, {usual:.6g}"
                 )
+        if self._seen < SETTLED:
+            self._first = max(self._first, loss)
+        self._seen += 1
         self._losses.append(loss)

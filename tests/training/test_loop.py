@@ -290,19 +290,27 @@ def test_data_that_ends_is_an_error(toy):
         toy.trainer(data=Short(toy.Tokens(16), 0)).train(progress=False, devices=toy.one_device)
 
 
+def see(monitor: Monitor, *losses: float) -> None:
+    for loss in losses:
+        monitor.add(Pending(1, "records", {"loss": (np.float32(loss), np.float32(1.0))}, False))
+    monitor.settle(0)
+
+
 def test_small_losses_may_scatter():
     """9 of 10 losses stay below 0.05, so 0.45 is usual and 0.51 is over ten times it."""
     monitor = Monitor("loss", 10.0)
-
-    def see(*losses: float) -> None:
-        for loss in losses:
-            monitor.add(Pending(1, "records", {"loss": (jnp.float32(loss), jnp.float32(1.0))}, False))
-        monitor.settle(0)
-
-    see(*[0.01] * 18, 0.05, 0.05, 0.05)
-    see(0.45)
+    see(monitor, *[0.01] * 18, 0.05, 0.05, 0.05)
+    see(monitor, 0.45)
     with pytest.raises(Diverged, match="exploded at step 1 .*: 0.51, over 10 times .* 0.05"):
-        see(*[0.01] * 8, 0.51)
+        see(monitor, *[0.01] * 8, 0.51)
+
+
+def test_what_is_far_below_the_first_losses_is_no_explosion():
+    """From 4.0 to 0.001: 0.39 is less than a tenth of where it began, 0.41 is not."""
+    monitor = Monitor("loss", 10.0)
+    see(monitor, *[4.0] * 20, *[0.001] * 100, 0.39)
+    with pytest.raises(Diverged, match="exploded at step 1 .*: 0.41, over 10 times .* 0.001"):
+        see(monitor, 0.41)
 
 
 def test_nan_of_a_router_names_the_layer():
