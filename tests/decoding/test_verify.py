@@ -2,6 +2,7 @@
 beside."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -20,8 +21,14 @@ from research.nn.cache import Cache
 TREE = static_tree([-1, 0, 0, 1, 1, 3])  # see test_tree.py
 
 
-def one_hot_logits(choices: list[int], vocab_size: int = 10) -> jax.Array:
-    return jax.nn.one_hot(jnp.asarray([choices]), vocab_size) * 5.0
+@functools.partial(jax.jit, static_argnums=0)
+def accepted(verifier, *args) -> Accept:
+    """What a verifier keeps: one program instead of one an operation."""
+    return verifier(*args)
+
+
+def one_hot_logits(choices: list[int], vocab_size: int = 10) -> np.ndarray:
+    return np.eye(vocab_size, dtype=np.float32)[np.asarray([choices])] * 5.0
 
 
 # The model chooses, at nodes 0..5:      2  7  5  6  0  8; the draft has tokens 1 | 2 3 | 7 4 | 6 below the
@@ -36,25 +43,26 @@ def one_hot_logits(choices: list[int], vocab_size: int = 10) -> jax.Array:
     ],
 )
 def test_greedy_path_by_hand(tokens, path, count, token):
-    accept = Greedy()(one_hot_logits([2, 7, 5, 6, 0, 8]), Draft(jnp.asarray([tokens]), TREE))
-    assert accept.path[0, :count].tolist() == path
+    accept = accepted(Greedy(), one_hot_logits([2, 7, 5, 6, 0, 8]), Draft(np.asarray([tokens]), TREE))
+    assert accept.path.tolist()[0][:count] == path
     assert (accept.count.tolist(), accept.token.tolist()) == ([count], [token])
 
 
 def test_unreal_nodes_are_never_kept():
     tree = static_tree([-1, 0, 1, 2], real=[True, True, False, True])
-    accept = Greedy()(one_hot_logits([2, 7, 5, 6]), Draft(jnp.asarray([[1, 2, 7, 5]]), tree))
+    accept = accepted(Greedy(), one_hot_logits([2, 7, 5, 6]), Draft(np.asarray([[1, 2, 7, 5]]), tree))
     assert (accept.count.tolist(), accept.token.tolist()) == ([2], [7])
 
 
 def test_rows_have_their_own_dynamic_tree():
-    parents = jnp.asarray([[-1, 0, 1], [-1, 0, 0]])  # a chain, and two siblings
-    tree = dynamic_tree(parents, jnp.ones((2, 3), bool), levels=3, width=2)
-    tokens = jnp.asarray([[1, 2, 7], [1, 9, 2]])
-    logits = jnp.concatenate([one_hot_logits([2, 7, 5])] * 2)
-    accept = Greedy()(logits, Draft(tokens, tree))
+    parents = np.asarray([[-1, 0, 1], [-1, 0, 0]])  # a chain, and two siblings
+    tree = jax.jit(functools.partial(dynamic_tree, levels=3, width=2))(parents, np.ones((2, 3), bool))
+    tokens = np.asarray([[1, 2, 7], [1, 9, 2]])
+    logits = np.concatenate([one_hot_logits([2, 7, 5])] * 2)
+    accept = accepted(Greedy(), logits, Draft(tokens, tree))
     assert accept.count.tolist() == [3, 2]
-    assert accept.path[0].tolist() == [0, 1, 2] and accept.path[1, :2].tolist() == [0, 2]
+    path = accept.path.tolist()
+    assert path[0] == [0, 1, 2] and path[1][:2] == [0, 2]
     assert accept.token.tolist() == [5, 5]
 
 
@@ -63,12 +71,13 @@ def test_ratio_rule_by_hand(replacement):
     """p = (.5, .5, 0, 0), q = (0, .5, .5, 0): token 2 is refused always; then p - q = (.5, 0, ...) leaves
     token 0."""
     tree = static_tree([-1, 0, 0])
-    p = jnp.log(jnp.asarray([0.5, 0.5, 0.0, 0.0]))
-    q = jnp.log(jnp.asarray([0.0, 0.5, 0.5, 0.0]))
+    none = -np.inf
+    p = np.log(0.5) + np.float32([0, 0, none, none])
+    q = np.log(0.5) + np.float32([none, 0, 0, none])
     keys = jax.random.split(jax.random.key(0), (500, 2))
-    logits, source = jnp.broadcast_to(p, (500, 3, 4)), jnp.broadcast_to(q, (500, 3, 4))
-    tokens = jnp.broadcast_to(jnp.asarray([3, 2, 1]), (500, 3))
-    accept = Sampled()(logits, Draft(tokens, tree, source, replacement), keys)
+    logits, source = (np.broadcast_to(row, (500, 3, 4)).astype(np.float32) for row in (p, q))
+    tokens = np.broadcast_to(np.asarray([3, 2, 1]), (500, 3))
+    accept = accepted(Sampled(), logits, Draft(tokens, tree, source, replacement), keys)
     # After the refusal p is (1, 0, 0, 0): the second child, token 1, is refused too, and 0 is emitted.
     assert set(accept.count.tolist()) == {1} and set(accept.token.tolist()) == {0}
 
@@ -79,9 +88,9 @@ SURE, UNSURE = [0.9, 0.05, 0.05], [0.4, 0.3, 0.3]
 
 
 def typical(rows, tokens, parents, epsilon=0.09, delta=0.3, real=None):
-    draft = Draft(jnp.asarray([tokens]), static_tree(parents, real))
-    accept = Typical(epsilon, delta)(jnp.log(jnp.asarray([rows])), draft)
-    return accept.path[0, : accept.count[0]].tolist(), accept.token.tolist()
+    draft = Draft(np.asarray([tokens]), static_tree(parents, real))
+    accept = accepted(Typical(epsilon, delta), np.log(np.float32([rows])), draft)
+    return accept.path.tolist()[0][: int(accept.count[0])], accept.token.tolist()
 
 
 def test_typical_threshold_by_hand():
@@ -111,19 +120,25 @@ def test_typical_never_keeps_padding():
 
 def test_typical_limits():
     tree = static_tree([-1, 0, 0, 1, 1, 3])
-    logits = 3.0 * jax.random.normal(jax.random.key(0), (64, 6, 10))
-    draft = Draft(jax.random.randint(jax.random.key(1), (64, 6), 0, 10), tree)
+    rng = np.random.default_rng(0)
+    logits = 3.0 * rng.standard_normal((64, 6, 10)).astype(np.float32)
+    draft = Draft(rng.integers(0, 10, (64, 6), np.int32), tree)
     # No threshold: every path is kept, and the deepest is 0 1 3 5.
-    assert Typical(0.0, 0.3)(logits, draft).path.tolist() == [[0, 1, 3, 5]] * 64
+    assert accepted(Typical(0.0, 0.3), logits, draft).path.tolist() == [[0, 1, 3, 5]] * 64
     # Lower thresholds never shorten what is kept.
     values = (0.0, 0.01, 0.03, 0.09, 0.3, 1.0)
-    by_epsilon = [Typical(value, 1.0)(logits, draft).count for value in values]
-    by_delta = [Typical(1.0, value)(logits, draft).count for value in values]
-    for counts in (by_epsilon, by_delta):
-        assert all(np.all(a >= b) for a, b in itertools.pairwise(counts))
-        assert sum(map(int, counts[0])) > sum(map(int, counts[3])) > sum(map(int, counts[-1]))
+
+    @jax.jit
+    def counts(logits, draft):
+        by_epsilon = jnp.stack([Typical(value, 1.0)(logits, draft).count for value in values])
+        return by_epsilon, jnp.stack([Typical(1.0, value)(logits, draft).count for value in values])
+
+    for counted in map(np.asarray, counts(logits, draft)):
+        assert all(np.all(a >= b) for a, b in itertools.pairwise(counted))
+        assert counted[0].sum() > counted[3].sum() > counted[-1].sum()
     # Near temperature 0 the rule is greedy.
-    greedy, cold = Greedy()(logits, draft), Typical()(logits / 1e-4, draft)
+    greedy = accepted(Greedy(), logits, draft)
+    cold = accepted(Typical(), logits / np.float32(1e-4), draft)
     assert all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(greedy), jax.tree.leaves(cold), strict=True)
     )
@@ -140,9 +155,17 @@ def test_typical_thresholds_are_shares(thresholds, name):
 # enumerated.
 
 VOCAB, LENGTH, ROWS, START = 4, 4, 40_000, 0
-TABLE = jax.nn.softmax(1.2 * jax.random.normal(jax.random.key(3), (VOCAB, VOCAB)))
-FAR = jax.nn.softmax(2.0 * jax.random.normal(jax.random.key(4), (VOCAB, VOCAB)))
-TABLES = {"target": TABLE, "far": FAR, "mixed": 0.5 * TABLE + 0.5 * FAR}
+
+
+@jax.jit
+def tables():
+    normal = lambda seed: jax.random.normal(jax.random.key(seed), (VOCAB, VOCAB))  # noqa: E731
+    table, far = jax.nn.softmax(1.2 * normal(3)), jax.nn.softmax(2.0 * normal(4))
+    return {"target": table, "far": far, "mixed": 0.5 * table + 0.5 * far}
+
+
+TABLES = tables()
+TABLE, FAR = TABLES["target"], TABLES["far"]
 
 
 class MarkovModel:
@@ -256,14 +279,19 @@ def law(table: np.ndarray) -> np.ndarray:
     return np.asarray(result)
 
 
+@functools.cache  # engines that two tests ask run once
 def sampled(proposer, verifier) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [ROWS, LENGTH] and the histogram of tokens gained in a call."""
     engine = engines.Engine(MarkovModel(TABLE), proposer, verifier, capacity=LENGTH + 4)
-    weights, ends = engines.Weights((), (), ()), jnp.zeros((0,), jnp.int32)
-    keys = engines.row_keys(0, jnp.arange(ROWS), 1)
-    ones = jnp.ones((ROWS,), jnp.int32)
-    state = jax.jit(engine.prefill)(weights, jnp.full((ROWS, 1), START), ones, LENGTH * ones, keys, ends)
-    state = jax.jit(engine.decode)(weights, state, jnp.zeros((ROWS,), bool), jnp.int32(100), ends)
+
+    @jax.jit
+    def run(seed, ones):
+        weights, ends = engines.Weights((), (), ()), jnp.zeros((0,), jnp.int32)
+        keys = engines.row_keys(seed, jnp.arange(ROWS), 1)
+        state = engine.prefill(weights, jnp.full((ROWS, 1), START), ones, LENGTH * ones, keys, ends)
+        return engine.decode(weights, state, jnp.zeros((ROWS,), bool), jnp.int32(100), ends)
+
+    state = run(0, np.ones((ROWS,), np.int32))
     assert np.all(np.asarray(state.count) == LENGTH)
     return np.asarray(state.tokens)[:, :LENGTH], np.asarray(state.histogram)
 
