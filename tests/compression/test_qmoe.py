@@ -23,19 +23,28 @@ from research.nn.transformer import Block
 from research.nn.weights import stored_bits
 from research.training.model_directory import load_model_directory, save_model
 from research.training.structures import describe, rebuild
+from tests.programs import drawn
 
 EXPERTS, WIDTH, HIDDEN, VOCAB = 4, 16, 24, 32
 
 
-def kernels(experts=EXPERTS):
-    return jax.random.normal(jax.random.key(0), (experts, WIDTH, HIDDEN))
+rounding = jax.jit(feed_back, static_argnames=("grid", "damp"))
+to_nearest = jax.jit(round_to_nearest, static_argnums=1)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def kernels():
+    return normal(0, EXPERTS, WIDTH, HIDDEN)
 
 
 @functools.cache
 def coded():
-    rounded = jax.jit(round_to_nearest, static_argnums=1)(kernels(), Ternary())
-    ends = jnp.stack([rounded.fitted.low[:, 0], rounded.fitted.high[:, 0]], -1).astype(jnp.bfloat16)
-    return TernaryCode.from_symbols(np.asarray(rounded.codes), ends), rounded
+    rounded = jax.tree.map(np.asarray, to_nearest(kernels(), Ternary()))
+    ends = np.stack([rounded.fitted.low[:, 0], rounded.fitted.high[:, 0]], -1).astype(jnp.bfloat16)
+    return TernaryCode.from_symbols(rounded.codes, jnp.asarray(ends)), rounded
 
 
 def model(mlp=None, layers=2):
@@ -46,7 +55,7 @@ def model(mlp=None, layers=2):
 
 @functools.cache
 def params():
-    return jax.jit(model().init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return drawn(model(), jnp.zeros((1, 2), jnp.int32))
 
 
 def batch(seed=1, rows=4, length=64):
@@ -70,17 +79,17 @@ def experts(tree, layer=0, name="up"):
 
 def test_a_coded_kernel_is_the_rounded_one_and_stores_what_it_says():
     kernel, rounded = coded()
-    exact = jnp.where(rounded.codes == 2, kernel.ends[:, None, :, 1], kernel.ends[:, None, :, 0])
-    exact = jnp.where(rounded.codes == 0, 0, exact).astype(jnp.float32)
+    low, high = np.moveaxis(np.asarray(kernel.ends, np.float32)[:, None], -1, 0)
+    exact = np.where(rounded.codes == 0, 0, np.where(rounded.codes == 2, high, low))
     np.testing.assert_array_equal(jax.jit(lambda k: k.materialize())(kernel), exact)
-    x = jax.random.normal(jax.random.key(1), (EXPERTS, 5, WIDTH))
+    x = normal(1, EXPERTS, 5, WIDTH)
     product = jax.jit(jax.vmap(lambda x, k: k.dot(x)))
     np.testing.assert_allclose(product(x, kernel), x @ exact, atol=1e-4)
-    one = jax.tree.map(lambda leaf: leaf[1], kernel)
+    one = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[1]), kernel)
     fused = one.replace(kernel=PallasDecode("gpu", interpret=True))
     np.testing.assert_allclose(jax.jit(lambda k, x: k.dot(x))(fused, x[1]), x[1] @ exact[1], atol=1e-4)
     # 16 bits a word of the longest expert; 32 a row's beginning and one more; 2 x 16 its ends.
-    longest = int(kernel.offsets[:, -1].max())
+    longest = int(np.asarray(kernel.offsets)[:, -1].max())
     assert kernel.stored_bits() == EXPERTS * (16 * longest + 32 * (HIDDEN + 1) + 32 * HIDDEN)
     assert kernel.stored_bits() == 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(kernel))
     assert (
@@ -92,22 +101,20 @@ def test_a_coded_kernel_is_the_rounded_one_and_stores_what_it_says():
 
 
 def test_batched_rounding_is_that_of_each_expert_and_of_the_nearest_without_correlation():
-    w, x = kernels(), jax.random.normal(jax.random.key(2), (EXPERTS, 40, WIDTH))
-    gram = jnp.einsum("eni,enj->eij", x, x)
-    rounding = jax.jit(feed_back, static_argnames=("grid", "damp"))
-    together = rounding(w, gram, grid=Ternary(), damp=0.1)
+    w, x = kernels(), normal(2, EXPERTS, 40, WIDTH)
+    gram = np.einsum("eni,enj->eij", x, x)
+    together = np.asarray(rounding(w, gram, grid=Ternary(), damp=0.1).codes)
     for e in range(EXPERTS):
-        np.testing.assert_array_equal(
-            together.codes[e], rounding(w[e], gram[e], grid=Ternary(), damp=0.1).codes
-        )
-    nearest = jax.jit(round_to_nearest, static_argnums=1)(w, Ternary())
-    eye = jnp.broadcast_to(jnp.eye(WIDTH), gram.shape)
-    np.testing.assert_array_equal(rounding(w, eye, grid=Ternary(), damp=0.1).codes, nearest.codes)
+        np.testing.assert_array_equal(together[e], rounding(w[e], gram[e], grid=Ternary(), damp=0.1).codes)
+    nearest = np.asarray(to_nearest(w, Ternary()).codes)
+    eye = np.broadcast_to(np.eye(WIDTH, dtype=np.float32), gram.shape)
+    np.testing.assert_array_equal(rounding(w, eye, grid=Ternary(), damp=0.1).codes, nearest)
     # A Gram matrix that is not positive: that expert alone is rounded to nearest.
-    broken = rounding(w, gram.at[1].set(-100 * jnp.eye(WIDTH)), grid=Ternary(), damp=0.1)
+    gram[1] = -100 * np.eye(WIDTH)
+    broken = rounding(w, gram, grid=Ternary(), damp=0.1)
     assert broken.nearest.tolist() == [False, True, False, False]
-    np.testing.assert_array_equal(broken.codes[1], nearest.codes[1])
-    zero = jax.jit(fit, static_argnums=1)(jnp.zeros((4, 2)), Ternary())
+    np.testing.assert_array_equal(np.asarray(broken.codes)[1], nearest[1])
+    zero = jax.jit(fit, static_argnums=1)(np.zeros((4, 2)), Ternary())
     assert zero.low.tolist() == [[-1, -1]] and zero.high.tolist() == [[1, 1]]
 
 
@@ -125,15 +132,15 @@ def test_experts_alone_are_compressed_and_decode_as_they_are_multiplied_out():
         )
     assert sum("bits a weight" in note for note in notes) == 4
     tokens = batch(5)["tokens"]
-    np.testing.assert_allclose(
-        logits(model(), found, tokens), logits(model(), plain(found), tokens), atol=1e-4
-    )
+    multiplied = jax.jit(plain)(found)
+    np.testing.assert_allclose(logits(model(), found, tokens), logits(model(), multiplied, tokens), atol=1e-4)
     # The second block is calibrated behind the compressed first one: its experts are not those of the other order.
     nearest, _ = QMoE(feedback=False).compress(Subject(model(), params(), params()))
-    before, after = (np.asarray(experts(tree).materialize()) for tree in (found, nearest))
+    materialize = jax.jit(lambda kernel: kernel.materialize())
+    before, after = (np.asarray(materialize(experts(tree))) for tree in (found, nearest))
     assert not np.array_equal(before, after)
     values = np.sort(np.unique(before[0, :, 0]))
-    assert set(values) <= {0.0, *np.asarray(experts(found).ends[0, 0], np.float32).tolist()}
+    assert set(values) <= {0.0, *np.asarray(experts(found).ends, np.float32)[0, 0].tolist()}
 
 
 def test_excluded_tokens_change_nothing_and_others_do():
@@ -146,7 +153,9 @@ def test_excluded_tokens_change_nothing_and_others_do():
     # Without attention to them, a token reaches the experts' Gram matrices by itself alone.
     bag = model(layers=1)
     own = {name: value for name, value in params().items() if name != "layer_1"}
-    silent = jax.tree.map(jnp.zeros_like, own["layer_0"]["attention"]["output"])
+    silent = jax.tree.map(
+        lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), own["layer_0"]["attention"]["output"]
+    )
     own = own | {"layer_0": own["layer_0"] | {"attention": own["layer_0"]["attention"] | {"output": silent}}}
     tokens = batch()["tokens"] % (VOCAB - 2)
     one, other = (np.where(tokens < 4, mark, tokens) for mark in (VOCAB - 1, VOCAB - 2))

@@ -36,7 +36,7 @@ PROMPTS = (
 
 def louder(params):
     """Larger kernels, so that greedy output is not one token for ever."""
-    return jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, params)
+    return jax.tree.map(lambda x: jnp.asarray(np.float32(3.0) * np.asarray(x)) if x.ndim > 1 else x, params)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,18 @@ from tests.multimodal.toys import WIDTH, decoder, image, media, tower, vlm
 from tests.programs import call, drawn
 
 TEXT = vocabulary()
-TOKENS = jnp.zeros((1, 2), jnp.int32)
-KEY = jax.random.key(0)
+TOKENS = np.zeros((1, 2), np.int32)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def added(x, index, value=1.0):
+    """A copy with `value` added in one place."""
+    x = x.copy()
+    x[index] += value
+    return x
 
 
 def asked(planner, text="<image> what", pixels=None):
@@ -70,15 +80,16 @@ def test_eve_embeds_a_picture_whatever_stands_behind_it(eve):
     model, params = eve
     wide = media(EVE_PLANNER, image(0, 9, 20))  # 1 x 2 windows: <CLS>, two windows, <SPL>
     layer, own = model.tower, params["tower"]
-    seen = call(layer, own, wide)
+    run = lambda wide: jax.tree.map(np.asarray, call(layer, own, wide))  # noqa: E731
+    seen = run(wide)
     assert seen.mask[0, 0, 0].tolist() == [True] * 4 + [False] * 3
-    split = own["split_token"][0]
+    split = np.asarray(own["split_token"])[0]
     np.testing.assert_array_equal(seen.tokens[0, 0, 0, 3], split)
     other = wide.replace(patches=wide.patches + 7.0 * (np.arange(16) >= 8)[:, None])  # 2 x 4 patches are real
-    np.testing.assert_array_equal(call(layer, own, other).tokens[0, 0, 0, :4], seen.tokens[0, 0, 0, :4])
+    np.testing.assert_array_equal(run(other).tokens[0, 0, 0, :4], seen.tokens[0, 0, 0, :4])
     # Window (0, 1) is of patches 2, 3, 6 and 7.
     third = wide.replace(patches=wide.patches + (np.arange(16) == 6)[:, None])
-    changed = np.abs(call(layer, own, third).tokens - seen.tokens)[0, 0, 0].max(-1) > 0
+    changed = np.abs(run(third).tokens - seen.tokens)[0, 0, 0].max(-1) > 0
     assert changed[:4].tolist() == [True, False, True, False]
 
 
@@ -94,7 +105,7 @@ def test_eve_learns_through_a_frozen_decoder_and_aligns_in_training_alone(eve):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (_, (logits, alignment)), gradients = run(params)
+    (_, (logits, alignment)), gradients = jax.tree.map(np.asarray, run(params))
     assert 0.0 <= float(alignment) <= 2.0
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients["teacher"]))
     for part in ("tower", "connector", "align"):
@@ -102,15 +113,17 @@ def test_eve_learns_through_a_frozen_decoder_and_aligns_in_training_alone(eve):
     plain = call(model, {name: params[name] for name in ("decoder", "tower", "connector")}, tokens, seen)
     np.testing.assert_allclose(plain, logits, rtol=1e-5, atol=1e-5)
     # Windows of the picture: <CLS>, 0, 1, <SPL>, then text.
-    picture, window = model.windows(jax.tree.map(jnp.asarray, seen))
+    picture, window = jax.jit(model.windows)(seen)
+    picture, window = np.asarray(picture), np.asarray(window)
     assert picture[0].tolist()[:5] == [-1, 0, 0, -1, -1] and window[0].tolist()[1:3] == [0, 1]
 
 
 def test_the_alignment_is_a_mean_over_windows_then_pictures():
-    p = jnp.asarray([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [1.0, 1.0]]])
-    z = jnp.asarray([[[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [5.0, 5.0]]])
+    p = np.asarray([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [1.0, 1.0]]], np.float32)
+    z = np.asarray([[[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [5.0, 5.0]]], np.float32)
     # Cosines 1, 0 | -1; the last token is of no picture: the mean of 1 - 1 / 2 and 1 + 1.
-    np.testing.assert_allclose(alignment_loss(p, z, jnp.asarray([[0, 0, 1, -1]]), 3), 1.25, rtol=1e-6)
+    loss = jax.jit(alignment_loss, static_argnums=3)(p, z, np.asarray([[0, 0, 1, -1]]), 3)
+    np.testing.assert_allclose(loss, 1.25, rtol=1e-6)
 
 
 # eP-ALM
@@ -133,8 +146,8 @@ def ep_alm():
 def test_ep_alm_decodes_with_a_row_more_in_the_upper_layers(ep_alm):
     model, params = ep_alm
     decoded_as_read(model, params, new=6)
-    cache = model.init_cache(1, 16)
-    assert [layer.read(jnp.zeros(1, int))[0].shape[2] for layer in cache.layers] == [16, 17, 17]
+    keys = lambda: [layer.read(jnp.zeros(1, int))[0] for layer in model.init_cache(1, 16).layers]  # noqa: E731
+    assert [key.shape[2] for key in jax.eval_shape(keys)] == [16, 17, 17]
 
 
 def test_ep_alm_shows_the_image_to_the_upper_layers_alone(ep_alm):
@@ -142,10 +155,8 @@ def test_ep_alm_shows_the_image_to_the_upper_layers_alone(ep_alm):
     tokens, seen = asked(model.planner, "<image> what digit is")
     other = seen.replace(media=seen.media.replace(patches=-seen.media.patches))
 
-    @jax.jit
     def run(tokens, seen):
-        hidden, fresh = model.apply({"params": params}, tokens, seen, method="features")
-        return hidden, fresh
+        return jax.tree.map(np.asarray, call(model, params, tokens, seen, method="features"))
 
     (hidden, fresh), (changed, other_fresh) = run(tokens, seen), run(tokens, other)
     np.testing.assert_array_equal(fresh[0][0], other_fresh[0][0])  # below `start`
@@ -193,8 +204,8 @@ def test_uhd_slices_as_the_paper():
 
 
 def test_a_query_of_uhd_reads_its_own_cell():
-    grid = jnp.asarray([[4, 4], [2, 6]])[None, None]
-    x = jax.random.normal(KEY, (1, 1, 2, 16, 6))
+    grid = np.asarray([[4, 4], [2, 6]])[None, None]
+    x = normal(1, 1, 2, 16, 6)
     module = WindowResampler(2, 8, 2)
     seen = Seen(x, None, grid, None)
     like = media(Slices(patch=4, side=16, most=2, queries=2), image())
@@ -203,7 +214,7 @@ def test_a_query_of_uhd_reads_its_own_cell():
     out = np.asarray(call(module, params, seen, like)).reshape(2, 4, 8)
 
     def moved(view, patch):
-        other = call(module, params, seen.replace(tokens=x.at[0, 0, view, patch].add(1.0)), like)
+        other = call(module, params, seen.replace(tokens=added(x, (0, 0, view, patch))), like)
         return (np.abs(np.asarray(other).reshape(2, 4, 8) - out).max(-1) > 0)[view].tolist()
 
     # On 4 x 4 patches a cell is 2 x 2, and points lie at most a sixth of a cell from its border.
@@ -214,13 +225,13 @@ def test_a_query_of_uhd_reads_its_own_cell():
 
 @pytest.mark.parametrize("grids", [[[4, 4], [2, 6], [1, 1], [0, 0]], [[16, 1], [1, 16], [3, 5], [2, 2]]])
 def test_points_of_uhd_are_the_same_multiplied_and_gathered(monkeypatch, grids):
-    x, grid = jax.random.normal(KEY, (4, 16, 5)), jnp.asarray(grids)
-    weight = jax.random.normal(jax.random.key(1), (4, 9, 12, 5))
+    x, grid = normal(4, 16, 5), np.asarray(grids)
+    weight = normal(4, 9, 12, 5, seed=1)
 
     def sampled(dense):
         monkeypatch.setattr(llava_uhd, "_DENSE", dense)
         total = lambda x: (jnp.sum(weight * (y := llava_uhd.sample_windows(x, grid, 3)[0])), y)  # noqa: E731
-        return jax.jit(jax.grad(total, has_aux=True))(x)
+        return map(np.asarray, jax.jit(jax.grad(total, has_aux=True))(x))
 
     (one, points), (other, same) = sampled(16), sampled(0)
     np.testing.assert_allclose(points, same, atol=1e-6)
@@ -231,6 +242,9 @@ def test_points_of_uhd_are_the_same_multiplied_and_gathered(monkeypatch, grids):
 
 
 # Dragonfly
+
+
+select = jax.jit(dragonfly.select, static_argnums=3)
 
 
 def test_dragonfly_keeps_the_high_crops_that_are_like_their_medium_crop():
@@ -247,13 +261,12 @@ def test_dragonfly_keeps_the_high_crops_that_are_like_their_medium_crop():
     with pytest.raises(UserError, match="keep=6, but of a picture of 300x90 a medium crop has 4"):
         Zooms(patch=2, side=100, keep=6).plan(300, 90)
 
-    fine, medium = jax.random.normal(KEY, (1, 24, 5, 3)), jax.random.normal(jax.random.key(1), (1, 4, 5, 3))
+    fine, medium = normal(1, 24, 5, 3), normal(1, 4, 5, 3, seed=1)
     regions = read.marks[None, 5:]
     scores = np.einsum("jd,rd->rj", np.mean(fine[0], 1), np.mean(medium[0], 1))
     wanted = [
         j for r in range(4) for j in sorted(np.flatnonzero(regions[0] == r), key=lambda j: -scores[r, j])[:2]
     ]
-    select = jax.jit(dragonfly.select, static_argnums=3)
     assert select(fine, medium, regions, 2)[0].tolist() == sorted(wanted)
     assert select(fine, medium, regions, 6)[0].tolist() == list(range(24))
 
@@ -273,10 +286,10 @@ def test_dragonfly_does_not_see_what_it_leaves_out():
         own, rows = model.apply({"params": params}, seen.media, method="see")
         return model.apply({"params": params}, tokens, seen), rows, own.taps[-1]
 
-    logits, rows, tap = run(seen)
-    projected = tap[0, 0] @ params["connector"]["projection"]["linear_1"]["kernel"]
-    projected += params["connector"]["projection"]["linear_1"]["bias"]
-    chosen = dragonfly.select(projected[None, 5:], projected[None, 1:5], seen.media.marks[0, :, 5:], 2)[0]
+    logits, rows, tap = map(np.asarray, run(seen))
+    linear = jax.tree.map(np.asarray, params["connector"]["projection"]["linear_1"])
+    projected = tap[0, 0] @ linear["kernel"] + linear["bias"]
+    chosen = select(projected[None, 5:], projected[None, 1:5], seen.media.marks[0, :, 5:], 2)[0]
     left_out = next(j for j in range(24) if j not in chosen.tolist())
     faint = np.zeros((29, 1, 1), np.float32)
     faint[5 + left_out] = 1e-4
@@ -289,15 +302,22 @@ def test_dragonfly_does_not_see_what_it_leaves_out():
 
 
 def test_inf_llava_puts_both_perspectives_back():
-    n, grid = 3, jnp.arange(2 * 6 * 6, dtype=jnp.float32).reshape(2, 6, 6, 1)
-    for cut, join in (
-        (inf_llava.cut_blocks, inf_llava.join_blocks),
-        (inf_llava.cut_strides, inf_llava.join_strides),
-    ):
-        np.testing.assert_array_equal(join(cut(grid, n), n), grid)
-        np.testing.assert_array_equal(cut(grid, 1)[:, 0], grid)
-    np.testing.assert_array_equal(inf_llava.cut_strides(grid, n)[:, 1], grid[:, ::3, 1::3])
-    np.testing.assert_array_equal(inf_llava.cut_blocks(grid, n)[:, 1], grid[:, :2, 2:4])
+    n, grid = 3, np.arange(2 * 6 * 6, dtype=np.float32).reshape(2, 6, 6, 1)
+
+    @jax.jit
+    def run(grid):
+        pairs = (
+            (inf_llava.cut_blocks, inf_llava.join_blocks),
+            (inf_llava.cut_strides, inf_llava.join_strides),
+        )
+        return [(cut(grid, n), join(cut(grid, n), n), cut(grid, 1)) for cut, join in pairs]
+
+    parts = jax.tree.map(np.asarray, run(grid))
+    for _, joined, whole in parts:
+        np.testing.assert_array_equal(joined, grid)
+        np.testing.assert_array_equal(whole[:, 0], grid)
+    np.testing.assert_array_equal(parts[1][0][:, 1], grid[:, ::3, 1::3])
+    np.testing.assert_array_equal(parts[0][0][:, 1], grid[:, :2, 2:4])
     planner = BlocksAndStrides(patch=2, side=4, parts=2)
     pixels = image(0, 8, 8)
     parts = planner.read(pixels)[0].patches
@@ -311,11 +331,11 @@ def test_inf_llava_puts_both_perspectives_back():
 
 def test_inf_llavas_perspectives_meet_part_by_part():
     module = Enhancement(parts=2, num_heads=2)
-    c, s = (jax.random.normal(jax.random.key(k), (1, 4, 4, 16)) for k in (0, 1))
+    c, s = (normal(1, 4, 4, 16, seed=k) for k in (0, 1))
     params = drawn(module, c, s)
-    run = lambda c, s: call(module, params, c, s, method="enhanced")  # noqa: E731
+    run = lambda c, s: map(np.asarray, call(module, params, c, s, method="enhanced"))  # noqa: E731
     local, spread = run(c, s)
-    other = c.at[0, 0, 3].add(1.0)  # block 1, and stride class (0, 1)
+    other = added(c, (0, 0, 3))  # block 1, and stride class (0, 1)
     local_, spread_ = run(other, s)
     block = np.zeros((4, 4), bool)
     block[:2, 2:] = True
@@ -323,7 +343,7 @@ def test_inf_llavas_perspectives_meet_part_by_part():
     assert set(map(tuple, np.argwhere(np.abs(local_ - local)[0].max(-1) > 0))) == {
         (0, 3)
     }  # a query of its own
-    local_, _ = run(c, s.at[0, 2, 1].add(1.0))
+    local_, _ = run(c, added(s, (0, 2, 1)))
     stride = np.zeros((4, 4), bool)
     stride[::2, 1::2] = True
     np.testing.assert_array_equal(np.abs(local_ - local)[0].max(-1) > 0, stride)
@@ -413,11 +433,12 @@ def test_iaa_begins_as_the_language_model_and_leaves_it_alone():
 
 
 def test_pixel_shuffle_is_undone():
-    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    shuffled = pixel_shuffle(x, 2)
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    shuffle, unshuffle = (jax.jit(f, static_argnums=1) for f in (pixel_shuffle, pixel_unshuffle))
+    shuffled = np.asarray(shuffle(x, 2))
     assert shuffled.shape == (2, 2, 3, 12)
     np.testing.assert_array_equal(shuffled[0, 0, 0], x[0, :2, :2].reshape(-1))
-    np.testing.assert_array_equal(pixel_unshuffle(shuffled, 2), x)
+    np.testing.assert_array_equal(unshuffle(shuffled, 2), x)
 
 
 def test_dual_perspective_makes_the_tokens_of_one_view():
@@ -449,7 +470,7 @@ def test_dual_perspective_makes_the_tokens_of_one_view():
 )
 def test_every_large_parameter_of_the_papers_size_has_a_rule(name):
     task = build(load_config(f"configs/{name}.py:paper")).task
-    shapes = jax.eval_shape(task.init, KEY)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
     found = named_leaves(parameter_shardings(shapes, make_mesh({"fsdp": 4, "tensor": 2})))
     kernels = [path for path, leaf in named_leaves(shapes).items() if leaf.ndim > 1 and leaf.size >= 1 << 22]
     assert kernels and not any(found[path].is_fully_replicated for path in kernels)
