@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.ssd import Unsupported, ssd, ssd_step
+from kernels_pallas import ssd as kernels
+from kernels_pallas.ssd import Unsupported
 from research.errors import UserError
 from research.nn.attention import Context
 from research.ssm.mamba2 import Mamba2
 from research.ssm.ssd import PallasScan
+from tests.programs import call
+
+# One program a shape instead of one an operation.
+ssd = jax.jit(kernels.ssd, static_argnames=("chunk", "implementation", "interpret"))
+ssd_step = jax.jit(kernels.ssd_step, static_argnames=("implementation", "interpret"))
 
 NAMES = ("loss", "y", "final", "x", "log_decay", "b", "c", "state")
 KERNELS = ("tpu", "gpu")
@@ -20,9 +26,9 @@ def make(batch=2, length=40, heads=4, channels=64, groups=2, size=16, dtype=jnp.
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype=dtype):
-        return jnp.asarray(rng.normal(size=shape), dtype)
+        return rng.normal(size=shape).astype(dtype)
 
-    decay = -jnp.asarray(rng.uniform(0, 0.5, (batch, length, heads)), jnp.float32)
+    decay = -rng.uniform(0, 0.5, (batch, length, heads)).astype(np.float32)
     b, c = (normal(batch, length, groups, size) for _ in range(2))
     return (
         normal(batch, length, heads, channels),
@@ -34,19 +40,20 @@ def make(batch=2, length=40, heads=4, channels=64, groups=2, size=16, dtype=jnp.
 
 
 # In the first row a segment ends with the first chunk of 16, in the second one spans two ends of chunks.
-SEGMENTS = jnp.asarray([[1] * 16 + [2] * 6 + [3] * 18, [1] * 33 + [0] * 7])
+SEGMENTS = np.asarray([[1] * 16 + [2] * 6 + [3] * 18, [1] * 33 + [0] * 7])
 
 
 def results(arguments, segments, **options):
     """The outputs, and the gradients of an asymmetric function of both."""
 
     def loss(arguments):
-        y, final = ssd(*arguments, segments, chunk=16, **options)
+        y, final = kernels.ssd(*arguments, segments, chunk=16, **options)
         weights = jnp.arange(y.size).reshape(y.shape) % 7 - 3.0
         return jnp.sum(weights * y) + jnp.sum(jnp.sin(final)), (y, final)
 
     value, gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments)
-    return dict(zip(NAMES, (value[0], *value[1], *gradients), strict=True))
+    found = map(np.asarray, (value[0], *value[1], *gradients))
+    return dict(zip(NAMES, found, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_is_the_plain_form_with_its_gradients(implementation, plain):
     """T = 40 is no multiple of the chunk; two groups, segments, a state before; float32 sums of up to 1000 terms."""
     found = results(make(), SEGMENTS, implementation=implementation, interpret=True)
     for name, value in plain.items():
-        scale = float(jnp.max(jnp.abs(value)))
+        scale = float(np.max(np.abs(value)))
         np.testing.assert_allclose(found[name], value, atol=2e-6 * scale, err_msg=name)
 
 
@@ -67,20 +74,20 @@ def test_is_the_plain_form_with_its_gradients(implementation, plain):
 def test_bfloat16(implementation):
     arguments = make(batch=1, groups=1, dtype=jnp.bfloat16)
     y, final = ssd(*arguments, chunk=16, implementation=implementation, interpret=True)
-    exact = ssd(*(a.astype(jnp.float32) for a in arguments), chunk=16, implementation="reference")
+    exact = ssd(*(a.astype(np.float32) for a in arguments), chunk=16, implementation="reference")
     assert y.dtype == jnp.bfloat16 and final.dtype == jnp.float32
     # Weights, the state and y are rounded to 8 bits.
     for value, right in zip((y, final), exact, strict=True):
-        scale = float(jnp.max(jnp.abs(right)))
+        scale = float(np.max(np.abs(right)))
         np.testing.assert_allclose(np.asarray(value, np.float32), right, atol=1e-2 * scale)
 
 
 @pytest.mark.parametrize("implementation", ("reference", *KERNELS))
 def test_a_step_by_hand(implementation):
     """P = N = 16: decay 1/2, a state of 4 everywhere, x = 3 and B = 2 make 4/2 + 6 = 8; C = 1/16 gives y = 8."""
-    ones = jnp.ones((1, 2, 16))
-    half = jnp.full((1, 2), jnp.log(0.5))
-    arguments = (jnp.full((1, 2, 16, 16), 4.0), 3 * ones, half, 2 * ones[:, :1], ones[:, :1] / 16)
+    ones = np.ones((1, 2, 16), np.float32)
+    half = np.full((1, 2), np.log(0.5), np.float32)
+    arguments = (np.full((1, 2, 16, 16), 4, np.float32), 3 * ones, half, 2 * ones[:, :1], ones[:, :1] / 16)
     y, state = ssd_step(*arguments, implementation=implementation, interpret=True)
     np.testing.assert_allclose(state, 8.0, rtol=1e-6)
     np.testing.assert_allclose(y, 8.0, rtol=1e-6)
@@ -103,7 +110,7 @@ def test_in_the_simulator(simulator):
     found = results(arguments, None, implementation="tpu", interpret=simulator)
     right = results(arguments, None, implementation="reference")
     for name, value in right.items():
-        scale = float(jnp.max(jnp.abs(value)))
+        scale = float(np.max(np.abs(value)))
         np.testing.assert_allclose(found[name], value, atol=2e-6 * scale, err_msg=name)
 
 
@@ -125,7 +132,7 @@ def test_lowers_without_the_device(implementation, lower):
         def loss(*arguments):
             return sum(
                 jnp.sum(out.astype(jnp.float32))
-                for out in ssd(*arguments, segments, implementation=implementation)
+                for out in kernels.ssd(*arguments, segments, implementation=implementation)
             )
 
         return jax.grad(loss, range(5))(*arguments)
@@ -135,7 +142,7 @@ def test_lowers_without_the_device(implementation, lower):
 
     def step(x, decay, b, c, state):
         token = (x[:, 0], decay[:, 0], b[:, 0], c[:, 0])
-        return ssd_step(state, *token, implementation=implementation)
+        return kernels.ssd_step(state, *token, implementation=implementation)
 
     assert marker in lower(step, shapes, implementation)
 
@@ -143,16 +150,21 @@ def test_lowers_without_the_device(implementation, lower):
 def test_the_mixer_with_the_kernel():
     """A Mamba-2 layer computes the same with either; where the kernel cannot run, the layer says so."""
     layer = Mamba2(2, 16, 16, chunk=16)
-    u = jax.random.normal(jax.random.key(0), (1, 20, 8))
-    context = Context(jnp.arange(20)[None])
-    variables = layer.init(jax.random.key(1), u, context)
+    context = Context(np.arange(20)[None])
+
+    @jax.jit
+    def draw():
+        u = jax.random.normal(jax.random.key(0), (1, 20, 8))
+        return u, layer.init(jax.random.key(1), u, context)["params"]
+
+    u, params = draw()
     kernel = layer.clone(scan=PallasScan("tpu", interpret=True))
     np.testing.assert_allclose(
-        kernel.apply(variables, u, context)[0], layer.apply(variables, u, context)[0], atol=1e-6
+        call(kernel, params, u, context)[0], call(layer, params, u, context)[0], atol=1e-6
     )
     if jax.default_backend() == "cpu":
         with pytest.raises(UserError, match="no SSD kernel for the backend 'cpu'.*PlainScan runs everywhere"):
-            layer.clone(scan=PallasScan()).apply(variables, u, context)
+            call(layer.clone(scan=PallasScan()), params, u, context)
 
 
 @pytest.mark.parametrize(
