@@ -175,7 +175,7 @@ def figure(results: Results, path: Path) -> None:
     left.set(ylabel="test accuracy (%), dashed: guessing", ylim=(0, 100))
     right.set_xticks([0], ["series"])
     right.set_ylabel("mean absolute error of the forecast")
-    left.legend(fontsize="small", ncols=2, loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), ncols=5, loc="outside lower center")
     figure.savefig(path)
 
 
