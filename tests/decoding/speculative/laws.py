@@ -9,10 +9,10 @@ import numpy as np
 
 from research.decoding import engine as engines
 
-from ..test_verify import FAR, START, TABLE, VOCAB, MarkovModel
+from ..test_verify import START, TABLE, TABLES, VOCAB, MarkovModel
 
 LENGTH, ROWS = 4, 40_000
-MIXED = 0.5 * TABLE + 0.5 * FAR
+MIXED = TABLES["mixed"]
 
 
 class Markov(MarkovModel):
@@ -35,12 +35,15 @@ def run(
 ) -> engines.State:
     """The state after `length` tokens in each of `rows` rows that begin with START."""
     engine = engines.Engine(target, proposer, verifier, capacity=length + 2 * proposer.levels)
-    weights, ends = engines.Weights((), params, ()), jnp.zeros((0,), jnp.int32)
-    ones = jnp.ones((rows,), jnp.int32)
-    keys = engines.row_keys(0, jnp.arange(rows), 1)
-    prompts = jnp.full((rows, 1), START)
-    state = jax.jit(engine.prefill)(weights, prompts, ones, length * ones, keys, ends)
-    state = jax.jit(engine.decode)(weights, state, jnp.zeros((rows,), bool), jnp.int32(10 * length), ends)
+
+    @jax.jit
+    def whole(params, seed, ones):
+        weights, ends = engines.Weights((), params, ()), jnp.zeros((0,), jnp.int32)
+        keys = engines.row_keys(seed, jnp.arange(rows), 1)
+        state = engine.prefill(weights, START * ones[:, None], ones, length * ones, keys, ends)
+        return engine.decode(weights, state, jnp.zeros((rows,), bool), jnp.int32(10 * length), ends)
+
+    state = whole(params, 0, np.ones((rows,), np.int32))
     assert np.all(np.asarray(state.count) == length)
     return state
 

@@ -26,7 +26,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.nn.weights import LowRank
 from research.training.task import LanguageModelling
-from tests.programs import drawn
+from tests.programs import call, drawn
 
 from .laws import MIXED, VOCAB, Markov, distance, run
 
@@ -43,8 +43,15 @@ def decoder(width=8, num_layers=2, rules=(Causal(),), vocab_size=32, max_length=
 
 @functools.cache
 def init(model, seed=0):
-    params = drawn(model, jnp.zeros((1, 2), jnp.int32), seed=seed)
-    return jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, params)  # so that outputs are not constant
+    params = drawn(model, np.zeros((1, 2), np.int32), seed=seed)
+    larger = lambda x: jax.device_put(np.float32(3.0) * np.asarray(x)) if x.ndim > 1 else x  # noqa: E731
+    return jax.tree.map(larger, params)  # so that outputs are not constant
+
+
+def noisy(model, scale):
+    """Near `init(model)`."""
+    near = lambda x, y: jax.device_put(np.asarray(x) + np.float32(scale) * np.asarray(y))  # noqa: E731
+    return jax.tree.map(near, init(model), init(model, 1))
 
 
 class FullForwards:
@@ -76,7 +83,7 @@ def test_drafts_are_those_of_full_forwards(rules):
     model, small = decoder(num_layers=2), decoder(num_layers=2, rules=rules)
     # The draft is the target but for its attention's rule and a little noise, so some drafts are right.
     params = init(model)
-    noise = jax.tree.map(lambda x, y: x + 0.12 * y, params, init(model, 1))
+    noise = noisy(model, 0.12)
     results = []
     for proposer in (DraftModel(small, 3), FullForwards(small, 3)):
         generator = Generator(model, params, proposer=proposer, proposer_params=noise)
@@ -96,14 +103,17 @@ def test_a_round_makes_gamma_forwards():
             return super().apply(variables, tokens, *args, method=method)
 
     proposer, target = DraftModel(Counting(MIXED), 3), Target((), Markov(MIXED))
-    zero = jnp.zeros((1,), jnp.int32)
-    prompt = Prompt(zero[:, None], zero + 1, zero[:, None, None], zero, 16)
-    with jax.disable_jit():
+
+    def a_round():
+        zero = jnp.zeros((1,), jnp.int32)
+        prompt = Prompt(zero[:, None], zero + 1, zero[:, None, None], zero, 16)
         state = proposer.init((), target, prompt)
         warp = lambda logits, tokens, tree: logits  # noqa: E731
-        proposer.propose(
-            (), target, state, Round(zero, zero + 1, jax.random.split(jax.random.key(0), 1), warp)
-        )
+        keys = jax.random.split(jax.random.key(0), 1)
+        return proposer.propose((), target, state, Round(zero, zero + 1, keys, warp))[0].tokens
+
+    with jax.disable_jit():  # loops are unrolled, and every forward is traced
+        jax.eval_shape(a_round)
     assert seen == [("prefill", 1), ("extend", 2), ("extend", 1), ("extend", 1)]
 
 
@@ -132,7 +142,7 @@ def test_sampling_keeps_the_law():
 
 def test_disjoint_drafts_are_never_kept():
     """p lives on tokens 0 and 1, q on 2 and 3."""
-    low = jnp.asarray([[0.5, 0.5, 0.0, 0.0]] * VOCAB)
+    low = np.float32([[0.5, 0.5, 0.0, 0.0]] * VOCAB)
     state = run(DraftModel(Markov(low[:, ::-1]), 2), (), Sampled(), target=Markov(low), rows=100)
     assert np.asarray(state.histogram).sum(0).tolist() == [300, 0, 0]  # one token in each of 3 calls
 
@@ -169,14 +179,14 @@ def test_a_submodel_shares_what_is_not_cut():
 
 def test_structured_kernels_are_cut_in_factors():
     model, params, _ = nested()
-    kernel = LowRank(jnp.ones((8, 2)), jnp.arange(32.0).reshape(2, 16))
+    kernel = LowRank(jnp.ones((8, 2)), jnp.asarray(np.arange(32, dtype=np.float32).reshape(2, 16)))
     params = {
         **params,
         "layer_0": {**params["layer_0"], "mlp": {**params["layer_0"]["mlp"], "up": {"kernel": kernel}}},
     }
     cut = Submodel(8).create(jax.random.key(0), Target(params, model))["layer_0"]["mlp"]["up"]["kernel"]
     assert isinstance(cut, LowRank) and cut.down is kernel.down
-    np.testing.assert_array_equal(cut.up, kernel.up[:, :2])
+    np.testing.assert_array_equal(cut.up, np.asarray(kernel.up)[:, :2])
 
 
 def test_submodel_and_target_share_the_first_layers_keys_alone():
@@ -184,9 +194,9 @@ def test_submodel_and_target_share_the_first_layers_keys_alone():
     model, params, _ = nested()
     drafter = Submodel(8)
     cut = drafter.create(jax.random.key(0), Target(params, model))
-    tokens = jnp.asarray([[5, 9, 2, 4]])
-    _, full = model.apply({"params": params}, tokens, method="features")
-    _, small = drafter.drafting(model).model.apply({"params": cut}, tokens, method="features")
+    tokens = np.asarray([[5, 9, 2, 4]])
+    _, full = call(model, params, tokens, method="features")
+    _, small = call(drafter.drafting(model).model, cut, tokens, method="features")
     np.testing.assert_array_equal(full[0], small[0])
     assert np.abs(np.asarray(full[1][0]) - np.asarray(small[1][0])).max() > 0.1
 
@@ -226,11 +236,11 @@ def test_metrics_by_hand():
         def logits(self, hidden):
             return hidden
 
-    tokens = jnp.zeros((1, 3), jnp.int32)
-    batch = {"tokens": tokens, "targets": tokens, "segments": tokens + 1, "positions": jnp.arange(3)[None]}
-    batch["weights"] = jnp.asarray([[1.0, 1.0, 0.0]])
-    teacher = Teacher(Lent((), Chain(p)), batch)
-    metrics = DraftModel(Chain(jnp.full((VOCAB, VOCAB), 0.25))).loss((), teacher, batch, None)
+    tokens = np.zeros((1, 3), np.int32)
+    batch = {"tokens": tokens, "targets": tokens, "segments": tokens + 1, "positions": np.arange(3)[None]}
+    batch["weights"] = np.float32([[1.0, 1.0, 0.0]])
+    drafter = DraftModel(Chain(jnp.full((VOCAB, VOCAB), 0.25)))
+    metrics = jax.jit(lambda batch: drafter.loss((), Teacher(Lent((), Chain(p)), batch), batch, None))(batch)
     assert {name: float(weight) for name, (_, weight) in metrics.items()} == dict.fromkeys(metrics, 2.0)
     means = {name: float(total / 2) for name, (total, _) in metrics.items()}
     assert means == pytest.approx({"loss": np.log(2), "acceptance": 0.5, "agreement": 1.0}, rel=1e-6)

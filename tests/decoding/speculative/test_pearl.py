@@ -1,6 +1,7 @@
 """PEARL: exact output, its modes, its closed form, its clock, its ablations, and two devices at once."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from research.decoding.verify import Accept, Greedy, Sampled, Typical
 from research.errors import UserError
 
 from .laws import MIXED, TABLE, VOCAB, Markov, distance, run
-from .test_draft_model import PROMPTS, decoder, init
+from .test_draft_model import PROMPTS, decoder, init, noisy
 
 MODES = {"pearl": {}, "no pre-verify": {"pre_verify": False}, "no post-verify": {"post_verify": False}}
 
@@ -75,7 +76,7 @@ def test_a_draft_that_is_the_target_never_pauses():
 
 def test_disjoint_drafts_stay_in_pre():
     """p lives on tokens 0 and 1, q on 2 and 3: one token a round."""
-    low = jnp.asarray([[0.5, 0.5, 0.0, 0.0]] * VOCAB)
+    low = np.float32([[0.5, 0.5, 0.0, 0.0]] * VOCAB)
     state = run(Pearl(Markov(low[:, ::-1]), 3), (), PreVerify(), target=Markov(low), length=5, rows=50)
     assert state.proposer.rounds.tolist() == [[4, 0]] * 50
     assert state.histogram.tolist() == [[4, 0, 0]] * 50
@@ -128,10 +129,17 @@ def test_clock_by_hand():
 # A real draft: a decoder and the same with noise.
 
 
+@functools.cache
 def models():
     model = decoder()
-    params = init(model)
-    return model, params, jax.tree.map(lambda x, y: x + 0.1 * y, params, init(model, 1))
+    return model, init(model), noisy(model, 0.1)
+
+
+@functools.cache
+def plainly(max_new_tokens):
+    """What plain decoding says."""
+    model, params, _ = models()
+    return Generator(model, params).generate(PROMPTS, max_new_tokens=max_new_tokens)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -141,8 +149,7 @@ def test_greedy_output_is_that_of_plain_decoding(mode):
     result = Generator(model, params, proposer=proposer, proposer_params=noise).generate(
         PROMPTS, max_new_tokens=30
     )
-    plain = Generator(model, params).generate(PROMPTS, max_new_tokens=30)
-    assert [s.tokens for s in result.samples] == [s.tokens for s in plain.samples]
+    assert [s.tokens for s in result.samples] == [s.tokens for s in plainly(30).samples]
     assert all(result.stats.gained)
 
 
@@ -152,28 +159,29 @@ def test_what_is_pending_and_what_the_caches_hold():
     model, params, noise = models()
     proposer = Pearl(model, 3)
     engine = engines.Engine(model, proposer, Greedy(), capacity=64)
-    weights, ends = engines.Weights(params, noise, ()), jnp.zeros((0,), jnp.int32)
-    tokens = jnp.asarray([row + [0] * (6 - len(row)) for row in PROMPTS])
-    lengths, limit = jnp.asarray([3, 1, 6]), jnp.full((3,), 30)
+    weights, ends = engines.Weights(params, noise, ()), np.zeros((0,), np.int32)
+    tokens = np.asarray([row + [0] * (6 - len(row)) for row in PROMPTS])
+    lengths, limit = np.asarray([3, 1, 6]), np.full((3,), 30)
     state = jax.jit(engine.prefill)(
-        weights, tokens, lengths, limit, engines.row_keys(0, jnp.arange(3), 1), ends
+        weights, tokens, lengths, limit, engines.row_keys(0, np.arange(3), 1), ends
     )
     step = jax.jit(engine.decode)
     forward = jax.jit(lambda text: jnp.argmax(model.apply({"params": noise}, text), -1))
     seen = set()
-    while not bool(jnp.all(state.done)):
-        state = step(weights, state, jnp.zeros((3,), bool), jnp.int32(1), ends)
+    while not np.all(state.done):
+        state = step(weights, state, np.zeros((3,), bool), np.int32(1), ends)
+        host = jax.device_get(state.replace(keys=None))
         for row in range(3):
-            if state.done[row]:
+            if host.done[row]:
                 continue
-            output = state.tokens[row, : state.count[row]].tolist()
-            post = bool(state.proposer.post[row])
-            assert int(state.cache.length[row]) == lengths[row] + len(output) - 1
-            text = PROMPTS[row] + output + (state.proposer.pending.tokens[row].tolist() if post else [])
+            output = host.tokens[row, : host.count[row]].tolist()
+            post = bool(host.proposer.post[row])
+            assert int(host.cache.length[row]) == lengths[row] + len(output) - 1
+            text = PROMPTS[row] + output + (host.proposer.pending.tokens[row].tolist() if post else [])
             # Rows beyond what is kept are written before the next round, which first cuts them off.
-            assert int(state.proposer.cache.length[row]) >= len(text) - 1
+            assert int(host.proposer.cache.length[row]) >= len(text) - 1
             if post:
-                choices = forward(jnp.asarray([text + [0] * (48 - len(text))]))[0].tolist()
+                choices = forward(np.asarray([text + [0] * (48 - len(text))])).tolist()[0]
                 assert text[-2:] == choices[len(text) - 3 : len(text) - 1]
             seen.add(post)
     assert seen == {False, True}
@@ -187,16 +195,19 @@ def test_a_round_makes_gamma_forwards():
             seen.append((method, tokens.shape[1]))
             return super().apply(variables, tokens, *args, method=method)
 
-    proposer, zero = Pearl(Counting(MIXED), 3), jnp.zeros((1,), jnp.int32)
+    proposer = Pearl(Counting(MIXED), 3)
     engine = engines.Engine(Markov(TABLE), proposer, PreVerify(), capacity=16)
-    keys, ends = engines.row_keys(0, zero, 1), jnp.zeros((0,), jnp.int32)
-    weights = engines.Weights((), (), ())
-    with jax.disable_jit():
+
+    def a_round():
+        zero, ends = jnp.zeros((1,), jnp.int32), jnp.zeros((0,), jnp.int32)
+        keys, weights = engines.row_keys(0, zero, 1), engines.Weights((), (), ())
         state = engine.prefill(weights, zero[:, None], zero + 1, zero + 9, keys, ends)
         warp = lambda logits, tokens, tree: logits  # noqa: E731
-        proposer.propose(
-            (), Target((), engine.model), state.proposer, Round(state.root, zero + 1, keys, warp)
-        )
+        round_ = Round(state.root, zero + 1, keys, warp)
+        return proposer.propose((), Target((), engine.model), state.proposer, round_)[0].tokens
+
+    with jax.disable_jit():  # loops are unrolled, and every forward is traced
+        jax.eval_shape(a_round)
     assert seen == [("prefill", 1), ("extend", 1), ("extend", 1), ("extend", 1)]
 
 
@@ -221,11 +232,11 @@ def test_two_devices_give_the_same_tokens(verifier, sampling):
     model, params, noise = models()
     engine = engines.Engine(model, Pearl(model, 3), verifier, capacity=64)
     weights = engines.Weights(params, noise, sampling.chain(model.vocab_size))
-    tokens = jnp.asarray([row + [0] * (6 - len(row)) for row in PROMPTS])
-    lengths, limit, ends = jnp.asarray([3, 1, 6]), jnp.asarray([30, 25, 20]), jnp.asarray([31])
-    keys = engines.row_keys(3, jnp.arange(3), 1)
+    tokens = np.asarray([row + [0] * (6 - len(row)) for row in PROMPTS])
+    lengths, limit, ends = np.asarray([3, 1, 6]), np.asarray([30, 25, 20]), np.asarray([31])
+    keys = engines.row_keys(3, np.arange(3), 1)
     start = jax.jit(engine.prefill)(weights, tokens, lengths, limit, keys, ends)
-    rest = jnp.zeros((3,), bool), jnp.int32(100), ends
+    rest = np.zeros((3,), bool), np.int32(100), ends
     alone = jax.jit(engine.decode)(weights, start, *rest)
     together = concurrent(engine, jax.devices()[:2])(weights, start, *rest)
     assert np.asarray(alone.done).all() and np.asarray(alone.proposer.rounds).sum(0).all()
@@ -235,20 +246,19 @@ def test_two_devices_give_the_same_tokens(verifier, sampling):
     # Both caches are those of the models that own them.
     for mine, its in ((alone.cache, together.cache), (alone.proposer.cache, together.proposer.cache)):
         np.testing.assert_array_equal(its.length, mine.length)
+        theirs, ours = (np.asarray(cache.layers[1].key) for cache in (its, mine))
         for row, length in enumerate(mine.length.tolist()):
-            np.testing.assert_allclose(
-                its.layers[1].key[row, :, :length], mine.layers[1].key[row, :, :length], rtol=1e-5, atol=1e-5
-            )
+            np.testing.assert_allclose(theirs[row, :, :length], ours[row, :, :length], rtol=1e-5, atol=1e-5)
 
 
 def test_each_device_runs_one_of_the_models():
     """The exchange is the only collective of the loop, and the forwards are in branches."""
     engine = engines.Engine(Markov(TABLE), Pearl(Markov(MIXED), 3), PreVerify(), capacity=16)
-    one, ends = jnp.ones((1,), jnp.int32), jnp.zeros((0,), jnp.int32)
+    one, ends = np.ones((1,), np.int32), np.zeros((0,), np.int32)
     keys, weights = engines.row_keys(0, one, 1), engines.Weights((), (), ())
-    start = jax.jit(engine.prefill)(weights, one[:, None], one, 9 * one, keys, ends)
+    start = jax.eval_shape(engine.prefill, weights, one[:, None], one, 9 * one, keys, ends)
     decode = concurrent(engine, jax.devices()[:2])
-    text = str(jax.make_jaxpr(decode)(weights, start, one < 0, jnp.int32(9), ends))
+    text = str(jax.make_jaxpr(decode)(weights, start, one < 0, np.int32(9), ends))
     assert text.count("psum") == 1 and text.count("axis_index[") == 2 and text.count("cond[") >= 2
 
 
