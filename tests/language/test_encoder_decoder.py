@@ -110,8 +110,9 @@ def test_samples_share_their_source(plain):
     rows = [sample.tokens for sample in plain.generate(SOURCES, samples=2, **options).samples]
     assert rows[0] != rows[1]
     for prompt in range(3):
-        alone = plain.generate([SOURCES[prompt]], ids=[prompt], samples=2, **options)
-        assert [sample.tokens for sample in alone.samples] == rows[2 * prompt : 2 * prompt + 2]
+        # Beside itself, for which no other program is needed.
+        alone = plain.generate([SOURCES[prompt]] * 3, ids=[prompt] * 3, samples=2, **options)
+        assert [sample.tokens for sample in alone.samples] == rows[2 * prompt : 2 * prompt + 2] * 3
 
 
 def test_lengths_have_limits_of_their_own(plain):

@@ -138,9 +138,9 @@ def test_reports():
     assert apply(moe(balance_weight=0.0), tree, x())[1] == {}
 
 
-def decoder(mlp: MoE, **fields) -> DecoderLM:
+def decoder(mlp: MoE, num_layers: int = 2, **fields) -> DecoderLM:
     block = Block(Attention(num_heads=2, head_dim=4), mlp)
-    return DecoderLM(vocab_size=16, width=D, max_length=16, num_layers=2, blocks=(block,), **fields)
+    return DecoderLM(vocab_size=16, width=D, max_length=16, num_layers=num_layers, blocks=(block,), **fields)
 
 
 TOKENS = np.arange(2 * 6).reshape(2, 6) * 5 % 16
@@ -203,7 +203,8 @@ def test_scan_and_remat_change_nothing(scan, remat, tree):
 )
 def test_eight_devices_compute_what_one_does(fields, tree):
     """Experts over 4 groups of devices, records over all 8: loss, loads and gradients, and each kernel divided by 4."""
-    task = LanguageModelling(decoder(moe(**fields)))
+    task = LanguageModelling(decoder(moe(**fields), num_layers=1))
+    tree = {name: leaves for name, leaves in tree.items() if name != "layer_1"}
     tokens = np.arange(8 * 6, dtype=np.int32).reshape(8, 6) * 7 % 16
     batch = {
         "tokens": tokens,
@@ -300,4 +301,4 @@ def test_routings_are_those_of_every_layer_scanned_or_not(tree):
     jax.tree.map(np.testing.assert_array_equal, again, found)
     dense = decoder(GatedMLP(F))
     with pytest.raises(UserError, match="no layer of DecoderLM routes its tokens"):
-        routings(dense, drawn(dense, TOKENS), TOKENS)
+        jax.eval_shape(functools.partial(routings, dense), drawn(dense, TOKENS), TOKENS)
