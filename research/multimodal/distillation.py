@@ -14,10 +14,12 @@ from research.training.task import Batch, Metrics
 @dataclasses.dataclass(frozen=True)
 class VisionMambaDistillation(MambaDistillation):
     """The model saved at `teacher` reads images. All its stacks of causal layers are converted; towers and connectors
-    are shared. A further metric is `answers`, the share of rows that the student answers right."""
+    are shared. `loss` is over the answers' tokens, which alone have weight, and `mimicry` over all. A further metric is
+    `answers`, the share of rows that the student answers right. What sees ahead is refused: a recurrence is causal."""
 
     def inputs(self, batch: Batch) -> tuple[Any, ...]:
-        return batch["tokens"], batch_pictures(batch), batch["segments"]
+        self.teacher_model.check_steps("step_ends" in batch)
+        return batch["tokens"], batch_pictures(batch, self.compute_dtype), batch["segments"]
 
     def measured(self, logits: jax.Array, batch: Batch) -> Metrics:
         return super().measured(logits, batch) | {"answers": answers(logits, batch)}

@@ -23,7 +23,7 @@ after stage 1, behind the encoder's own pixel shuffle) are not in the paper as w
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -44,7 +44,7 @@ from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
 from research.nn.linear import Linear, parameter
 from research.nn.transformer import LayerStack
-from research.training.task import Batch, Metrics, cast_floats
+from research.training.task import Batch, Metrics, cast_floats, dropout_rngs, saved_parameters
 
 MARKS = 2  # rows of an image that are <img> and </img>
 
@@ -246,6 +246,7 @@ class HoVLE(VLM, kw_only=True):
         row = jnp.arange(len(tokens))[:, None]
         patches = jnp.zeros_like(patches).at[row, place].set(y.astype(patches.dtype), mode="drop")
         rows = self.connector(seen.replace(tokens=patches.reshape(seen.tokens.shape)), pictures.media)
+        self.check_rows(rows)
         text = jnp.take_along_axis(y, long.start[..., None], axis=1)
         slot = jnp.where(kind < MARKS, -1, pictures.slot)
         y = splice(text, rows.reshape(len(tokens), -1, self.width), slot)
@@ -346,7 +347,8 @@ class HolisticTraining(VisionLanguage):
     """All three stages: batches of `Unpaired` are distilled, others answered as in `VisionLanguage`.
 
     Metrics of distillation: `loss`, -(`image_cosine` + `text_cosine`), each a mean over its tokens. Parameters are the
-    model's, teacher/... and head/kernel, the linear map to the teacher's features; a run is saved as the model alone.
+    model's, teacher/... and head/kernel, the linear map to the teacher's features; a run is saved as the model alone,
+    and `start_from` reads no more: teacher and map are then drawn.
 
     Args:
         teacher: a frozen `Tower` of the planner's patches.
@@ -363,6 +365,17 @@ class HolisticTraining(VisionLanguage):
         head = features.init(keys[2], jnp.zeros((1, width)))["params"]
         return super().init(keys[0]) | {"teacher": teacher, "head": head}
 
+    @property
+    def start(self) -> Callable[[jax.Array], Any]:
+        if self.parts or self.start_from is None:
+            return super().start
+
+        def begin(key: jax.Array) -> Any:
+            params = jax.jit(self.init)(key)
+            return params | saved_parameters(self.start_from, self.unpack(params))
+
+        return begin
+
     def unpack(self, params: Any) -> Any:
         return {name: part for name, part in params.items() if name not in ("teacher", "head")}
 
@@ -371,10 +384,12 @@ class HolisticTraining(VisionLanguage):
     ) -> tuple[Metrics, jax.Array, dict[str, jax.Array]]:
         if "targets" in batch:
             return super()._metrics(self.unpack(params), batch, key)
+        self.model.check_steps("step_ends" in batch)
         params = cast_floats(params, self.compute_dtype)
-        model, planner, pictures = self.model, self.model.planner, batch_pictures(batch)
+        model, planner, pictures = self.model, self.model.planner, batch_pictures(batch, self.compute_dtype)
         variables = {"params": self.unpack(params)}
-        y, *_ = model.apply(variables, batch["tokens"], pictures, batch["segments"], method="embedded")
+        read = batch["tokens"], pictures, batch["segments"], batch.get("step_ends")
+        y, *_ = model.apply(variables, *read, rngs=dropout_rngs(key), method="embedded")
         words = model.apply(variables, batch["tokens"], method="embed")
         seen = self.teacher.apply({"params": params["teacher"]}, pictures.media)
         features = shuffle_square(seen.tokens, planner.factor)

@@ -168,12 +168,17 @@ class VLM(nn.Module):
         """-> what the tower gives, and the connector's rows [B, I * M, D]."""
         seen = self.tower(media)
         rows = self.connector(seen, media)
+        self.check_rows(rows)
+        return seen, rows.reshape(rows.shape[0], -1, rows.shape[-1])
+
+    @nn.nowrap
+    def check_rows(self, rows: jax.Array) -> None:
+        """Raise UserError unless the connector's rows [B, I, M, D] are as many as the planner spells."""
         if rows.shape[-2] != self.planner.rows:
             raise UserError(
                 f"the connector makes {rows.shape[-2]} rows of an image, and {type(self.planner).__name__} spells "
                 f"{self.planner.rows}"
             )
-        return seen, rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
     def run(
         self, x: jax.Array, context: Context, seen: Any, cache: tuple[LayerCache, ...] | None = None

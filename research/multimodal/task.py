@@ -15,6 +15,7 @@ from research.training.checkpoint_files import mismatches
 from research.training.paths import named_leaves
 from research.training.task import (
     Batch,
+    FromDirectory,
     LanguageModelling,
     Metrics,
     cast_floats,
@@ -24,40 +25,46 @@ from research.training.task import (
 from research.training.workdir import load_model
 
 
-def batch_pictures(batch: Batch) -> Pictures:
-    """The images of a batch of `Conversations`."""
-    media = Media(batch["patches"], batch["grid"], batch["marks"], batch.get("words"))
+def batch_pictures(batch: Batch, dtype: str = "float32") -> Pictures:
+    """The images of a batch of `Conversations`; towers compute in the dtype of their patches."""
+    media = Media(batch["patches"].astype(dtype), batch["grid"], batch["marks"], batch.get("words"))
     return Pictures(media, batch["slot"], batch["positions"])
 
 
-@dataclasses.dataclass(frozen=True)
-class VisionLanguage(LanguageModelling):
-    """Batches of `research.multimodal.conversations.Conversations`, text-only ones among them.
-
-    Metrics: those of `LanguageModelling`, and `answers`, the share of rows whose tokens with weight are all right.
-
-    Args:
-        parts: ((subtree, run or model directory, subtree there), ...): what a run begins with, as ("decoder",
-            "runs/lm", "") and ("tower", "runs/tower", "tower"); subtrees are paths, "" is all, the rest is drawn.
-    """
-
-    parts: tuple[tuple[str, str, str], ...] = ()
+class FromParts(FromDirectory):
+    """Base of tasks with a field `parts`: ((subtree, run or model directory, subtree there), ...), what a run begins
+    with, as ("decoder", "runs/lm", "") and ("tower", "runs/tower", "tower"); subtrees are paths, "" is all, the rest is
+    drawn. Without any a run begins as `FromDirectory` says."""
 
     @property
     def start(self) -> Callable[[jax.Array], Any]:
         if not self.parts:
             return super().start
+        name = type(self).__name__
         if self.start_from is not None:
-            raise UserError("VisionLanguage: start_from and parts are both given")
+            raise UserError(f"{name}: start_from and parts are both given")
 
         def begin(key: jax.Array) -> Any:
             params = jax.jit(self.init)(key)
             for path, directory, inner in self.parts:
-                part = saved_part(directory, inner, "VisionLanguage.parts")
-                params = with_part(params, path.split("/"), part, path, "VisionLanguage.parts")
+                part = saved_part(directory, inner, f"{name}.parts")
+                params = with_part(params, list(filter(None, path.split("/"))), part, path, f"{name}.parts")
             return params
 
         return begin
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLanguage(FromParts, LanguageModelling):
+    """Batches of `research.multimodal.conversations.Conversations`, text-only ones among them.
+
+    Metrics: those of `LanguageModelling`, and `answers`, the share of rows whose tokens with weight are all right.
+
+    Args:
+        parts: what a run begins with, see `FromParts`.
+    """
+
+    parts: tuple[tuple[str, str, str], ...] = ()
 
     def _metrics(
         self, params: Any, batch: Batch, key: jax.Array | None
@@ -68,7 +75,7 @@ class VisionLanguage(LanguageModelling):
             self.model,
             {"params": cast_floats(params, self.compute_dtype)},
             batch["tokens"],
-            batch_pictures(batch),
+            batch_pictures(batch, self.compute_dtype),
             segments=batch["segments"],
             prefix=batch.get("step_ends"),
             rngs=dropout_rngs(key),

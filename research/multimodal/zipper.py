@@ -20,7 +20,7 @@ A model has the contract of every decoder for the tower that it `writes`; the ot
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +32,7 @@ from flax import struct
 from research.data.utterances import MODALITIES, PADDING, Laid, Modality, lay_out
 from research.errors import UserError
 from research.language.decoder import DecoderLM
-from research.multimodal.task import saved_part, with_part
+from research.multimodal.task import FromParts
 from research.nn.attention import Context
 from research.nn.cache import Cache, DenseCache, Fresh
 from research.nn.cross_attention import CrossAttention, CrossContext, Memory
@@ -43,7 +43,6 @@ from research.nn.reports import apply_reporting
 from research.nn.transformer import VirtualRows, tree_places
 from research.training.task import (
     Batch,
-    FromDirectory,
     Metrics,
     add_reported,
     cast_floats,
@@ -62,10 +61,7 @@ class Strand(struct.PyTreeNode):
 
 
 class Beside(struct.PyTreeNode):
-    """What belongs to a prompt int32[B, T] of one tower: the prompt's own times int32[B, T], and the other's strand.
-
-    The other tower can write as many tokens later as its strand has padding.
-    """
+    """What belongs to a prompt int32[B, T] of one tower: the prompt's own times int32[B, T], and the other's strand."""
 
     times: jax.Array
     other: Strand
@@ -99,10 +95,6 @@ class ZipperCache(Cache):
     def select(self, rows: jax.Array) -> "ZipperCache":
         other = None if self.other is None else self.other.select(rows)
         return self._with(super().select(rows)).replace(other=other)
-
-    def switch(self) -> "ZipperCache":
-        """The same caches for the other tower to write."""
-        return ZipperCache(self.other.layers, self.other.length, Cache(self.layers, self.length))
 
     def _with(self, cache: Cache) -> "ZipperCache":
         return self.replace(layers=cache.layers, length=cache.length)
@@ -468,7 +460,7 @@ def _write_segment(
 
 
 @dataclasses.dataclass(frozen=True)
-class Interleaved(FromDirectory):
+class Interleaved(FromParts):
     """Batches of `research.data.utterances.Utterances`: each tower predicts its own next tokens where they are to be
     written, and the nats of both have one weight.
 
@@ -476,8 +468,7 @@ class Interleaved(FromDirectory):
     the most probable ones. compute_dtype, start_from, and what layers report, as in `LanguageModelling`.
 
     Args:
-        parts: what a run begins with, as of `VisionLanguage`: (("text", "runs/text", ""),
-            ("speech", "runs/speech", "")).
+        parts: what a run begins with, see `FromParts`: (("text", "runs/text", ""), ("speech", "runs/speech", "")).
     """
 
     model: Zipper
@@ -490,22 +481,6 @@ class Interleaved(FromDirectory):
 
     def init(self, key: jax.Array) -> Any:
         return self.model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-    @property
-    def start(self) -> Callable[[jax.Array], Any]:
-        if not self.parts:
-            return super().start
-        if self.start_from is not None:
-            raise UserError("Interleaved: start_from and parts are both given")
-
-        def begin(key: jax.Array) -> Any:
-            params = jax.jit(self.init)(key)
-            for path, directory, inner in self.parts:
-                part = saved_part(directory, inner, "Interleaved.parts")
-                params = with_part(params, path.split("/"), part, path, "Interleaved.parts")
-            return params
-
-        return begin
 
     def loss(self, params: Any, batch: Batch, key: jax.Array) -> Metrics:
         return add_reported(*self._metrics(params, batch, key))

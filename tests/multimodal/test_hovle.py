@@ -1,5 +1,6 @@
 """HoVLE: one causal sequence through module and decoder, two caches, a decoder that its first stages leave alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,7 +24,9 @@ from research.multimodal.hovle import (
     mean_cosine,
 )
 from research.multimodal.prompts import pictures, write
+from research.nn.masks import Steps
 from research.training.loop import Trainer
+from research.training.model_directory import save_model
 from tests.multimodal.test_model import decoded_as_read, louder
 from tests.multimodal.toys import WIDTH, decoder, image, tower
 from tests.programs import call, drawn, drawn_like
@@ -192,6 +195,41 @@ def test_the_first_stage_compares_directions_place_by_place():
     np.testing.assert_allclose(metrics["loss"][0], -np.mean(image_terms) - np.mean(text_terms), atol=1e-5)
 
 
+def test_the_first_stage_sees_ahead_and_drops_as_the_others_do():
+    batch = Unpaired(Scenes(), PLANNER, 40, shuffle=False, steps="images").take(np.arange(2))
+    with pytest.raises(UserError, match="HoVLE.steps, now 'causal', to say the same"):
+        jax.eval_shape(TASK.evaluate, trained(), batch)
+    model = TASK.model
+    (block,) = model.decoder.blocks
+    blocks = (block.clone(attention=block.attention.clone(rule=Steps()), dropout=0.5),)
+    parts = {name: stack.clone(blocks=blocks) for name, stack in model.stacks.items()}
+    ahead = dataclasses.replace(TASK, model=model.clone(**parts, steps="images"))
+
+    @jax.jit
+    def run(params, batch, keys):
+        return ahead.evaluate(params, batch), [ahead.loss(params, batch, key) for key in keys]
+
+    seeing, noisy = run(trained(), batch, list(jax.random.split(jax.random.key(0))))
+    causal = jax.jit(TASK.evaluate)(trained(), {n: x for n, x in batch.items() if n != "step_ends"})
+    for name in ("image_cosine", "text_cosine"):
+        assert seeing[name][0] != causal[name][0] and seeing[name][1] == causal[name][1]
+    assert len({float(metrics["loss"][0]) for metrics in (seeing, *noisy)}) == 3
+
+
+def test_a_run_of_it_begins_with_a_saved_model(tmp_path):
+    class Drawn(HolisticTraining):
+        def init(self, key):
+            return trained()
+
+    saved = jax.tree.map(lambda x: x + 1.0, TASK.unpack(trained()))
+    save_model(tmp_path / "hovle", capture(TASK.model), saved)
+    task = Drawn(model=TASK.model, teacher=TASK.teacher, start_from=str(tmp_path / "hovle"))
+    begun = task.start(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, TASK.unpack(begun), saved)
+    for part in ("teacher", "head"):
+        jax.tree.map(np.testing.assert_array_equal, begun[part], trained()[part])
+
+
 def test_a_cosine_is_of_directions_alone():
     x = jnp.asarray([[[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]])
     z = jnp.asarray([[[1.0, 0.0], [0.0, -5.0], [9.0, 0.0]]])
@@ -227,5 +265,7 @@ def test_what_does_not_fit_is_told():
     tokens, seen = asked()
     with pytest.raises(UserError, match="behind the module"):
         model.apply({"params": params}, tokens, seen, prefix=np.zeros_like(tokens))
+    with pytest.raises(UserError, match="the connector makes 5 rows of an image, and Tiles spells 14"):
+        drawn(model.clone(connector=ShuffledProjection(WIDTH, factor=4)), TOKENS)
     with pytest.raises(UserError, match="set scan_layers=False"):
         drawn(model.clone(holistic=model.holistic.clone(scan_layers=True)), TOKENS)

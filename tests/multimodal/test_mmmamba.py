@@ -98,6 +98,13 @@ def test_every_stage_touches_its_own_in_both_stacks(tmp_path):
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, shapes["params"])
 
 
+def test_what_sees_ahead_is_refused():
+    task = VisionMambaDistillation(toy("pre")[0], chunk=4)
+    batch = Conversations(Scenes(), PLANNER, 40, steps="images").take(np.arange(1))
+    with pytest.raises(UserError, match="HoVLE.steps, now 'causal', to say the same"):
+        task.inputs(batch)
+
+
 def test_a_model_without_stacks_is_told():
     with pytest.raises(UserError, match="converts stacks of layers, and a Linear has none"):
         student_model(Linear(3))

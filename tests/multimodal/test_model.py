@@ -270,6 +270,9 @@ def test_a_run_begins_with_parts_of_others(toy, tmp_path):
     save_model(tmp_path / "lm", config, toy[1]["decoder"])
     begun = VisionLanguage(toy[0], parts=(("decoder", str(tmp_path / "lm"), ""),)).start(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, begun["decoder"], toy[1]["decoder"])
+    save_model(tmp_path / "vlm", capture(toy[0]), toy[1])
+    whole = VisionLanguage(toy[0], parts=(("", str(tmp_path / "vlm"), ""),)).start(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, whole, toy[1])
     layer = VisionLanguage(toy[0], parts=(("tower/layer_0", str(tmp_path / "lm"), "layer_0"),))
     with pytest.raises(UserError, match="does not fit the model: attention/key/bias"):
         layer.start(jax.random.key(0))

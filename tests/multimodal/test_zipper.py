@@ -200,6 +200,12 @@ def test_towers_that_do_not_fit_are_refused():
         scanned.init(jax.random.key(0), NUMBERS)
 
 
+def test_a_run_begins_with_parts_or_with_a_run():
+    with pytest.raises(UserError, match="Interleaved: start_from and parts are both given"):
+        Interleaved(MODEL, start_from="runs/a", parts=(("text", "runs/b", ""),)).start  # noqa: B018
+    assert not hasattr(Interleaved(MODEL), "start")
+
+
 def test_shared_defaults_are_no_shared_parameters():
     """Both towers have the default norm, one object, of width 8 and 12."""
     assert MODEL.text.final_norm is tower(1, 1, 1).final_norm
