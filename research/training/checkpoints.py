@@ -28,6 +28,7 @@ Position = dict[str, int | str]
 Abstract = PyTree | Callable[[int], PyTree]
 
 SAVING, DELETING = ".saving", ".deleting"
+_FINISH = 10  # seconds that a process which failed waits for its last checkpoint
 
 
 class _WithoutOrbaxErrors(logging.Filter):
@@ -147,6 +148,15 @@ class Checkpoints:
             if self._checkpointer is not None and not self._failed_alone:
                 self._checkpointer.close()
                 self._checkpointer = None
+
+    def abandon(self) -> None:
+        """To be called before `close` by a process that ends with an error. Among several it then agrees on nothing:
+        the others may be in the middle of something else, and end when this one does. What is being written may be
+        finished meanwhile."""
+        if jax.process_count() > 1:
+            self._failed_alone = True
+            if self._thread is not None:
+                self._thread.join(_FINISH)
 
     def _start(self, saving: Path, tree: PyTree) -> None:
         # Orbax takes a tenth of a second to import, which a run should not pay before its first step.

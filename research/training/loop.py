@@ -407,6 +407,10 @@ class _Run:
                 if self.checkpoints is not None:
                     self.checkpoints.wait()
             return state, final_metrics(self.writer.rows)
+        except Exception:
+            if self.checkpoints is not None:
+                self.checkpoints.abandon()
+            raise
         finally:
             self.close()
 

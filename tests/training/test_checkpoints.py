@@ -20,6 +20,7 @@ from flax import struct
 
 from research.errors import UserError
 from research.training import checkpoint_files as files
+from research.training import hosts
 from research.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +182,17 @@ def test_two_processes_write_one_checkpoint_and_agree_on_the_one_to_use(tmp_path
     for process in processes:
         out, err = process.communicate(timeout=100)
         assert out.endswith("passed\n"), err
+
+
+def test_a_process_that_fails_agrees_on_nothing(checkpoints, monkeypatch):
+    """The others may be in another collective: one that they don't make would never end."""
+    checkpoints.save(1, state_of(1), {"records": 1})
+    while not checkpoints.steps():
+        time.sleep(0.01)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "any_of", lambda flag: pytest.fail("a collective"))
+    checkpoints.abandon()
+    checkpoints.close()
 
 
 def test_keeps_the_last_and_the_best(tmp_path, warnings):

@@ -1,5 +1,6 @@
 """The training loop: same bits after a restart, one compilation a stage, nothing silent."""
 
+import errno
 import json
 import logging
 import os
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
+from research.training.checkpoints import Checkpoints
 from research.training.evaluators import Evaluate
+from research.training.metrics import MetricsWriter
 from research.training.monitor import Diverged, Monitor, Pending
 from research.training.optimizers import adamw, constant, sgd
 from research.training.state import initial_state, step_key
@@ -88,6 +91,24 @@ def test_a_restarted_run_ends_in_the_same_bits(toy, tmp_path, uninterrupted, die
     assert {k: v for k, v in resumed_metrics.items() if not timed.search(k)} == {
         k: v for k, v in metrics.items() if not timed.search(k)
     }
+
+
+def test_a_run_that_fails_abandons_its_checkpoints_before_it_closes_them(toy, tmp_path, monkeypatch):
+    called = []
+    for name in ("abandon", "close"):
+        whole = getattr(Checkpoints, name)
+        monkeypatch.setattr(Checkpoints, name, lambda self, n=name, f=whole: (called.append(n), f(self))[1])
+    writes = MetricsWriter.write
+
+    def full(self, row):
+        if row["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        writes(self, row)
+
+    monkeypatch.setattr(MetricsWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        toy.trainer().train(tmp_path, progress=False, devices=toy.one_device)
+    assert called == ["abandon", "close"]
 
 
 def test_a_finished_run_is_not_trained_again(toy, uninterrupted):
