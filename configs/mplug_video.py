@@ -6,7 +6,7 @@
 `tiny` (the default): generated clips of a moving shape, four of their eight frames; the decoder first learns from clips
 that are told in words, and is frozen then (`--config.task.parts` and `--config.task.image_tower` name trained parts,
 which is the paper's setting); two minutes on two CPU cores.
-`paper`: CLIP ViT-B/16 at 224 pixels, four frames, 128 queries and a decoder of the size of the paper's GPT-3 2.7B, with
+`paper`: CLIP ViT-L/14 at 224 pixels, four frames, 128 queries and a decoder of the size of the paper's GPT-3 2.7B, with
 rotary in place of learned positions; ten epochs of ten million videos in LLaVA's format; a batch of 1536 is ours;
 for accelerators. Begin with `--config.task.image_tower` and `--config.task.parts`.
 """
@@ -96,7 +96,14 @@ def gpt3() -> ConfigDict:
 def paper_experiment() -> ConfigDict:
     planner = of(Frames, side=224, frames=4, count=128, **llava.CLIP)
     vit = llava.tower(
-        1024, 24, 16, 16, "gelu_quick", class_token=True, patch_bias=False, pre_norm=of(LayerNorm)
+        1024,
+        24,
+        16,
+        16,
+        "gelu_quick",
+        class_token=True,
+        patch_bias=False,
+        pre_norm=of(LayerNorm, epsilon=1e-5),
     )
     connector = of(Abstractor, queries=128, width=2560, num_heads=16, hidden_dim=4096)
     whole = of(VLM, planner=planner, decoder=gpt3(), tower=in_time(vit, 4), connector=connector)

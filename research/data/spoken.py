@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import re
 import struct
+import warnings
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -170,8 +171,11 @@ class SpokenFiles:
 
         digit, speaker, _, path = self._files[number]
         try:
-            rate, wave = wavfile.read(path)
-        except (OSError, ValueError, struct.error) as error:
+            with warnings.catch_warnings():
+                # Of a file that was cut off scipy gives what there is.
+                warnings.filterwarnings("error", "Reached EOF prematurely", wavfile.WavFileWarning)
+                rate, wave = wavfile.read(path)
+        except (OSError, ValueError, ArithmeticError, struct.error, wavfile.WavFileWarning) as error:
             raise UserError(f"{path}: not a readable WAV file: {error}") from error
         if rate != RATE or wave.dtype != np.int16 or wave.ndim != 1:
             raise UserError(

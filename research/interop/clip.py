@@ -83,12 +83,19 @@ def load_clip(directory: str | Path, dtype: str | None = "float32") -> tuple[Enc
     kind = entries.get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise UserError(f"{where}: model_type is {kind!r}; clip or clip_vision_model is expected")
-    config = Fields(entries.get("vision_config", {}) if kind == "clip" else entries, where, VISION_DEFAULTS)
+    config = Fields(entries, where, VISION_DEFAULTS)
+    if kind == "clip":
+        config = config.section("vision_config", VISION_DEFAULTS) or Fields({}, where, VISION_DEFAULTS)
     encoder = Encoder(blocks=(read_block(config),), num_layers=config.integer("num_hidden_layers"))
     example = jax.ShapeDtypeStruct((1, 2, config.integer("hidden_size")), jnp.float32)
     expected = jax.eval_shape(encoder.init, jax.random.key(0), example)["params"]
     found = {}
     with TensorFiles(directory) as files:
+        beyond = f"vision_model.encoder.layers.{encoder.num_layers}."
+        if further := [name for name in files.names if name.startswith(beyond)]:
+            raise UserError(
+                f"{where}: num_hidden_layers is {encoder.num_layers}, but there are tensors {some(further)}"
+            )
         for path, leaf in flatten(expected):
             name = f"vision_model.{layer_tensor(path)}"
             if name not in files.names:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.errors import UserError
 from research.nn.linear import Linear
 from research.nn.pool import largest
 from research.training.task import Batch, Metrics, classification_metrics
@@ -82,7 +83,11 @@ class ForecastHead(nn.Module):
 
 
 def number_metrics(outputs: jax.Array, batch: Batch) -> Metrics:
-    """outputs f32[B, ...] and `targets` -> {"loss": squared error, "error": absolute error}, means over a record."""
+    """outputs f32[B, ...] and `targets` of that shape -> {"loss": squared error, "error": absolute error}, means over a
+    record."""
+    if outputs.shape != batch["targets"].shape:
+        found, said = (list(x.shape[1:]) for x in (batch["targets"], outputs))
+        raise UserError(f"targets of a record are {found}; its head says {said}")
     difference = (outputs - batch["targets"]).reshape(outputs.shape[0], -1)
     weights = batch["weights"]
     weight = jnp.sum(weights)

@@ -92,7 +92,8 @@ class Modality(nn.Module):
         normal = nn.initializers.normal(0.02)
 
         def in_front(one: jax.Array, x: jax.Array) -> jax.Array:
-            return jnp.concatenate([jnp.broadcast_to(one.astype(x.dtype), (batch, 1, width)), x], axis=1)
+            # Records are float32, and so are most tokens of them: parameters say in what the encoder computes.
+            return jnp.concatenate([jnp.broadcast_to(one, (batch, 1, width)), x.astype(one.dtype)], axis=1)
 
         x = in_front(parameter(self, "class_token", normal, (1, width)), tokens.x)
         places = tokens.places

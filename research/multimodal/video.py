@@ -16,7 +16,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from research.errors import UserError
-from research.multimodal.media import Media, Square, as_rgb, cut, name_of, opened, read_image
+from research.multimodal.media import Media, Square, as_rgb, check_pixels, cut, name_of, opened, read_image
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # Pillow's formats whose frames follow each other in time
 
@@ -38,6 +38,11 @@ class Frames(Square):
 
     frames: int
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.frames < 1:
+            raise UserError(f"Frames: frames={self.frames}: at least 1 is expected")
+
     @property
     def views(self) -> int:
         return self.frames
@@ -46,8 +51,12 @@ class Frames(Square):
         return read_video(source, self.frames)
 
     def read(self, image: np.ndarray) -> tuple[Media, list[int | str]]:
-        """uint8[F, h, w, 3], or one frame of it -> media without B and I, and the spelling."""
+        """uint8[F, h, w, 3], or one frame of it -> media without B and I, and the spelling. Raises UserError for what
+        is neither."""
         clip = image if image.ndim == 4 else image[None]
+        if not len(clip):
+            raise UserError("a video without frames")
+        check_pixels(clip[0])
         (crop,) = self.plan(*clip.shape[2:0:-1])
         views = ((crop, cut(self.pad(clip[i]), [crop])[0]) for i in middles(len(clip), self.frames))
         return self.fill(views), self.spell((crop,))
@@ -80,13 +89,10 @@ def _still(file: Any, number: int) -> np.ndarray:
 
 
 def _read_film(source: str | os.PathLike | bytes, count: int) -> np.ndarray:
-    with _film(source) as (container, stream):
-        # The last packet that comes is none, and says so by having no time.
-        total = sum(packet.dts is not None or packet.size > 0 for packet in container.demux(stream))
-        if total < stream.frames:
-            raise UserError(
-                f"{name_of(source)}: a damaged video: {total} of its {stream.frames} frames are there"
-            )
+    total, declared = _packets(source)
+    # A trimmed film still declares, and holds, what its edit list leaves out.
+    if total < declared and (there := _packets(source, ignore_editlist="1")[0]) < declared:
+        raise UserError(f"{name_of(source)}: a damaged video: {there} of its {declared} frames are there")
     frames: list[np.ndarray] = []
     while len(frames) < len(wanted := middles(total, count)):
         # A container may hold more than is shown; then what was decoded is what there is.
@@ -95,6 +101,14 @@ def _read_film(source: str | os.PathLike | bytes, count: int) -> np.ndarray:
     if not frames:
         raise UserError(f"{name_of(source)}: a video without frames")
     return _stack(frames, source)
+
+
+def _packets(source: str | os.PathLike | bytes, **options: str) -> tuple[int, int]:
+    """How many packets of frames a film has, and how many frames it declares, 0 where it does not."""
+    with _film(source, **options) as (container, stream):
+        # The last packet that comes is none, and says so by having no time.
+        total = sum(packet.dts is not None or packet.size > 0 for packet in container.demux(stream))
+        return total, stream.frames
 
 
 def _decode(container: Any, stream: Any, wanted: Sequence[int]) -> tuple[list[np.ndarray], int]:
@@ -111,8 +125,9 @@ def _decode(container: Any, stream: Any, wanted: Sequence[int]) -> tuple[list[np
 
 
 @contextlib.contextmanager
-def _film(source: str | os.PathLike | bytes) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its first video stream. What is found wrong inside is a UserError."""
+def _film(source: str | os.PathLike | bytes, **options: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its first video stream. What is found wrong inside is a UserError. options: of FFmpeg's
+    demuxer."""
     where, path = name_of(source), None if isinstance(source, bytes) else Path(source).expanduser()
     try:
         import av
@@ -123,7 +138,7 @@ def _film(source: str | os.PathLike | bytes) -> Iterator[tuple[Any, Any]]:
         raise UserError(f"{where}: an empty file")
     what = "neither an image nor a video that can be read"
     try:
-        with av.open(io.BytesIO(source) if path is None else str(path)) as container:
+        with av.open(io.BytesIO(source) if path is None else str(path), options=options) as container:
             what = "a damaged video"
             covers = av.stream.Disposition.attached_pic  # of an album
             streams = [stream for stream in container.streams.video if not stream.disposition & covers]

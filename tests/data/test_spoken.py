@@ -124,7 +124,11 @@ def test_files_are_read_with_their_names(tmp_path):
     assert sizes == {"train": 2, "validation": 1, "test": 1} and source.num_speakers == 2
     wavfile.write(tmp_path / "5_bob_2.wav", 16000, wave)
     (tmp_path / "6_bob_2.wav").write_bytes(b"RIFF")
-    for digit, message in ((5, "16000 Hz"), (6, "not a readable WAV file")):
+    whole = (tmp_path / "3_ann_0.wav").read_bytes()
+    (tmp_path / "7_bob_2.wav").write_bytes(whole[:400])
+    (tmp_path / "8_bob_2.wav").write_bytes(whole[:22] + b"\0\0" + whole[24:])  # no channels
+    wrong = (5, "16000 Hz"), (6, "readable WAV file"), (7, "expected 844 bytes"), (8, "readable WAV file")
+    for digit, message in wrong:
         folder = tmp_path / str(digit)
         folder.mkdir()
         (tmp_path / f"{digit}_bob_2.wav").rename(folder / f"{digit}_bob_2.wav")

@@ -83,6 +83,14 @@ def test_what_does_not_fit_is_told(tmp_path):
     written(tmp_path, num_hidden_layers=3)
     with pytest.raises(UserError, match="missing tensor vision_model.encoder.layers.2"):
         load_clip(tmp_path)
+    written(tmp_path, num_hidden_layers=1)
+    with pytest.raises(
+        UserError, match="num_hidden_layers is 1, but there are tensors vision_model.encoder.layers.1"
+    ):
+        load_clip(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": 3}')
+    with pytest.raises(UserError, match="vision_config is 3"):
+        load_clip(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="model_type is 'llama'; clip or clip_vision_model is expected"):
         load_clip(tmp_path)

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ TOKENIZERS = {
     ),  # (48 - 16) // 10 + 1, (40 - 16) // 10 + 1
     "video": (GridTokens(D, (4, 4, 4, 1), (2, 2, 2), (2, 2, 2)), 2 * 2 * 2),
     "hyperspectral": (BandTokens(D, (3, 3, 7), 3, 2), 3),  # bands 0-2, 2-4, 4-6
-    "text": (TextTokens(D, 6, 20, 5, pad=0), 6),
+    "text": (TextTokens(D, 6, 20, 5), 6),
     "points": (PointTokens(D, 12, 4, 3, 6), 4),
     "series": (SeriesTokens(D, 7, 2, calendar=4), 7),
     "inertial": (SeriesTokens(D, 5, 6), 5),
@@ -129,11 +130,10 @@ def test_bands_by_hand():
     np.testing.assert_allclose(tokens.x[:, 1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_text_is_filled_with_zeros_and_padding_is_masked():
+def test_text_is_filled_with_zeros():
     x, params, tokens = tokenized("text")
     assert np.array_equal(tokens.x[..., :5], params["embedding"]["table"][x["tokens"]])
     assert not tokens.x[..., 5:].any()
-    assert np.array_equal(tokens.mask, x["tokens"] != 0)
 
 
 def test_columns_by_hand():
@@ -253,6 +253,8 @@ def test_heads_measure_by_hand():
             "loss": (2.5, 1.0),
             "error": (1.5, 1.0),
         }
+    with pytest.raises(UserError, match=r"targets of a record are \[\]; its head says \[1\]"):
+        NumberHead().measure(jnp.zeros((2, 1)), batch | {"targets": jnp.zeros(2)})
 
 
 class Numbers:
@@ -330,6 +332,24 @@ def test_tuned_trains_everything():
         assert path.endswith("key/bias") or not np.array_equal(leaf, named_leaves(params["encoder"])[path]), (
             path
         )
+
+
+def test_the_encoder_computes_in_half_precision_where_that_is_asked():
+    batch = SideBySide(DATA).take(np.arange(2))
+    task = Transfer(MODEL, compute_dtype="bfloat16")
+    found = []
+
+    def loss(params):
+        def seen(run, args, kwargs, context):
+            if isinstance(context.module, Block) and context.method_name == "__call__":
+                found.append(args[0].dtype)
+            return run(*args, **kwargs)
+
+        with nn.intercept_methods(seen):
+            return task.loss(params, batch, jax.random.key(0))["loss"][0]
+
+    assert jax.eval_shape(loss, initial()).dtype == jnp.float32
+    assert found == [jnp.dtype("bfloat16")] * len(DATA)
 
 
 def test_one_encoder_serves_all():

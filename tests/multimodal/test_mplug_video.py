@@ -1,5 +1,8 @@
 """What mPLUG-video says must hold exactly, on tiny shapes."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,7 @@ from research.errors import UserError
 from research.multimodal.mplug_video import Abstractor, QueryPool, VideoLanguage, score_names
 from research.multimodal.prompts import Prompts, pictures
 from research.multimodal.video import Frames
-from research.multimodal.video_tower import begin_as_images
+from research.multimodal.video_tower import SpaceTimeBlock, begin_as_images
 from research.nn.mlp import ACTIVATIONS
 from research.training.model_directory import save_model
 from tests.multimodal.test_model import louder
@@ -21,6 +24,7 @@ from tests.programs import call, drawn
 
 TEXT, KEY = vocabulary(), jax.random.key(0)
 PLANNER = Frames(patch=4, side=8, frames=4, count=3)
+TRAINER = build(load_config("configs/mplug_video.py"))
 IMAGES = tower(layers=2, class_token=True)
 
 
@@ -202,8 +206,26 @@ def test_a_run_begins_with_an_image_tower(toy, towers, tmp_path):
         begin_as_images(begun, {"times": np.zeros(3)})
 
 
+def test_the_tower_computes_in_half_precision_where_that_is_asked():
+    batch = jax.tree.map(lambda s: jnp.zeros((2, *s.shape), s.dtype), TRAINER.data.element_spec())
+    task = dataclasses.replace(TRAINER.task, compute_dtype="bfloat16")
+    found = []
+
+    def loss(params):
+        def seen(run, args, kwargs, context):
+            if isinstance(context.module, SpaceTimeBlock) and context.method_name == "__call__":
+                found.append(args[0].dtype)
+            return run(*args, **kwargs)
+
+        with nn.intercept_methods(seen):
+            return task.loss(params, batch, KEY)["loss"][0]
+
+    assert jax.eval_shape(loss, jax.eval_shape(task.init, KEY)).dtype == jnp.float32
+    assert len(found) >= 2 and set(found) == {jnp.dtype("bfloat16")}
+
+
 def test_the_decoder_is_frozen_when_videos_come():
-    trainer = build(load_config("configs/mplug_video.py"))
+    trainer = TRAINER
     words, videos = trainer.stages
     shapes = jax.eval_shape(trainer.task.init, KEY)
     parts = {name: set(jax.tree.leaves(part)) for name, part in videos.mask(shapes).items()}

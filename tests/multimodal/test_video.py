@@ -31,10 +31,10 @@ def animation(kind: str, clip: np.ndarray = CLIP) -> bytes:
     return buffer.getvalue()
 
 
-def film(clip: np.ndarray = CLIP) -> bytes:
+def film(clip: np.ndarray = CLIP, kind: str = "mp4") -> bytes:
     av = pytest.importorskip("av")
     buffer = io.BytesIO()
-    with av.open(buffer, "w", "mp4") as container:
+    with av.open(buffer, "w", kind) as container:
         stream = container.add_stream("mpeg4", rate=8)
         stream.height, stream.width = clip.shape[1:3]
         for frame in clip:
@@ -125,6 +125,19 @@ def test_films_are_read_upright(tmp_path):
     np.testing.assert_array_equal(read_video(tmp_path / "a.mp4", 4), np.rot90(frames, -1, axes=(1, 2)))
 
 
+def test_of_a_trimmed_film_what_is_shown_is_read():
+    data = film()
+    at = data.index(b"elst") + 12  # behind version, flags and the number of edits: how long, from when
+    assert struct.unpack(">I", data[at : at + 4]) == (1000,)
+    half = data[:at] + struct.pack(">I", 500) + data[at + 4 :]
+    np.testing.assert_array_equal(read_video(half, 100), read_video(data, 100)[:4])
+    # Of a damaged one frames are missing with its edit list as without.
+    packed = film(kind="avi")
+    last = packed.rindex(b"00dc", 0, packed.index(b"idx1"))
+    with pytest.raises(UserError, match="an image: a damaged video: 7 of its 8 frames are there"):
+        read_video(packed[:last], 4)
+
+
 def test_films_that_can_not_be_seen_are_told(tmp_path, monkeypatch):
     av = pytest.importorskip("av")
     for name, data, said in (
@@ -158,6 +171,13 @@ def test_frames_are_views():
     short, _ = planner.read(CLIP[:2])
     assert short.grid.tolist() == [[2, 2], [2, 2], [0, 0], [0, 0]] and not short.patches[2:].any()
     np.testing.assert_array_equal(planner.read(CLIP[0])[0].patches[0], one.read(CLIP[0])[0].patches[0])
+    with pytest.raises(UserError, match="a video without frames"):
+        planner.read(CLIP[:0])
+    for wrong in (CLIP[0, ..., 0], CLIP / 255.0, CLIP[..., :1]):
+        with pytest.raises(UserError, match="an image is uint8"):
+            planner.read(wrong)
+    with pytest.raises(UserError, match="frames=0: at least 1"):
+        Frames(patch=8, side=16, frames=0)
 
 
 def test_videos_in_llavas_format(tmp_path):

@@ -19,7 +19,6 @@ class TextTokens(nn.Module):
         width: D.
         length: tokens of a record.
         vocab_size, features: of the embedding table.
-        pad: an id that stands for nothing; such tokens are masked. None: all ids are text.
 
     Parameters: embedding/table [vocab_size, features].
     """
@@ -28,7 +27,6 @@ class TextTokens(nn.Module):
     length: int
     vocab_size: int
     features: int
-    pad: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +45,8 @@ class TextTokens(nn.Module):
 
     @nn.compact
     def __call__(self, record: Mapping[str, jax.Array]) -> Tokens:
-        tokens = record["tokens"]
-        x = Embedding(self.vocab_size, self.features, init_stddev=1.0, name="embedding")(tokens)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.width - self.features)))
-        return Tokens(x, mask=None if self.pad is None else tokens != self.pad)
+        x = Embedding(self.vocab_size, self.features, init_stddev=1.0, name="embedding")(record["tokens"])
+        return Tokens(jnp.pad(x, ((0, 0), (0, 0), (0, self.width - self.features))))
 
 
 class TableTokens(nn.Module):
