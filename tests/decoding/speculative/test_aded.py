@@ -1,5 +1,7 @@
 """ADED: the trigram table, its online updates, the search, and the drafted trie."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,13 @@ TABLE = count_trigrams(rows(CORPUS), VOCAB)
 
 
 def look_up(table, a: int, b: int, width: int = 3) -> dict[int, float]:
-    tokens, scores = table.successors(jnp.asarray([a]), jnp.asarray([b]), width)
+    tokens, scores = map(np.asarray, successors(table, np.asarray([a]), np.asarray([b]), width))
     return {int(t): float(s) for t, s in zip(tokens[0], scores[0], strict=True) if s > 0}
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def successors(table, a, b, width):
+    return table.successors(a, b, width)
 
 
 def test_the_table_holds_relative_frequencies():
@@ -59,19 +66,21 @@ def test_a_corpus_without_trigrams_is_refused():
 
 def drafted(drafter: ADED, text: list[int], rounds: int = 1, table=TABLE, seed: int = 0):
     """The draft below the last token of `text` after `rounds` drafts in which nothing was gained."""
-    prompt = Prompt(
-        jnp.asarray([text[:-1] or [0]], jnp.int32),
-        jnp.asarray([len(text) - 1]),
-        jnp.zeros((1, 1, 1)),
-        jnp.asarray([text[-1]]),
-        32,
-    )
-    state = drafter.init(table, None, prompt)
-    keys = jax.random.split(jax.random.key(seed), 1)
-    round_ = Round(jnp.asarray([text[-1]]), jnp.asarray([len(text) - 1]), keys, None)
-    for _ in range(rounds):
-        draft, state = jax.jit(drafter.propose, static_argnums=1)(table, None, state, round_)
-    return draft, state
+    tokens = np.asarray([text[:-1] or [0]], np.int32)
+    root, length = np.asarray([text[-1]], np.int32), np.asarray([len(text) - 1], np.int32)
+    found = draft_in_rounds(drafter, table, tokens, length, root, seed, rounds)
+    return jax.tree.map(np.asarray, found)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draft_in_rounds(drafter, table, tokens, length, root, seed, rounds):
+    """One program for any number of rounds."""
+    state = drafter.init(table, None, Prompt(tokens, length, jnp.zeros((1, 1, 1)), root, 32))
+    round_ = Round(root, length, jax.random.split(jax.random.key(seed), 1), None)
+    propose = lambda state: drafter.propose(table, None, state, round_)  # noqa: E731
+    shapes = jax.eval_shape(propose, state)[0]
+    draft = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.fori_loop(0, rounds, lambda _, last: propose(last[1]), (draft, state))
 
 
 def paths(draft) -> list[tuple[int, ...]]:
@@ -89,9 +98,14 @@ def test_updates_raise_a_score_by_the_gain_up_to_the_cap(updates):
     drafter = ADED(iterations=1, paths=1, nodes=4, successors=3, gain=0.5, cap=1.6)
     text = [5, 4, 6, 0, 1, 2]
     _, state = drafted(drafter, text, updates)
-    own = _OwnTrigrams.of(state.tokens[0], state.length[0] + 1, state.hits[0])
-    tokens, scores = drafter._successors(TABLE, own, jnp.asarray([5, 0]), jnp.asarray([4, 1]))
-    new, both = (dict(zip(t.tolist(), s.tolist(), strict=True)) for t, s in zip(tokens, scores, strict=True))
+
+    @jax.jit
+    def look(state):
+        own = _OwnTrigrams.of(state.tokens[0], state.length[0] + 1, state.hits[0])
+        return drafter._successors(TABLE, own, jnp.asarray([5, 0]), jnp.asarray([4, 1]))
+
+    tokens, scores = look(state)
+    new, both = (dict(zip(t, s, strict=True)) for t, s in zip(tokens.tolist(), scores.tolist(), strict=True))
     assert new[6] == pytest.approx(min(0.5 * updates, 1.6))
     assert both[2] == pytest.approx(min(0.75 + 0.5 * updates, 1.6))
     assert both[3] == pytest.approx(0.25)  # not in the text
@@ -129,8 +143,8 @@ def test_visits_add_up():
     drafter = SMALL
     prior = [1.0]  # two successors of the root, the first of which has three; nothing else
     prior += [0.75, 0.25, 0.0] + [0.5, 0.3, 0.2] + [0.0] * 6 + [0.0] * 27
-    visits, expanded = drafter._search(jnp.asarray(prior), jax.random.key(0))
-    visits = np.asarray(visits)
+    search = jax.jit(lambda prior, seed: drafter._search(prior, jax.random.key(seed)))
+    visits, expanded = map(np.asarray, search(np.asarray(prior, np.float32), 0))
     assert visits[0] == drafter.iterations == visits[1:4].sum()
     # A node's first visit stops there where its parent had just been expanded towards it, else it goes through.
     assert visits[1] - visits[4:7].sum() in (0, 1)
@@ -151,15 +165,15 @@ def test_rows_with_accepted_tokens_remember_them():
     draft, state = drafted(drafter, [3, 0, 1])
 
     class Seen:
-        path, count = jnp.asarray([[0, 1, 0, 0, 0]]), jnp.asarray([2])
+        path, count = np.asarray([[0, 1, 0, 0, 0]]), np.asarray([2])
 
     class Result:
         accept = Seen
 
     Result.draft = draft
-    after: Text = drafter.observe(TABLE, None, state, Result)
-    assert int(after.length[0]) == 4
-    assert after.tokens[0, :4].tolist() == [3, 0, 1, int(draft.tokens[0, 1])]
+    after: Text = jax.jit(lambda state: drafter.observe(TABLE, None, state, Result))(state)
+    assert after.length.tolist() == [4]
+    assert after.tokens.tolist()[0][:4] == [3, 0, 1, int(draft.tokens[0, 1])]
 
 
 def test_fields_are_checked():
