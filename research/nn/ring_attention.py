@@ -79,7 +79,7 @@ class RingAttention:
         numbers = dict(scale=scale, softcap=softcap)
         if parts == 1:
             return self.alone(query, key, value, rule, segments=segments, prefix=prefix, **numbers)
-        _check(query, key, rule, dict(mesh.shape))
+        _check(query, key, rule, prefix, dict(mesh.shape))
         batch = (
             BATCH if query.shape[0] % _size(mesh, BATCH) == 0 else None
         )  # a model is initialised with one row
@@ -103,7 +103,9 @@ def _size(mesh: Any, axes: tuple[str, ...]) -> int:
     return size
 
 
-def _check(query: jax.Array, key: jax.Array, rule: MaskRule, sizes: dict[str, int]) -> None:
+def _check(
+    query: jax.Array, key: jax.Array, rule: MaskRule, prefix: jax.Array | None, sizes: dict[str, int]
+) -> None:
     turns, parts = sizes[POSITIONS], sizes.get(HEADS, 1)
     if query.shape[2] % turns:
         raise UserError(
@@ -113,10 +115,8 @@ def _check(query: jax.Array, key: jax.Array, rule: MaskRule, sizes: dict[str, in
         raise UserError(
             f"RingAttention: {query.shape[1]} heads over {key.shape[1]} key heads are no multiple of tensor={parts}"
         )
-    if (
-        parts > 1
-        and jax.eval_shape(lambda i: rule.allowed(i, i, None), jnp.zeros((1, 1), jnp.int32)).shape[1] > 1
-    ):
+    place = jnp.zeros((1, 1), jnp.int32)
+    if parts > 1 and jax.eval_shape(rule.allowed, place, place, prefix).shape[1] > 1:
         raise UserError(f"RingAttention: the rule {rule} differs between heads, which tensor={parts} divides")
 
 

@@ -17,7 +17,7 @@ from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.attention_kernels import DenseAttention
-from research.nn.masks import Causal, Full, MaskRule, Window
+from research.nn.masks import Causal, Full, MaskRule, Prefix, Window
 from research.nn.mlp import GatedMLP
 from research.nn.ring_attention import RingAttention, _Ring, schedule
 from research.nn.rotary import Rotary
@@ -163,6 +163,14 @@ def test_what_does_not_divide_is_refused(sizes, shape, message):
     x = jnp.zeros(shape)
     with jax.set_mesh(make_mesh(sizes)), pytest.raises(UserError, match=message):
         RingAttention()(x, x, x, Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
+
+
+def test_a_rule_of_prefixes_goes_where_heads_are_divided():
+    x, prefix = jnp.zeros((2, 4, 16, 4)), jnp.array([3, 5])
+    fields = dict(segments=None, prefix=prefix, scale=1.0, softcap=None)
+    with jax.set_mesh(make_mesh({"seq": 4, "tensor": 2})):
+        out = jax.eval_shape(lambda x: RingAttention()(x, x, x, Prefix(), **fields), x)
+    assert out.shape == x.shape
 
 
 def test_a_mesh_that_nothing_in_the_model_follows_is_refused():
