@@ -44,6 +44,7 @@ from .cells import (
     decoder,
     init,
     logits,
+    louder,
     make_batch,
     mean,
     nested,
@@ -220,7 +221,7 @@ def _(_):
 )
 def _(_):
     model = decoder((Window(3), Causal()), num_layers=2, attention=dict(num_kv_heads=1))
-    params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, init(model))
+    params = louder(init(model))
     mat = MatFormer(LanguageModelling(model))
     for widths in ("S", "-,4"):
         small, cut = extract(model, params, parse_widths(widths, mat))
@@ -240,7 +241,7 @@ def _(_):
 )
 def _(_):
     model = decoder()
-    params = jax.tree.map(lambda x: 3.0 * x if x.ndim > 1 else x, init(model))
+    params = louder(init(model))
     drafter = Submodel(divisor=8, gamma=3)
     cut = drafter.create(KEY, Target(params, model))
     prompts, count = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6]], 16

@@ -26,7 +26,7 @@ from research.nn.rotary import Rotary
 from research.nn.transformer import Block, LayerStack, scan_params
 from research.training.task import cast_floats
 from research.vision.vit import ViT
-from tests.programs import call, drawn
+from tests.programs import call, drawn, scaled
 
 VOCAB, WIDTH, LENGTH, LAYERS = 24, 8, 6, 2
 TOKENS = jax.random.randint(jax.random.key(0), (2, LENGTH), 1, VOCAB)
@@ -213,7 +213,7 @@ def model(*cells, mlp=DENSE, num_layers=LAYERS, **fields) -> DecoderLM:
 def params_of(mlp=DENSE):
     """Of the plain stack, and so of every other without learned coefficients."""
     params = drawn(model(mlp=mlp), TOKENS, seed=6)
-    return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params)
+    return scaled(params, 2.0)
 
 
 # XLA may keep more bits than bfloat16 has inside a fusion, and then the bits depend on how it fuses.

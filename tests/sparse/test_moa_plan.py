@@ -24,7 +24,7 @@ from research.sparse.moa.planner import Planner
 from research.sparse.moa.rules import DENSE, Grid, Rule
 from research.training.model_directory import fingerprint
 from research.training.paths import named_leaves
-from tests.programs import drawn
+from tests.programs import drawn, scaled
 
 GRID = Grid(sinks=2, block=2)
 LENGTH = 24
@@ -45,7 +45,7 @@ MODEL = make_model()
 @pytest.fixture(scope="module")
 def params():
     made = drawn(MODEL, jnp.zeros((1, 2), jnp.int32))
-    return jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, made)  # attention that is not uniform
+    return scaled(made, 2.0)  # attention that is not uniform
 
 
 def plan_of(rules, params):
