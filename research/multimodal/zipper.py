@@ -387,9 +387,8 @@ class Streams:
         """What `Generator.generate` takes as prompts."""
         return [row[self.writes].tokens for row in self.rows]
 
-    def strand(self, modality: Modality, length: int | None = None) -> Strand:
-        """Padded to a length, by default the least that is at least 1."""
-        length = max(1, *(len(row[modality].tokens) for row in self.rows)) if length is None else length
+    def strand(self, modality: Modality, length: int) -> Strand:
+        """Padded to a length."""
         tokens = np.zeros((len(self.rows), length), np.int32)
         times = np.full_like(tokens, PADDING)
         for i, row in enumerate(self.rows):
@@ -398,8 +397,12 @@ class Streams:
         return Strand(jnp.asarray(tokens), jnp.asarray(times))
 
     def beside(self, length: int) -> tuple[Beside]:
-        """What the model's `prefill` takes beside tokens that are padded to a length."""
-        return (Beside(self.strand(self.writes, length).times, self.strand(_other(self.writes))),)
+        """What the model's `prefill` takes beside tokens that are padded to a length; the other's strand is padded to a
+        multiple of it, so that not every length of it is compiled."""
+        other = _other(self.writes)
+        count = max(1, *(len(row[other].tokens) for row in self.rows))
+        strand = self.strand(other, -(-count // length) * length)
+        return (Beside(self.strand(self.writes, length).times, strand),)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "order", "marks", "most"))

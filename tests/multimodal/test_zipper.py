@@ -69,6 +69,12 @@ def test_streams_have_times_of_the_whole_sequence():
     assert both["text"].tokens[:2, :5].tolist() == [[1, 5, 7, 3, 8], [1, 4, 0, 0, 0]]
     assert both["text"].times[:2, :5].tolist() == [[0, 1, 2, 7, 8], [2, 3, PADDING, PADDING, PADDING]]
     assert both["speech"].times[0, :7].tolist() == [3, 4, 5, 6, 9, 10, PADDING]
+    # Beside a prompt of a padded length the other stream has a multiple of it, however long it is.
+    for count, wanted in ((0, 4), (4, 4), (5, 8)):
+        asked = Streams.of([[("speech", [1] * count), ("text", [1])], [("text", [1])]], "text")
+        (beside,) = asked.beside(4)
+        assert (beside.times.shape, beside.other.tokens.shape) == ((2, 4), (2, wanted))
+        assert (np.asarray(beside.other.times) < PADDING).sum(axis=1).tolist() == [count, 0]
     with pytest.raises(UserError, match="sequence 2 does not end with a begun segment of text"):
         Streams.of([SECOND, FIRST], "text")
 
