@@ -27,19 +27,28 @@ def target() -> Target:
     attention = Attention(num_heads=2, head_dim=8, rotary=Rotary())
     blocks = tuple(Block(attention.clone(rule=rule), GatedMLP(24)) for rule in (Window(3), Causal()))
     model = DecoderLM(blocks=blocks, vocab_size=VOCAB, width=WIDTH, max_length=64, num_layers=LAYERS)
-    with jax.ensure_compile_time_eval():  # also where a traced function is the first to ask
-        params = drawn(model, jnp.zeros((1, 2), jnp.int32))
-        return Target(jax.tree.map(lambda x: 2.0 * x if x.ndim > 1 else x, params), model)
+    params = drawn(model, np.zeros((1, 2), np.int32))
+    larger = lambda x: jax.device_put(np.float32(2.0) * np.asarray(x)) if x.ndim > 1 else x  # noqa: E731
+    return Target(jax.tree.map(larger, params), model)
+
+
+target()  # now: a traced function may be the first to ask
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _text(seed, shape):
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
 
 
 def make_batch(length: int = 9) -> dict[str, jax.Array]:
     """Two rows; the second holds two documents, of 4 tokens and of the rest."""
-    text = jax.random.randint(jax.random.key(1), (2, length + 1), 0, VOCAB)
-    segments = jnp.asarray([[1] * length, [1] * 4 + [2] * (length - 4)])
-    positions = jnp.asarray([range(length), [*range(4), *range(length - 4)]])
-    weights = jnp.ones((2, length)).at[1, 3].set(0.0)
+    text = np.asarray(_text(1, (2, length + 1)))
+    segments = np.asarray([[1] * length, [1] * 4 + [2] * (length - 4)], np.int32)
+    positions = np.asarray([range(length), [*range(4), *range(length - 4)]], np.int32)
+    weights = np.ones((2, length), np.float32)
+    weights[1, 3] = 0.0
     batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segments": segments, "positions": positions}
-    return batch | {"weights": weights}
+    return jax.device_put(batch | {"weights": weights})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -56,26 +65,26 @@ def extend(cache, tokens, tree=None, depth=None, virtual=None):
 def prefix():
     """A cache of a prompt of 6 tokens and what is told after prefill, with its root."""
     found = target()
-    tokens = jax.random.randint(jax.random.key(5), (1, 6), 0, VOCAB)
-    lengths = jnp.asarray([6])
+    tokens, lengths = _text(5, (1, 6)), jnp.asarray([6])
 
     @jax.jit
     def read(params):
         logits, hidden, fresh = found.model.apply({"params": params}, tokens, lengths, method="prefill")
-        return found.model.init_cache(1, 32, margin=8).commit(fresh, None, lengths), logits, hidden
+        cache = found.model.init_cache(1, 32, margin=8).commit(fresh, None, lengths)
+        return cache, jnp.argmax(logits, -1), hidden
 
-    cache, logits, hidden = read(found.params)
-    return cache, Prompt(tokens, lengths, hidden, jnp.argmax(logits, -1), 32)
+    cache, root, hidden = read(found.params)
+    return cache, Prompt(tokens, lengths, hidden, root, 32)
 
 
 @functools.cache
 def continuation(count: int = 3) -> list[int]:
     """The root and the greedy tokens after it."""
     cache, prompt = prefix()
-    found = [int(prompt.root[0])]
+    found = prompt.root.tolist()
     while len(found) < count + 1:
-        padded = jnp.asarray([found + [0] * (count - len(found))])
-        found.append(int(jnp.argmax(extend(cache, padded)[0][0, len(found) - 1])))
+        padded = np.asarray([found + [0] * (count - len(found))], np.int32)
+        found.append(int(np.argmax(np.asarray(extend(cache, padded)[0])[0, len(found) - 1])))
     return found
 
 
