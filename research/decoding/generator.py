@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from research.decoding import engine as engines
@@ -277,7 +276,7 @@ class Stream:
         self._max_new, self._beside = max_new_tokens, beside
         chain = sampling.chain(generator.model.vocab_size)
         self._weights = engines.Weights(generator.params, generator.proposer_params, chain)
-        self._ends = jnp.asarray(generator.ends, jnp.int32)
+        self._ends = np.asarray(generator.ends, np.int32)
         if block is None and stop:
             block = 16  # stop strings are found between blocks
         longest = max(map(len, self._prompts))
@@ -318,15 +317,8 @@ class Stream:
         lengths = np.asarray([len(prompt) for prompt in self._prompts], np.int32)
         before = np.asarray([self._generator.context(length)[0] for length in lengths])
         limit = np.minimum(self._max_new, self._generator.model.max_length - before).astype(np.int32)
-        keys = engines.row_keys(self._seed, jnp.asarray(self._ids), self._samples)
-        inputs = (
-            self._weights,
-            jnp.asarray(tokens),
-            jnp.asarray(lengths),
-            jnp.asarray(limit),
-            keys,
-            self._ends,
-        )
+        keys = engines.row_keys(self._seed, self._ids, self._samples)
+        inputs = (self._weights, tokens, lengths, limit, keys, self._ends)
         if self._beside is not None:
             inputs += (self._beside(self._bucket),)
         prefill = engines.compiled(self._engine, "prefill", *inputs)
@@ -338,11 +330,11 @@ class Stream:
         prefilled = time.perf_counter() - start
 
         start = time.perf_counter()
-        stopped, calls = np.zeros(len(self._rows), bool), jnp.int32(self._block)
-        arguments = (self._weights, state, jnp.asarray(stopped), calls, self._ends)
+        stopped, calls = np.zeros(len(self._rows), bool), np.int32(self._block)
+        arguments = (self._weights, state, stopped, calls, self._ends)
         decode = engines.compiled(self._engine, "decode", *arguments)
         if self._between:
-            since = jnp.asarray(np.repeat(before, self._samples), jnp.int32)
+            since = np.repeat(before, self._samples).astype(np.int32)
             correct = engines.compiled(self._engine, "correct", self._weights, state, since)
         compiled += time.perf_counter() - start
 
@@ -356,7 +348,7 @@ class Stream:
                 break
             if self._between and blocks and blocks % self._between == 0:
                 state, since = correct(self._weights, state, since)
-            state = decode(self._weights, state, jnp.asarray(stopped), calls, self._ends)
+            state = decode(self._weights, state, stopped.copy(), calls, self._ends)
             blocks += 1
             count, done = np.asarray(state.count), np.asarray(state.done)
         for row, text in enumerate(self._rows):

@@ -23,7 +23,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
-from tests.programs import drawn
+from tests.programs import call, drawn
 
 VOCAB, CONTEXT = 97, 48
 PROMPTS = [[5, 9, 2], list(range(20, 41)), [7]]  # unequal lengths
@@ -45,8 +45,9 @@ def make_model(scan: bool = False, blocks: int = 1, **fields):
         logit_softcap=logit_softcap,
         tied_head=logit_softcap is not None,
     )
-    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
-    return model, jax.tree.map(lambda x: x * 2.0, params)  # sharper logits: no near ties, outputs that vary
+    params = drawn(model, np.zeros((1, 1), np.int32), seed=1)
+    larger = lambda x: jax.device_put(np.asarray(x) * np.float32(2.0))  # noqa: E731
+    return model, jax.tree.map(larger, params)  # sharper logits: no near ties, outputs that vary
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,8 @@ def without_cache(model, params, prompt: list[int], count: int) -> list[int]:
     """Greedy decoding by a full forward pass for every token."""
     tokens = np.zeros((1, CONTEXT), np.int32)
     tokens[0, : len(prompt)] = prompt
-    forward = jax.jit(lambda t: model.apply({"params": params}, t))
     for at in range(len(prompt), len(prompt) + count):
-        tokens[0, at] = int(jnp.argmax(forward(tokens)[0, at - 1]))
+        tokens[0, at] = np.argmax(np.asarray(call(model, params, tokens))[0, at - 1])
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
@@ -86,7 +86,7 @@ def test_greedy_equals_decoding_without_cache(case):
 
 def test_window_layers_use_a_ring():
     model, _ = make_model(blocks=2)
-    layers = model.init_cache(1, 64, jnp.float32, margin=1).layers
+    layers = jax.eval_shape(lambda: model.init_cache(1, 64, jnp.float32, margin=1)).layers
     assert isinstance(layers[1], RingCache) and layers[1].key.shape[2] == 7
 
 
@@ -228,9 +228,9 @@ def test_prepare_fuses_large_models_only(monkeypatch):
     assert set(large["layer_1"]["attention"]) == {"qkv", "output"}
     assert set(large["layer_1"]["mlp"]) == {"gate_up", "down"}
     assert {leaf.dtype for leaf in jax.tree.leaves(large)} == {jnp.dtype("bfloat16")}
-    tokens = jnp.asarray([PROMPTS[1]])
+    tokens = np.asarray([PROMPTS[1]])
     _, fused = prepare(model, params)
-    ours, theirs = (m.apply({"params": p}, tokens) for m, p in ((unrolled, fused), (unrolled, small)))
+    ours, theirs = (call(unrolled, p, tokens) for p in (fused, small))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -298,7 +298,7 @@ def test_stop_strings_of_a_batch():
     tokenizer = Tokenizer.load()
     model, params = make_model()
     model = model.clone(vocab_size=tokenizer.vocab_size)
-    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
+    params = drawn(model, np.zeros((1, 1), np.int32), seed=1)
     generator = Generator(model, params, tokenizer)
     prompts = ["def f(", "x = 1\nimport os\n"]
     free = generator.generate(prompts, max_new_tokens=24)
@@ -322,11 +322,11 @@ def test_stop_strings_of_a_batch():
 def test_cache_is_updated_in_place(plain):
     """Where a compiler can't order the update after the reads, every call copies every layer's cache."""
     engine = engines.Engine(plain.model, plain.proposer, Greedy(), capacity=64)
-    weights, ends = engines.Weights(plain.params, (), ()), jnp.zeros((0,), jnp.int32)
-    ones = jnp.ones((3,), jnp.int32)
-    keys = engines.row_keys(0, jnp.arange(3), 1)
-    state = jax.eval_shape(engine.prefill, weights, jnp.ones((3, 16), jnp.int32), ones, ones, keys, ends)
-    program = engines.compiled(engine, "decode", weights, state, jnp.zeros((3,), bool), jnp.int32(1), ends)
+    weights, ends = engines.Weights(plain.params, (), ()), np.zeros((0,), np.int32)
+    ones = np.ones((3,), np.int32)
+    keys = engines.row_keys(0, np.arange(3), 1)
+    state = jax.eval_shape(engine.prefill, weights, np.ones((3, 16), np.int32), ones, ones, keys, ends)
+    program = engines.compiled(engine, "decode", weights, state, np.zeros((3,), bool), np.int32(1), ends)
     assert "f32[3,2,64,8]" in program.as_text()
     assert not [
         line for line in program.as_text().splitlines() if "f32[3,2,64,8]" in line and " copy(" in line
