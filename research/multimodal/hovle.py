@@ -43,6 +43,7 @@ from research.multimodal.tower import Seen, Tower, patch_mask, resized_positions
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
 from research.nn.linear import Linear, parameter
+from research.nn.masks import Window
 from research.nn.transformer import LayerStack
 from research.training.task import Batch, Metrics, cast_floats, dropout_rngs, saved_parameters
 
@@ -299,6 +300,11 @@ class HoVLE(VLM, kw_only=True):
         """As of `VLM`; the module's caches come first, and have room in "post" for prompts of patches alone."""
         cache = super().init_cache(batch, capacity, dtype, margin)
         post = self.shuffle == "post"
+        rules = [getattr(block.attention, "rule", None) for block in self.holistic.blocks]
+        if post and any(isinstance(rule, Window) and rule.sinks for rule in rules):
+            raise UserError(
+                "HoVLE: where patches are read one by one (`post`) the module's windows count no first tokens: no sinks"
+            )
         own = self.holistic.init_layer_caches(
             batch, capacity * (self.planner.factor**2 if post else 1), margin, dtype
         )

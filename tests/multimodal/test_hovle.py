@@ -24,7 +24,7 @@ from research.multimodal.hovle import (
     mean_cosine,
 )
 from research.multimodal.prompts import pictures, write
-from research.nn.masks import Steps
+from research.nn.masks import Steps, Window
 from research.training.loop import Trainer
 from research.training.model_directory import save_model
 from tests.multimodal.test_model import decoded_as_read, louder
@@ -265,6 +265,10 @@ def test_what_does_not_fit_is_told():
     tokens, seen = asked()
     with pytest.raises(UserError, match="behind the module"):
         model.apply({"params": params}, tokens, seen, prefix=np.zeros_like(tokens))
+    (block,) = model.holistic.blocks
+    block = block.clone(attention=block.attention.clone(rule=Window(4, sinks=1)))
+    with pytest.raises(UserError, match="no sinks"):
+        model.clone(holistic=model.holistic.clone(blocks=(block,))).init_cache(1, 16)
     with pytest.raises(UserError, match="the connector makes 5 rows of an image, and Tiles spells 14"):
         drawn(model.clone(connector=ShuffledProjection(WIDTH, factor=4)), TOKENS)
     with pytest.raises(UserError, match="set scan_layers=False"):
