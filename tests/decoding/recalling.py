@@ -59,33 +59,45 @@ class Call:
 
 def run(model, proposer, verifier, *, rows, length, start, processors=(), params=()):
     """Decode `length` tokens after the prompt [start], in one program: tokens [rows, length], drafted [rows]."""
-    engine, weights, state, ends = _prefilled(
-        model, proposer, verifier, rows, length, start, processors, params
-    )
-    stopped = jnp.zeros((rows,), bool)
-    state = jax.jit(engine.decode)(weights, state, stopped, jnp.int32(length), ends)
+    engine = _engine(model, proposer, verifier, length)
+
+    @jax.jit
+    def whole(weights, seed, ones):
+        state, stopped, ends = _prefilled(engine, weights, seed, ones, length, start)
+        return engine.decode(weights, state, stopped, jnp.int32(length), ends)
+
+    state = whole(engines.Weights(params, (), processors), 0, np.ones((rows,), np.int32))
     assert np.all(np.asarray(state.count) == length)
     return np.asarray(state.tokens)[:, :length], np.asarray(state.drafted)
 
 
 def calls(model, proposer, verifier, *, rows, length, start, processors=(), params=()):
     """The same, call by call: tokens [rows, length] and what every call did."""
-    engine, weights, state, ends = _prefilled(
-        model, proposer, verifier, rows, length, start, processors, params
+    engine, weights, done = (
+        _engine(model, proposer, verifier, length),
+        engines.Weights(params, (), processors),
+        [],
     )
-    stopped, done = jnp.zeros((rows,), bool), []
-    decode = jax.jit(engine.decode)
+
+    @jax.jit
+    def first(weights, seed, ones):
+        return _prefilled(engine, weights, seed, ones, length, start)
+
+    state, stopped, ends = first(weights, 0, np.ones((rows,), np.int32))
+    decode, one = jax.jit(engine.decode), np.int32(1)
     while not np.all(np.asarray(state.done)):
         count, before = np.asarray(state.count), state.proposer
-        state = decode(weights, state, stopped, jnp.int32(1), ends)
+        state = decode(weights, state, stopped, one, ends)
         done.append(Call(np.asarray(state.count) - count, before))
     return np.asarray(state.tokens)[:, :length], done
 
 
-def _prefilled(model, proposer, verifier, rows, length, start, processors, params):
-    engine = engines.Engine(model, proposer, verifier, capacity=length + proposer.levels + 1)
-    weights, ends = engines.Weights(params, (), processors), jnp.zeros((0,), jnp.int32)
-    ones = jnp.ones((rows,), jnp.int32)
-    keys = engines.row_keys(0, jnp.arange(rows), 1)
-    state = jax.jit(engine.prefill)(weights, jnp.full((rows, 1), start), ones, length * ones, keys, ends)
-    return engine, weights, state, ends
+def _engine(model, proposer, verifier, length):
+    return engines.Engine(model, proposer, verifier, capacity=length + proposer.levels + 1)
+
+
+def _prefilled(engine, weights, seed, ones, length, start):
+    """The state after the prompts, which rows are stopped, and the tokens that end a row; ones int32[rows]."""
+    ends, keys = jnp.zeros((0,), jnp.int32), engines.row_keys(seed, jnp.arange(ones.shape[0]), 1)
+    state = engine.prefill(weights, start * ones[:, None], ones, length * ones, keys, ends)
+    return state, ones < 0, ends

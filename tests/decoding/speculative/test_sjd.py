@@ -18,7 +18,16 @@ from research.errors import UserError
 from ..recalling import Recalling, calls, run
 
 VOCAB, LENGTH, ROWS, START = 4, 4, 40_000, 0
-TABLE = jax.nn.softmax(1.2 * jax.random.normal(jax.random.key(3), (VOCAB, VOCAB)))
+
+
+@jax.jit
+def drawn():
+    """A chain's table; logits under two conditions."""
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
+    return jax.nn.softmax(1.2 * normal(3, VOCAB, VOCAB)), 1.5 * normal(5, 2, 6, VOCAB)
+
+
+TABLE, LOGITS = drawn()
 MARKOV = Recalling(lambda first, total, last: jnp.log(TABLE)[last], VOCAB)
 
 
@@ -93,7 +102,8 @@ def test_an_old_token_with_a_new_distribution_is_found():
 
 def test_unprocessed_rows_are_found():
     processors = Sampling(temperature=4.0).chain(VOCAB)
-    flatter = TABLE**0.25 / jnp.sum(TABLE**0.25, axis=1, keepdims=True)
+    flatter = np.asarray(TABLE) ** 0.25
+    flatter /= flatter.sum(axis=1, keepdims=True)
     options = dict(rows=ROWS, length=LENGTH, start=START, processors=processors)
     assert distance(run(MARKOV, sjd(), Sampled(), **options)[0], flatter) < 0.03
     assert distance(run(MARKOV, sjd(RawRows), Sampled(), **options)[0], flatter) > 0.08
@@ -101,7 +111,6 @@ def test_unprocessed_rows_are_found():
 
 # Tokens 0..3 are codes, 4 is a condition and 5 its absence. The law of a code depends on which of the two came first.
 CONDITION, NONE = 4, 5
-LOGITS = 1.5 * jax.random.normal(jax.random.key(5), (2, 6, VOCAB))
 CONDITIONED = Recalling(
     lambda first, total, last: jnp.pad(
         LOGITS[jnp.clip(first - CONDITION, 0, 1), last],
@@ -128,7 +137,7 @@ def test_guidance_and_top_k_act_alike_on_drafts_and_target():
         length=LENGTH,
         start=CONDITION,
         processors=Sampling(temperature=1.0, top_k=3).chain(6),
-        params={"model": (), "scale": jnp.float32(2.0)},
+        params={"model": (), "scale": np.float32(2.0)},
     )
     assert distance(tokens, table, CONDITION) < 0.03
     # The unguided table is another one: the test can tell.
@@ -142,7 +151,7 @@ def test_without_context_every_drawn_token_is_kept():
         lambda first, total, last: jnp.broadcast_to(jnp.log(TABLE[1]), (*last.shape, VOCAB)), VOCAB
     )
     proposer = sjd(rows=5, columns=4, window=4)
-    _, done = calls(model, proposer, Sampled(), rows=100, length=20, start=START)
+    done = calls(model, proposer, Sampled(), rows=100, length=20, start=START)[1]
     place = np.ones(100, int)
     for call in done:
         drawn = np.minimum(4 - np.asarray(call.before.guesses), 20 - 1 - place)  # and inside the image
@@ -197,9 +206,12 @@ def test_greedy_is_jacobi_decoding(rule, window, columns):
     def following(total, last):
         return np.where(total % 7 < 4, last, (3 * last + total) % 8)
 
-    table = jnp.asarray(following(np.arange(400)[:, None], np.arange(8)[None]))
+    table = following(np.arange(400)[:, None], np.arange(8)[None])
     model = Recalling(
-        lambda first, total, last: jnp.where(jnp.arange(8) == table[total, last][..., None], 0.0, -9.0), 8
+        lambda first, total, last: jnp.where(
+            jnp.arange(8) == jnp.asarray(table)[total, last][..., None], 0.0, -9.0
+        ),
+        8,
     )
     expected, history = jacobi(
         lambda prefix: int(following(sum(prefix) + 1, prefix[-1])),
@@ -217,23 +229,29 @@ def test_greedy_is_jacobi_decoding(rule, window, columns):
 
 def test_acceptance_is_the_overlap_of_p_and_q():
     """A drawn token is kept with probability sum min(p, q); drawing again and comparing keeps sum p q."""
-    p, q = TABLE[0], TABLE[2]
     rows = 40_000
-    proposer = sjd(window=1)
-    state = Window(
-        logits=jnp.broadcast_to(jnp.log(q), (rows, 1, VOCAB)),
-        guesses=jnp.zeros((rows,), jnp.int32),
-        recent=jnp.zeros((rows, 2), jnp.int32),
-        past=jnp.zeros((rows, 0, VOCAB)),
-        start=jnp.zeros((rows,), jnp.int32),
-    )
-    keys = jax.random.split(jax.random.key(1), rows)
-    round_ = Round(jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), jnp.int32), keys, None)
-    draft, _ = proposer.propose((), Target((), MARKOV), state, round_)
-    logits = jnp.broadcast_to(jnp.log(p), (rows, 2, VOCAB))
-    tests = jax.random.split(jax.random.key(2), (rows, 2))
-    for offered, expected in ((draft, jnp.minimum(p, q).sum()), (draft.replace(q=None), (p * q).sum())):
-        kept = np.mean(np.asarray(Sampled()(logits, offered, tests).count) == 2)
+
+    @jax.jit
+    def counts(p, q, seeds):
+        state = Window(
+            logits=jnp.broadcast_to(jnp.log(q), (rows, 1, VOCAB)),
+            guesses=jnp.zeros((rows,), jnp.int32),
+            recent=jnp.zeros((rows, 2), jnp.int32),
+            past=jnp.zeros((rows, 0, VOCAB)),
+            start=jnp.zeros((rows,), jnp.int32),
+        )
+        keys = jax.random.split(jax.random.key(seeds[0]), rows)
+        round_ = Round(jnp.zeros((rows,), jnp.int32), jnp.zeros((rows,), jnp.int32), keys, None)
+        draft, _ = sjd(window=1).propose((), Target((), MARKOV), state, round_)
+        logits = jnp.broadcast_to(jnp.log(p), (rows, 2, VOCAB))
+        tests = jax.random.split(jax.random.key(seeds[1]), (rows, 2))
+        return [Sampled()(logits, offered, tests).count for offered in (draft, draft.replace(q=None))]
+
+    p, q = np.asarray(TABLE)[[0, 2]]
+    for count, expected in zip(
+        counts(p, q, np.asarray([1, 2])), (np.minimum(p, q).sum(), (p * q).sum()), strict=True
+    ):
+        kept = np.mean(np.asarray(count) == 2)
         assert abs(kept - float(expected)) < 4 * 0.5 / np.sqrt(rows)  # four standard errors
 
 
@@ -253,17 +271,21 @@ def test_only_the_image_is_drafted():
         10: [1, 1, 0, 0],  # 11 and 12, then the end
         12: [0, 0, 0, 0],
     }
-    length = jnp.asarray(list(real))
-    state = Window(
-        logits=jnp.zeros((4, 4, VOCAB)),
-        guesses=jnp.zeros((4,), jnp.int32),
-        recent=jnp.zeros((4, 3), jnp.int32),
-        past=jnp.zeros((4, 0, VOCAB)),
-        start=jnp.full((4,), 5 + 2),
-    )
-    round_ = Round(jnp.zeros((4,), jnp.int32), length, jax.random.split(jax.random.key(0), 4), None)
-    draft, _ = proposer.propose((), Target((), MARKOV), state, round_)
-    assert draft.tree.real.astype(int).tolist() == [[1, *flags] for flags in real.values()]
+
+    @jax.jit
+    def drafted(length):
+        state = Window(
+            logits=jnp.zeros((4, 4, VOCAB)),
+            guesses=jnp.zeros((4,), jnp.int32),
+            recent=jnp.zeros((4, 3), jnp.int32),
+            past=jnp.zeros((4, 0, VOCAB)),
+            start=jnp.full((4,), 5 + 2),
+        )
+        round_ = Round(jnp.zeros((4,), jnp.int32), length, jax.random.split(jax.random.key(0), 4), None)
+        return proposer.propose((), Target((), MARKOV), state, round_)[0].tree.real
+
+    found = np.asarray(drafted(np.asarray(list(real))))
+    assert found.astype(int).tolist() == [[1, *flags] for flags in real.values()]
 
 
 @pytest.mark.parametrize(
