@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from research.language.decoder import DecoderLM
@@ -36,15 +36,16 @@ def vit() -> ViT:
     return ViT(blocks=(block,), num_layers=2, num_classes=3, width=WIDTH, patch=2)
 
 
-def batch() -> dict[str, jax.Array]:
-    text = jax.random.randint(jax.random.key(0), (4, LENGTH + 1), 0, VOCAB)
-    weights = jnp.ones((4, LENGTH)).at[0, 3:].set(0.0)
+def batch() -> dict[str, np.ndarray]:
+    text = np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH + 1), np.int32)
+    weights = np.ones((4, LENGTH), np.float32)
+    weights[0, 3:] = 0.0
     return {
         "tokens": text[:, :-1],
         "targets": text[:, 1:],
-        "segments": jnp.ones((4, LENGTH), jnp.int32),
-        "positions": jnp.broadcast_to(jnp.arange(LENGTH), (4, LENGTH)),
-        "target_bytes": jnp.ones((4, LENGTH), jnp.int32),
+        "segments": np.ones((4, LENGTH), np.int32),
+        "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (4, LENGTH)),
+        "target_bytes": np.ones((4, LENGTH), np.int32),
         "weights": weights,
     }
 
@@ -59,9 +60,9 @@ def nested() -> SimpleNamespace:
         vit=vit,
         batch=batch(),
         images={
-            "images": jax.random.normal(jax.random.key(1), (4, 4, 4, 1)),
-            "labels": jnp.asarray([0, 1, 2, 0]),
-            "weights": jnp.ones(4),
+            "images": np.random.default_rng(1).standard_normal((4, 4, 4, 1)).astype(np.float32),
+            "labels": np.asarray([0, 1, 2, 0], np.int32),
+            "weights": np.ones(4, np.float32),
         },
         language=lambda **fields: LanguageModelling(decoder(**fields)),
         classification=lambda: Classification(vit(), (4, 4, 1)),

@@ -23,8 +23,6 @@ from research.nn.transformer import scan_params
 from research.nn.weights import LowRank, materialize
 from tests.programs import call, drawn
 
-KEY = jax.random.key(0)
-
 
 def shapes(tree):
     return jax.tree.map(jnp.shape, tree)
@@ -33,10 +31,6 @@ def shapes(tree):
 def fresh_shapes(model):
     tokens = jnp.zeros((1, 2), jnp.int32)
     return shapes(jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"]))
-
-
-def logits(model, params, tokens):
-    return jax.jit(lambda p: model.apply({"params": p}, tokens))(params)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -55,18 +49,18 @@ def test_masked_equals_sliced(cls, activation):
         return y @ params[name]["kernel"] + params[name]["bias"]
 
     def act(y):
-        return np.asarray(ACTIVATIONS[activation](jnp.asarray(y, jnp.float32)), np.float64)
+        return np.asarray(jax.jit(ACTIVATIONS[activation])(y.astype(np.float32)), np.float64)
 
     hidden = act(linear("gate", x)) * linear("up", x) if cls is GatedMLP else act(linear("up", x))
     expected = linear("down", np.where(np.arange(8) < 5, hidden, 0.0))
-    sliced = slice_mlp(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), 5)
-    y = call(cls(5, activation, use_bias=True), sliced, jnp.asarray(x, jnp.float32))
+    sliced = slice_mlp(jax.tree.map(lambda a: a.astype(np.float32), params), 5)
+    y = call(cls(5, activation, use_bias=True), sliced, x.astype(np.float32))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_which_arrays_are_cut():
-    bias = {"kernel": jnp.arange(12.0).reshape(3, 4), "bias": jnp.arange(4.0)}
-    down = {"kernel": jnp.arange(12.0).reshape(4, 3), "bias": jnp.arange(3.0)}
+    bias = {"kernel": np.arange(12.0).reshape(3, 4), "bias": np.arange(4.0)}
+    down = {"kernel": np.arange(12.0).reshape(4, 3), "bias": np.arange(3.0)}
     cut = slice_mlp({"up": bias, "gate": bias, "down": down}, 2)
     assert cut["up"]["kernel"].tolist() == cut["gate"]["kernel"].tolist() == [[0, 1], [4, 5], [8, 9]]
     assert cut["up"]["bias"].tolist() == [0, 1]
@@ -89,14 +83,16 @@ def test_every_expert_is_cut():
     """Experts of 5 units give what experts of 8 do whose down kernels have zeros from row 5 on: sums of the same
     numbers and of zeros. Router, bias and the shared FFN stay."""
     layer = MoE(3, 2, 8, use_bias=True, shared=GatedMLP(4), output_bias=True)
-    x, places = jax.random.normal(KEY, (1, 4, 6)), Context(jnp.arange(4)[None])
+    x = np.random.default_rng(0).standard_normal((1, 4, 6)).astype(np.float32)
+    places = Context(np.arange(4)[None])
     params = drawn(layer, x, places)
     cut = slice_mlp(params, 5)
     assert shapes(cut["experts"])["up"] == {"kernel": (3, 6, 5), "bias": (3, 5)}
     assert shapes(cut["experts"])["down"] == {"kernel": (3, 5, 6), "bias": (3, 6)}
     kept = {name: leaf for name, leaf in params.items() if name != "experts"}
     jax.tree.map(np.testing.assert_array_equal, {name: cut[name] for name in kept}, kept)
-    masked = params["experts"]["down"]["kernel"].at[:, 5:].set(0.0)
+    masked = np.array(params["experts"]["down"]["kernel"])
+    masked[:, 5:] = 0.0
     masked = {
         **params,
         "experts": {**params["experts"], "down": {**cut["experts"]["down"], "kernel": masked}},
@@ -124,7 +120,7 @@ def test_sliced_parameters_fit_the_sliced_model(nested, spec):
     assert mlp_widths(small) == spec.widths and small.num_layers == len(spec.widths)
     # Closed form: embedding 32 x 8, final norm 8; a layer has 4 projections of 8 x 8, two norms of 8, 3 * 8 * m.
     assert sum(leaf.size for leaf in jax.tree.leaves(cut)) == 264 + sum(272 + 24 * m for m in spec.widths)
-    assert np.isfinite(logits(small, cut, nested.batch["tokens"])).all()
+    assert np.isfinite(call(small, cut, nested.batch["tokens"])).all()
 
 
 def test_a_pattern_stays_a_pattern_where_the_widths_repeat(nested):
@@ -151,13 +147,16 @@ def test_skipped_layers_are_renumbered_and_keep_their_attention(nested):
         if i in spec.keep_layers:
             width = spec.widths[spec.keep_layers.index(i)]
             down = layer["mlp"]["down"]["kernel"]
-            layer["mlp"] = {**layer["mlp"], "down": {"kernel": down * (jnp.arange(16) < width)[:, None]}}
+            layer["mlp"] = {
+                **layer["mlp"],
+                "down": {"kernel": np.asarray(down) * (np.arange(16) < width)[:, None]},
+            }
         else:
-            layer["attention"] = {**layer["attention"], "output": {"kernel": jnp.zeros((8, 8))}}
-            layer["mlp"] = {**layer["mlp"], "down": {"kernel": jnp.zeros((16, 8))}}
+            layer["attention"] = {**layer["attention"], "output": {"kernel": np.zeros((8, 8), np.float32)}}
+            layer["mlp"] = {**layer["mlp"], "down": {"kernel": np.zeros((16, 8), np.float32)}}
     tokens = nested.batch["tokens"]
     # Sums of 16 units, half of them zero, against sums of the others alone.
-    np.testing.assert_allclose(logits(small, cut, tokens), logits(model, zero, tokens), rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(call(small, cut, tokens), call(model, zero, tokens), rtol=1e-5, atol=2e-6)
 
 
 def test_scanned_trees_are_sliced_to_one_width(nested):
@@ -182,7 +181,7 @@ def test_scanned_trees_are_sliced_to_one_width(nested):
 
 def test_low_rank_kernels_are_sliced_physically(nested):
     params = nested.init(nested.language())
-    low = LowRank(jnp.ones((8, 2)), jnp.arange(32.0).reshape(2, 16))
+    low = LowRank(np.ones((8, 2), np.float32), np.arange(32, dtype=np.float32).reshape(2, 16))
     params["layer_0"]["mlp"]["up"]["kernel"] = low
     cut = slice_params(params, ElasticSpec((0, 1, 2), (4, 4, 4)))["layer_0"]["mlp"]["up"]["kernel"]
     assert (cut.down.shape, cut.up.shape) == ((8, 2), (2, 4))
