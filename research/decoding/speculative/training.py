@@ -6,6 +6,7 @@ run begins.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,8 +103,11 @@ class DrafterTraining:
     def start(self, key: jax.Array) -> PyTree:
         """What a run begins with: `init`, but with the target that was saved."""
         params = self.loaded.params
-        create = jax.jit(lambda key, params: self.drafter.create(key, self._target(params)))
-        return {"target": params, "drafter": create(jax.random.split(key)[1], params)}
+        return {"target": params, "drafter": self._create(jax.random.split(key)[1], params)}
+
+    @functools.cached_property
+    def _create(self) -> Callable[[jax.Array, PyTree], PyTree]:
+        return jax.jit(lambda key, params: self.drafter.create(key, self._target(params)))
 
     def loss(self, params: PyTree, batch: Batch, key: jax.Array) -> Metrics:
         return self._measure(params, batch, key)

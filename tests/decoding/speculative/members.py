@@ -100,6 +100,12 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
+def basis() -> np.ndarray:
+    """Orthogonal: row t stands for token t."""
+    return np.asarray(jax.jit(lambda seed: jax.random.orthogonal(jax.random.key(seed), WIDTH))(2))
+
+
+@functools.cache
 def tiny_target() -> TinyTarget:
     """A decoder of two layers made by hand: its head reads the token that it was given from an orthogonal
     embedding and names the successor; its layers are random and disturb that now and then, so that greedy
@@ -120,10 +126,11 @@ def tiny_target() -> TinyTarget:
         tied_head=False,
     )
     model = build(config)
-    params = drawn(model, jnp.zeros((1, 1), jnp.int32), seed=1)
-    basis = jax.random.orthogonal(jax.random.key(2), WIDTH)  # row t stands for token t
-    params["embedding"] = {"table": 5.0 * basis}  # the layers add vectors of length 2 to 3
-    params["head"] = {"kernel": 1.3 * jnp.zeros((WIDTH, VOCAB)).at[:, successor()].set(basis.T)}
+    params = drawn(model, np.zeros((1, 1), np.int32), seed=1)
+    head = np.zeros((WIDTH, VOCAB), np.float32)
+    head[:, successor()] = np.float32(1.3) * basis().T
+    params["embedding"] = {"table": jnp.asarray(5 * basis())}  # the layers add vectors of length 2 to 3
+    params["head"] = {"kernel": jnp.asarray(head)}
     directory = str(Path(_folder().name) / "target")
     save_model(directory, config, params)
     return TinyTarget(model, params, directory)
@@ -234,8 +241,8 @@ def prompted() -> Member:
     found = member("lud")
     accuracy = [[0.6, 0.1, 0.05], [0.5, 0.1, 0.05], [0.4, 0.1, 0.05]]
     drafter = PPD(prompts=3, top=3, trees=search_trees(accuracy, 20).trees)
-    prompts = jnp.tile(found.params["placeholder"], (3, 1, 1))
-    return Member(drafter, {"prompts": prompts}, target=found.target)
+    prompts = np.tile(found.params["placeholder"], (3, 1, 1))
+    return Member(drafter, {"prompts": jnp.asarray(prompts)}, target=found.target)
 
 
 def jacobi() -> Member:
@@ -243,12 +250,13 @@ def jacobi() -> Member:
     for a while. Where each token is a function of the last one, Jacobi decoding can gain nothing."""
     tiny = tiny_target()
     params = {
-        name: jax.tree.map(lambda x: 1.08 * x, value) if name.startswith("layer") else value
+        name: jax.tree.map(lambda x: np.float32(1.08) * np.asarray(x), value)
+        if name.startswith("layer")
+        else value
         for name, value in tiny.params.items()
     }
-    basis = jax.random.orthogonal(jax.random.key(2), WIDTH)
-    params |= {"embedding": {"table": basis}, "head": {"kernel": basis.T}}
-    target = TinyTarget(tiny.model, params, tiny.directory)
+    params |= {"embedding": {"table": basis()}, "head": {"kernel": basis().T}}
+    target = TinyTarget(tiny.model, jax.tree.map(jnp.asarray, params), tiny.directory)
     drafter = SJD(codes=VOCAB, rows=CONTEXT, columns=5, window=4, init_rule="repeat_horizontal")
     prompts = ((18, 29, 31), *map(tuple, PROMPTS[1:]))  # the first brings new tokens inside accepted paths
     return Member(drafter, deterministic=False, target=target, prompts=prompts)
