@@ -53,6 +53,7 @@ __all__ = [
 LOCK = "lock"
 PACKAGE = Path(__file__).resolve().parents[1]
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_UNUSED = {LOCK, CONFIG, TOKENIZER, TOKENIZER_CONFIG}  # of a workdir in which nothing has run
 
 # What may change between the runs of one workdir: how long it trains, how often it logs, evaluates and saves,
 # what it keeps, when it gives up, and where the arrays live. With anything else the steps before and after
@@ -63,10 +64,14 @@ _FREE = re.compile(
 
 
 class Workdir:
-    """An open workdir. It is locked until `close`, or until the process dies in whatever way."""
+    """An open workdir. It is locked until `close`, or until the process dies in whatever way.
 
-    def __init__(self, path: Path, config: ConfigDict, lock: IO[str] | None):
-        self.path, self.config, self._lock = path, config, lock
+    An error that passes through it before the run has written anything takes the config of a new workdir back, so that
+    the mended one is not refused as another.
+    """
+
+    def __init__(self, path: Path, config: ConfigDict, lock: IO[str] | None, new: bool = False):
+        self.path, self.config, self._lock, self._new = path, config, lock, new
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -81,7 +86,9 @@ class Workdir:
     def __enter__(self) -> "Workdir":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._new and not {entry.name for entry in self.path.iterdir()} - _UNUSED:
+            (self.path / CONFIG).unlink(missing_ok=True)
         self.close()
 
 
@@ -116,7 +123,8 @@ def _open(
     except OSError as error:
         raise UserError(f"workdir {directory} cannot be opened: {error}") from None
     try:
-        if (directory / CONFIG).exists():
+        new = not (directory / CONFIG).exists()
+        if not new:
             if not resume:
                 raise UserError(f"{directory} already holds a run: resume it or choose another workdir")
             _check_config(directory, config)
@@ -129,7 +137,7 @@ def _open(
     except BaseException:
         lock.close()
         raise
-    return Workdir(directory, config, lock)
+    return Workdir(directory, config, lock, new)
 
 
 def _check_contents(directory: Path) -> None:

@@ -94,6 +94,7 @@ def test_everything_is_what_is_measured_by_default():
         "train",
         "decode",
         "startup",
+        "multimodal",
         "scaling",
         "assisted",
         "moe",

@@ -114,6 +114,25 @@ def test_another_config_is_refused_with_both_values(tmp_path):
     open_workdir(tmp_path / "run", experiment()).close()
 
 
+def test_a_run_that_never_began_leaves_no_config(tmp_path):
+    other = experiment(seed=1)
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_workdir(tmp_path / "run", experiment(), tokenizer_path=SHIPPED),
+    ):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), open_workdir(tmp_path / "run", other) as workdir:
+        workdir.metrics.write_text("{}\n")  # it began
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="seed is 1 there and 0 here"):
+        open_workdir(tmp_path / "run", experiment())
+    # Opened again it is not new, whatever happens.
+    workdir.metrics.unlink()
+    with pytest.raises(ZeroDivisionError), open_workdir(tmp_path / "run", other):
+        raise ZeroDivisionError
+    assert (tmp_path / "run" / "config.json").read_text() == to_json(other)
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     open_workdir(tmp_path / "run", experiment(), tokenizer_path=SHIPPED).close()
     other = tmp_path / "tokenizer.json"
