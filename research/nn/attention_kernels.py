@@ -129,12 +129,12 @@ def _query_rows(x: jax.Array, kv_heads: int, start: int, stop: int) -> jax.Array
     return group_queries(x[:, :, start:stop], kv_heads)
 
 
-_QK = (((3,), (3,)), ((0, 1), (0, 1)))  # [b,h,q,d] x [b,h,k,d] -> [b,h,q,k]
-_PV = (((3,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,k,d] -> [b,h,q,d]
-_PTG = (((2,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,q,d] -> [b,h,k,d]
+QK = (((3,), (3,)), ((0, 1), (0, 1)))  # [b,h,q,d] x [b,h,k,d] -> [b,h,q,k]
+PV = (((3,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,k,d] -> [b,h,q,d]
+PTG = (((2,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,q,d] -> [b,h,k,d]
 
 
-def _product(a: jax.Array, b: jax.Array, contract) -> jax.Array:
+def head_product(a: jax.Array, b: jax.Array, contract) -> jax.Array:
     return jax.lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
 
@@ -149,14 +149,14 @@ def _blocked_forward(query, key, value, segments, rule, block, scale):
     outputs, saved = [], []
     for start, stop, low, high in _blocks(length, block, rule):
         rows = _query_rows(query, kv_heads, start, stop)
-        scores = _product(rows, key[:, :, low:high], _QK) * scale  # [B, Hkv, G * C, K]
+        scores = head_product(rows, key[:, :, low:high], QK) * scale  # [B, Hkv, G * C, K]
         grouped = scores.reshape(batch, kv_heads, -1, stop - start, high - low)
         mask = _block_mask(segments, rule, heads, kv_heads, start, stop, low, high)
         scores = jnp.where(mask, grouped, NEGATIVE).reshape(scores.shape)
         unnormalised = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         inverse = 1.0 / jnp.sum(unnormalised, axis=-1, keepdims=True)
         unnormalised = unnormalised.astype(value.dtype)
-        out = _product(unnormalised, value[:, :, low:high], _PV) * inverse
+        out = head_product(unnormalised, value[:, :, low:high], PV) * inverse
         outputs.append(out.astype(query.dtype).reshape(batch, heads, stop - start, dim))
         saved.append((unnormalised, inverse))
     return jnp.concatenate(outputs, axis=2), (query, key, value, segments, outputs, saved)
@@ -177,13 +177,13 @@ def _blocked_backward(rule, block, scale, residuals, gradient):
         scaled = _query_rows(gradient, kv_heads, start, stop).astype(jnp.float32) * inverse
         delta = jnp.sum(scaled * group_queries(out, kv_heads), axis=-1, keepdims=True)
         scaled = scaled.astype(value.dtype)
-        value_gradient = value_gradient.at[:, :, low:high].add(_product(unnormalised, scaled, _PTG))
-        drift = _product(scaled, value[:, :, low:high], _QK)
+        value_gradient = value_gradient.at[:, :, low:high].add(head_product(unnormalised, scaled, PTG))
+        drift = head_product(scaled, value[:, :, low:high], QK)
         score_gradient = (unnormalised * (drift - delta) * scale).astype(query.dtype)
         query_gradients.append(
-            _product(score_gradient, key[:, :, low:high], _PV).reshape(batch, heads, stop - start, dim)
+            head_product(score_gradient, key[:, :, low:high], PV).reshape(batch, heads, stop - start, dim)
         )
-        key_gradient = key_gradient.at[:, :, low:high].add(_product(score_gradient, rows, _PTG))
+        key_gradient = key_gradient.at[:, :, low:high].add(head_product(score_gradient, rows, PTG))
     query_gradient = jnp.concatenate(query_gradients, axis=2)
     no_gradient = None if segments is None else np.zeros(segments.shape, jax.dtypes.float0)
     return (
@@ -305,7 +305,9 @@ def cached_scores(
         cached_mask = (jnp.arange(slots) < length[:, None])[:, None, None]
 
     def scores(key: jax.Array, mask: jax.Array) -> jax.Array:
-        product = key.scores(rows) if isinstance(key, Rows) else _product(rows, key.astype(rows.dtype), _QK)
+        product = (
+            key.scores(rows) if isinstance(key, Rows) else head_product(rows, key.astype(rows.dtype), QK)
+        )
         raw = cap(product * scale, softcap)
         grouped = raw.reshape(batch, kv_heads, heads // kv_heads, count, -1)
         return jnp.where(group_mask(mask, heads, kv_heads), grouped, NEGATIVE)
@@ -326,8 +328,8 @@ def cached_values(
     if isinstance(cached_value, Rows):
         out = cached_value.mix(old.astype(dtype))
     else:
-        out = _product(old.astype(dtype), cached_value.astype(dtype), _PV)
-    out = out + _product(new.astype(dtype), fresh_value, _PV)
+        out = head_product(old.astype(dtype), cached_value.astype(dtype), PV)
+    out = out + head_product(new.astype(dtype), fresh_value, PV)
     return (out / total).astype(dtype).reshape(batch, kv_heads * groups, count, -1)
 
 

@@ -33,19 +33,19 @@ from jax.sharding import PartitionSpec
 from research.errors import UserError
 from research.nn.attention_kernels import (
     NEGATIVE,
+    PTG,
+    PV,
+    QK,
     AttentionKernel,
     AutoAttention,
     cap,
     group_mask,
     group_queries,
+    head_product,
 )
 from research.nn.masks import Full, MaskRule
 
 BATCH, HEADS, POSITIONS = ("data", "fsdp", "expert"), "tensor", "seq"
-_QK = (((3,), (3,)), ((0, 1), (0, 1)))  # [b,h,q,d] x [b,h,k,d] -> [b,h,q,k]
-_PV = (((3,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,k,d] -> [b,h,q,d]
-_PTG = (((2,), (2,)), ((0, 1), (0, 1)))  # [b,h,q,k] x [b,h,q,d] -> [b,h,k,d]
-_product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -268,7 +268,7 @@ class _Ring:
         """Masked scores [B, Hkv, G s, s] of chunk `own` of queries and chunk `other` of keys."""
         batch, heads, size, _ = query.shape
         kv_heads = key.shape[1]
-        scores = _product(group_queries(query, kv_heads), key, _QK)
+        scores = head_product(group_queries(query, kv_heads), key, QK)
         scores = cap(scores * self.scale, self.softcap).reshape(batch, kv_heads, -1, size, size)
         mask = (segments[:, None, :, None] == others[:, None, None, :]) & (others[:, None, None, :] > 0)
         if not isinstance(self.rule, Full):
@@ -284,7 +284,7 @@ def _meet(sums: Sums, scores: jax.Array, value: jax.Array) -> Sums:
     largest, total, out = sums
     higher = jnp.maximum(largest, scores.max(-1))
     weights, kept = jnp.exp(scores - higher[..., None]), jnp.exp(largest - higher)
-    found = _product(weights.astype(value.dtype), value, _PV)
+    found = head_product(weights.astype(value.dtype), value, PV)
     return higher, total * kept + weights.sum(-1), out * kept[..., None] + found
 
 
@@ -338,8 +338,8 @@ def _backward(ring: _Ring, kept, gradient):
             scores, pull = jax.vjp(scores_of, queries[i], keys[j])
             largest, total = (x[..., None] for x in statistics[i])
             weights = jnp.exp(scores - largest) / total
-            for_value = _product(weights.astype(value.dtype), grouped[i].astype(value.dtype), _PTG)
-            for_weights = _product(grouped[i].astype(value.dtype), values[j], _QK)
+            for_value = head_product(weights.astype(value.dtype), grouped[i].astype(value.dtype), PTG)
+            for_weights = head_product(grouped[i].astype(value.dtype), values[j], QK)
             for_query, for_key = pull(weights * (for_weights - inner[i]))
             more = (i, for_query), (j, for_key), (j, for_value)
             return [
