@@ -51,7 +51,7 @@ from research.nn.linear import Linear
 from research.nn.mlp import MLP, GatedMLP
 from research.nn.reports import report_loss, report_measurement
 from research.nn.transformer import LayerStack
-from research.nn.weights import Kernel, Spec, array_bits, stored_bits
+from research.nn.weights import Kernel, Spec, Wrapped, array_bits, stored_bits
 
 PyTree = Any
 Routing = Literal["sparse", "dense"]
@@ -83,6 +83,10 @@ class LoRAExperts(struct.PyTreeNode):
     @property
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """What the terms multiply of x: in training, with dropout."""
+        return x if self.key is None else dropped(x, self.rate, self.key)
 
     def routed(self, gates: jax.Array) -> "Routed":
         """gates [..., E], of every token."""
@@ -121,63 +125,44 @@ class LoRAExperts(struct.PyTreeNode):
         return [*base, (*lead, None, inputs, None), (*lead, None, None, outputs)]
 
 
-class Routed(struct.PyTreeNode):
+class _Running(Wrapped):
+    """Base of what `LoRAExperts` are while the model runs."""
+
+    kernel: LoRAExperts
+
+    def materialize(self) -> jax.Array:
+        return self.kernel.materialize()
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> "_Running":
+        return self.replace(kernel=self.kernel.narrow(inputs, outputs))
+
+
+class Routed(_Running):
     """`LoRAExperts` with the gates [..., E] of the tokens that are multiplied; it lives while the model runs.
 
     All experts' A are one product, and so are all B.
     """
 
-    experts: LoRAExperts
     gates: jax.Array
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.experts.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.experts.dtype
-
     def dot(self, x: jax.Array) -> jax.Array:
-        down, up = self.experts.down, self.experts.up
-        z = x if self.experts.key is None else dropped(x, self.experts.rate, self.experts.key)
-        low = jnp.einsum("...d,edr->...er", z, down.astype(x.dtype), preferred_element_type=jnp.float32)
-        low = (low * self.gates[..., None] * self.experts.scale).astype(x.dtype)
-        term = jnp.einsum("...er,ero->...o", low, up.astype(x.dtype), preferred_element_type=jnp.float32)
-        return term.astype(x.dtype) + weights.dot(x, self.experts.base)
-
-    def materialize(self) -> jax.Array:
-        return self.experts.materialize()
-
-    def narrow(self, inputs: int | None, outputs: int | None) -> "Routed":
-        return self.replace(experts=self.experts.narrow(inputs, outputs))
+        own = self.kernel
+        z, down, up = own.inputs(x), own.down.astype(x.dtype), own.up.astype(x.dtype)
+        low = jnp.einsum("...d,edr->...er", z, down, preferred_element_type=jnp.float32)
+        low = (low * self.gates[..., None] * own.scale).astype(x.dtype)
+        term = jnp.einsum("...er,ero->...o", low, up, preferred_element_type=jnp.float32)
+        return term.astype(x.dtype) + weights.dot(x, own.base)
 
 
-class Sorted(struct.PyTreeNode):
+class Sorted(_Running):
     """`LoRAExperts` for rows [S, in] that are sorted by their experts; it lives while the model runs."""
 
-    experts: LoRAExperts
     dispatch: SortedDispatch
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.experts.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.experts.dtype
-
     def dot(self, x: jax.Array) -> jax.Array:
-        own, dispatch = self.experts, self.dispatch
-        z = x if own.key is None else dropped(x, own.rate, own.key)
-        low = dispatch.dot(z, own.down) * jnp.asarray(own.scale, x.dtype)
+        own, dispatch = self.kernel, self.dispatch
+        low = dispatch.dot(own.inputs(x), own.down) * jnp.asarray(own.scale, x.dtype)
         return dispatch.dot(low, own.up) + weights.dot(x, own.base)
-
-    def materialize(self) -> jax.Array:
-        return self.experts.materialize()
-
-    def narrow(self, inputs: int | None, outputs: int | None) -> "Sorted":
-        return self.replace(experts=self.experts.narrow(inputs, outputs))
 
 
 class MixtureOfLoRA(nn.Module):
@@ -203,8 +188,8 @@ class MixtureOfLoRA(nn.Module):
         self._report(p, chosen, context)
         if self.routing == "sparse" and self._sorts():
             index = expert.reshape(-1, 1)
-            flat, every = (y.reshape(-1, self.num_experts) for y in (logits, p))
-            choices = Choices(flat, every, index, jnp.ones(index.shape), jnp.ones(len(index), bool))
+            scores, every = (y.reshape(-1, self.num_experts) for y in (logits, p))
+            choices = Choices(scores, every, index, jnp.ones(index.shape), jnp.ones(len(index), bool))
             dispatch = SortedDispatch.make(choices)
             rows = self._run(
                 lambda kernel: kernel.sorted(dispatch), dispatch.scatter(x.reshape(-1, x.shape[-1]))

@@ -95,7 +95,7 @@ def stored_bits(tree: Any) -> int:
 
 
 class Wrapped(struct.PyTreeNode):
-    """Base of what stands in the place of a kernel while a model runs: of the shape and dtype of `kernel`."""
+    """Base of what stands in the place of a kernel, stored or while a model runs: with its shape and dtype."""
 
     kernel: Kernel
 
@@ -192,23 +192,14 @@ class Sum(struct.PyTreeNode):
         return [leaf for term in self.terms for leaf in _leaf_specs(term, spec)]
 
 
-class Permuted(struct.PyTreeNode):
+class Permuted(Wrapped):
     """A kernel whose inputs lie in another order: its input i is input order[i] of the layer. Of groups that are put
     together by importance it is all that holds them (GPTQ's act-order).
 
     order: whole numbers [..., in], a permutation for each matrix of a stack.
     """
 
-    kernel: Kernel
     order: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.kernel.dtype
 
     def dot(self, x: jax.Array) -> jax.Array:
         return dot(jnp.take(x, self.order, axis=-1), self.kernel)
