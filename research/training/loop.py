@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +192,7 @@ class _Run:
         folder = None if directory is None else directory / "profile"
         self.profile = Profile(profile if self.main else None, folder)
         self.mesh = partitioning.make_mesh(trainer.mesh, devices) if mesh is None else mesh
-        if self.mesh.shape["seq"] > 1 and not _divides_positions(getattr(trainer.task, "model", None)):
-            raise UserError(
-                f"mesh: seq={self.mesh.shape['seq']} divides positions, but nothing in the model does; give its "
-                "attention kernel=of(RingAttention) (research.nn.ring_attention)"
-            )
+        partitioning.check_positions(getattr(trainer.task, "model", None), self.mesh)
         if hasattr(trainer.task, "check_mesh"):
             trainer.task.check_mesh(self.mesh)
         self.shown = progress and self.main
@@ -588,16 +584,6 @@ class _Run:
         finally:
             if self.checkpoints is not None:
                 self.checkpoints.close()
-
-
-def _divides_positions(part: Any) -> bool:
-    """Whether a module, or one in its fields, works where positions are divided among devices."""
-    if isinstance(part, tuple | list):
-        return any(map(_divides_positions, part))
-    if getattr(part, "divides_positions", False):
-        return True
-    names = [each.name for each in fields(part)] if is_dataclass(part) else []
-    return any(_divides_positions(getattr(part, name)) for name in names if name != "parent")
 
 
 def _copy(tree: PyTree) -> PyTree:

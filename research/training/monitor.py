@@ -17,7 +17,7 @@ from research.training.task import Metrics
 AHEAD = 2  # steps that may be unfinished: one in work, one queued
 WINDOW = 100  # losses that say what is usual
 SETTLED = 20  # losses before that means anything
-SMALL = 0.1
+SMALL = 0.1  # of the first losses: what is below is no explosion
 
 
 class Diverged(UserError):
@@ -54,7 +54,6 @@ class Monitor:
         self._pending: deque[Pending] = deque()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._first = -math.inf  # the highest of the first losses
-        self._seen = 0
 
     def add(self, pending: Pending) -> None:
         """Takes a dispatched step and waits until at most `AHEAD` are unfinished."""
@@ -90,7 +89,6 @@ class Monitor:
                     f"the {self._watched} exploded {where}: {loss:.6g}, over {self._explode:g} times what nine in "
                     f"ten of the last {len(self._losses)} stayed below, {usual:.6g}"
                 )
-        if self._seen < SETTLED:
+        if len(self._losses) < SETTLED:  # it never shrinks
             self._first = max(self._first, loss)
-        self._seen += 1
         self._losses.append(loss)

@@ -7,6 +7,7 @@ Axes: `data` (replicas of the parameters), `fsdp` (parameters and optimizer divi
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import jax
@@ -282,3 +283,22 @@ def table(params: PyTree, shardings: PyTree, *, large: int = REPLICATE_BELOW) ->
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     )
+
+
+def check_positions(model: Any, mesh: Mesh) -> None:
+    """Raise UserError where `seq` divides positions, and nothing in the model does."""
+    if mesh.shape["seq"] > 1 and not _divides_positions(model):
+        raise UserError(
+            f"mesh: seq={mesh.shape['seq']} divides positions, but nothing in the model does; give its "
+            "attention kernel=of(RingAttention) (research.nn.ring_attention)"
+        )
+
+
+def _divides_positions(part: Any) -> bool:
+    """Whether a module, or one in its fields, works where positions are divided among devices."""
+    if isinstance(part, tuple | list):
+        return any(map(_divides_positions, part))
+    if getattr(part, "divides_positions", False):
+        return True
+    names = [each.name for each in fields(part)] if is_dataclass(part) else []
+    return any(_divides_positions(getattr(part, name)) for name in names if name != "parent")
