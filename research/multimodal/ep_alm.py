@@ -88,12 +88,14 @@ class LateToken(nn.Module):
 
 
 def _with_first(context: Context) -> Context:
-    """The context with one place more in front, of the first token's segment."""
-    before = context.positions[:, :1] - 1
-    segments = context.segments
+    """The context with one place more in front, of the segment of the first token behind padding."""
+    positions, segments = context.positions, context.segments
+    before = positions[:, :1] - 1
     if segments is not None:
-        segments = jnp.concatenate([segments[:, :1], segments], axis=1)
-    return context.replace(positions=jnp.concatenate([before, context.positions], axis=1), segments=segments)
+        first = jnp.argmax(segments > 0, axis=1, keepdims=True)
+        before = jnp.take_along_axis(positions, first, axis=1) - 1
+        segments = jnp.concatenate([jnp.take_along_axis(segments, first, axis=1), segments], axis=1)
+    return context.replace(positions=jnp.concatenate([before, positions], axis=1), segments=segments)
 
 
 def _without_first(context: Context) -> Context:

@@ -47,12 +47,16 @@ class Written:
                 self.say(tokenizer.encode(piece))
                 group = None
                 continue
-            start = self.positions[-1] + 1 if self.positions else 0
-            own = planner.group(piece)
-            self.positions.append(start - 1 if own is not None and own == group else start)
-            self.tokens.append(0)
-            self.slots.append(first + piece)
-            group = own
+            group = self.row(first, piece, planner.group(piece), group)
+
+    def row(self, first: int, piece: int, group: int | None, before: int | None) -> int | None:
+        """Adds a row of an image whose rows are counted from `first` on, of a group that shares a position (see
+        `Planner.group`), behind one of the group `before`; -> its group."""
+        start = self.positions[-1] + 1 if self.positions else 0
+        self.positions.append(start - 1 if group is not None and group == before else start)
+        self.tokens.append(0)
+        self.slots.append(first + piece)
+        return group
 
 
 def write(

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from research.data.shapes import vocabulary
+from research.decoding.generator import Generator
 from research.errors import UserError
 from research.interop.llava import load_llava
 from research.interop.names import flatten
 from research.multimodal.media import Media
 from research.multimodal.model import Pictures
+from research.multimodal.padded import Padded
 from tests.programs import call
 
 IMAGE = 17
@@ -143,3 +146,45 @@ def test_the_logits_are_those_of_transformers(tmp_path):
     slot = np.asarray([[-1, -1, 0, 1, 2, 3, -1, -1]])
     seen = Pictures(media, slot, np.arange(8)[None])
     np.testing.assert_allclose(call(model, variables["params"], tokens, seen), wanted, atol=1e-4)
+
+
+def test_a_batch_padded_on_the_left_is_that_of_transformers(tmp_path):
+    """Rows with two images, none and one, as a processor with padding_side="left" hands them over: logits of one call,
+    and what both decode with their caches."""
+    reason = "parity with transformers needs torch and transformers: pip install '.[parity]'"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    settings = {name: value for name, value in CONFIG.items() if name != "model_type"}
+    theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**settings)).eval()
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    theirs.save_pretrained(tmp_path)
+    model, variables, _ = load_llava(tmp_path)
+    places = [IMAGE] * 4
+    rows = [[1, *places, 7, 3, *places, 5], [1, 9, 4], [1, 2, *places]]
+    length = max(map(len, rows))
+    mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    tokens = np.array([[0] * (length - len(row)) + row for row in rows])
+    images = [np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8) for i in range(3)]
+    batch = Padded.of(tokens, mask, images, model.planner, vocabulary(), placeholder=IMAGE)
+    read = np.stack([model.planner.read(image)[0].patches for image in images])
+    pixels = read.reshape(3, 2, 2, 4, 4, 3).transpose(0, 5, 1, 3, 2, 4).reshape(3, 3, 8, 8)
+    asked = dict(
+        input_ids=torch.asarray(tokens),
+        attention_mask=torch.asarray(mask),
+        pixel_values=torch.asarray(pixels),
+    )
+    with torch.no_grad():
+        wanted = theirs(**asked).logits.numpy()
+        said = theirs.generate(**asked, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    params = variables["params"]
+    logits = batch.back(call(model, params, batch.tokens, batch.pictures, segments=batch.segments))
+    np.testing.assert_allclose(np.asarray(logits)[mask > 0], wanted[mask > 0], atol=1e-4)
+    assert np.abs(wanted).max() > 1
+    decoded = Generator(model, params, ends=()).generate(
+        batch.asked.tokens, beside=batch.asked.beside, max_new_tokens=8
+    )
+    outputs = [sample.tokens for sample in decoded.samples]
+    assert outputs == said[:, length:].tolist() and len(set(map(tuple, outputs))) == 3
