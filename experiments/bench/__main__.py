@@ -77,7 +77,10 @@ DRAFTERS = PROGRAM.define(
     "What to compare: prompt_lookup, submodel, runs, drafter directories, configs of drafters, or all of these.",
 )
 TARGET = PROGRAM.define(
-    flags.DEFINE_string, "target", "package:language/base", "The model that drafters are compared on."
+    flags.DEFINE_string,
+    "target",
+    "package:language/base",
+    "The model that drafters are compared on; grown:40M is the one that ships, grown to that size without training.",
 )
 PROMPTS = PROGRAM.define(
     flags.DEFINE_string,
@@ -88,6 +91,13 @@ PROMPTS = PROGRAM.define(
 PER_KIND = PROGRAM.define(flags.DEFINE_integer, "per_kind", 16, "Prompts of every kind.", lower_bound=4)
 RUNS = PROGRAM.define(
     flags.DEFINE_string, "runs", "runs/drafters", "Where drafters given as configs are trained and kept."
+)
+UPDATES = PROGRAM.define(
+    flags.DEFINE_integer,
+    "updates",
+    None,
+    "Updates of the longest stage of every drafter that is trained, its other stages in proportion.",
+    lower_bound=1,
 )
 DTYPE = PROGRAM.define(
     flags.DEFINE_enum,
@@ -198,6 +208,8 @@ def measure(part: str, shapes: list[Any]) -> Any:
             PER_KIND.value,
             dtype=DTYPE.value,
             figure=FIGURE.value,
+            updates=UPDATES.value,
+            rounds=ROUNDS.value,
         )
         return found.as_dict()
     if part == "startup":

@@ -17,20 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.shapes import find_shape
 from experiments.claims import drafting
 from experiments.systems import read_catalogue
 from research import config as configs
+from research.config_capture import capture
 from research.decoding.generator import Generator
 from research.decoding.sampling import argmax
 from research.decoding.speculative.loading import LoadedDrafter, find_drafter
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.verify import Accept, Draft
+from research.elastic.grow import deepen, widen
 from research.errors import UserError
 from research.training.loop import Trainer
 from research.training.model_directory import Loaded
 from research.training.workdir import load_model, open_workdir
 
 HELD_OUT, BATCH = 104, 8
+GROWN = "grown"
 SHORTEST = 16
 
 
@@ -44,6 +48,7 @@ class Row:
     speed: float
     seconds: float
     plain_seconds: float
+    best_speed: float
     calls: int
     drafted: int
     wasted: int
@@ -94,19 +99,23 @@ def run(
     held_out: int = HELD_OUT,
     dtype: Literal["float32", "bfloat16"] = "float32",
     figure: str | None = None,
+    updates: int | None = None,
+    rounds: int = 1,
     report: Callable[[str], None] = print,
 ) -> Report:
-    """Measure the drafters `names` on the model at `target`.
+    """Measure the drafters `names` on the model at `target`, see `open_target`.
 
     names: what `find_drafter` knows; a config that trains a drafter, which is trained below `runs` where it has
     not been; "all", every such config of the catalogue. prompts: a JSONL file. count: prompts of every kind.
+    updates: of the longest stage of every drafter that is trained here, the others in proportion; without it those of
+    its config. rounds: turns that the prompts which are timed are decoded in.
     dtype: of parameters and cache; in bfloat16 held-out prompts are also compared with decoding that keeps one
     token a call in the drafter's own program, from which nothing may differ.
 
     Raises:
         UserError: a drafter or file that can't be used.
     """
-    loaded = load_model(target)
+    loaded = open_target(target)
     if loaded.tokenizer is None or not hasattr(loaded.model, "extend"):
         raise UserError(f"{target} does not decode text")
     kinds = {kind: drafting.prompts(kind, count, loaded.tokenizer) for kind in drafting.KINDS}
@@ -119,7 +128,7 @@ def run(
     expected = {kind: drafting.outputs(plain, tokens, options) for kind, tokens in kinds.items()}
     others = unequal(drafting.prompts("code", held_out, loaded.tokenizer))
     plainly = in_batches(plain, others, new_tokens)
-    for name, drafter in find_all(names, loaded, target, runs, report):
+    for name, drafter in find_all(names, loaded, target, runs, report, updates):
         params = drafter.target_params(loaded)
         fields = dict(proposer=drafter.proposer, proposer_params=drafter.params, dtype=dtype)
         drafted = Generator(loaded.model, params, loaded.tokenizer, **fields)
@@ -127,7 +136,7 @@ def run(
         own = Generator(loaded.model, params, loaded.tokenizer, dtype=dtype) if tuned else plain
         for kind, tokens in kinds.items():
             wanted = drafting.outputs(own, tokens, options) if tuned else expected[kind]
-            found = drafting.measure(own, drafted, tokens, wanted, options)
+            found = drafting.measure(own, drafted, tokens, wanted, options, rounds)
             numbers = [field.name for field in dataclasses.fields(Row)[2:]]
             rows.append(Row(name, kind, **{number: found[number] for number in numbers}))
             report(line(rows[-1]))
@@ -146,12 +155,33 @@ def run(
     return Report(rows, len(others), differences)
 
 
+def open_target(name: str) -> Loaded:
+    """The model at a path; "grown:40M", the model that ships, grown to that size: it says the same, and a call costs
+    what one of the size costs (`research/elastic/grow.py`).
+
+    Raises:
+        UserError: no such model, or a size that it does not grow to.
+    """
+    kind, _, size = name.partition(":")
+    if kind != GROWN:
+        return load_model(name)
+    shape, base = find_shape(size), load_model(drafting.TARGET)
+    model, params = base.model, base.params
+    while model.width < shape.width:
+        model, params = widen(model, params)
+    if model.width != shape.width:
+        raise UserError(f"--target={name}: a width of {base.model.width} does not double to {shape.width}")
+    model, params = deepen(model, params, shape.layers)
+    return dataclasses.replace(base, model=model, params=params, config=capture(model))
+
+
 def line(row: Row) -> str:
     """A row of the table as it is printed."""
     wasted = row.wasted / row.drafted if row.drafted else 0.0
     return (
-        f"{row.drafter:>24} {row.kind:<16} {row.tokens_per_call:5.2f} tokens a call, {row.speed:5.2f}x, "
-        f"{wasted:4.0%} of drafts wasted, equal {row.equal:4.0%}, loopiness {row.loopiness:.2f}"
+        f"{row.drafter:>24} {row.kind:<16} {row.tokens_per_call:5.2f} tokens a call, {row.speed:5.2f}x "
+        f"({row.best_speed:.2f}x), {wasted:4.0%} of drafts wasted, equal {row.equal:4.0%}, "
+        f"loopiness {row.loopiness:.2f}"
     )
 
 
@@ -204,7 +234,12 @@ def read_prompts(
 
 
 def find_all(
-    names: Sequence[str], loaded: Loaded, target: str, runs: str, report: Callable[[str], None]
+    names: Sequence[str],
+    loaded: Loaded,
+    target: str,
+    runs: str,
+    report: Callable[[str], None],
+    updates: int | None = None,
 ) -> list[tuple[str, LoadedDrafter]]:
     """The drafters by name, trained where they are configs."""
     wanted: list[str] = []
@@ -218,7 +253,7 @@ def find_all(
     found: dict[str, LoadedDrafter] = {}
     for name in dict.fromkeys(wanted):
         file = name.partition(":")[0]
-        path = train(name, target, runs, report) if file.endswith(".py") else name
+        path = train(name, target, runs, report, updates) if file.endswith(".py") else name
         short = Path(file).stem
         found[name if short in found else short] = find_drafter(path, loaded)
     return list(found.items())
@@ -229,11 +264,22 @@ def _trains(config: str) -> bool:
     return task is not None and task.get("cls", "").endswith(":DrafterTraining")
 
 
-def train(name: str, target: str, runs: str, report: Callable[[str], None]) -> str:
+def train(
+    name: str, target: str, runs: str, report: Callable[[str], None], updates: int | None = None
+) -> str:
     """Trains the drafter of a config for `target`, or goes on with it; returns the run's workdir."""
+    if target.startswith(f"{GROWN}:"):
+        raise UserError(
+            f"--target={target} is no path: train {name} for a model directory, or name other drafters"
+        )
     config = configs.load_config(name)
     if "task" in config and "target" in config.task:
         config.task.target = target
+    stages = config.get("stages", ())
+    if updates is not None and stages:
+        longest = max(stage.steps for stage in stages)
+        for stage in stages:
+            stage.steps = max(1, round(stage.steps * updates / longest))
     trainer = configs.build(config)
     if not isinstance(trainer, Trainer) or not isinstance(trainer.task, DrafterTraining):
         raise UserError(f"{name} trains no drafter: it builds a {type(trainer).__name__}")

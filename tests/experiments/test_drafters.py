@@ -226,11 +226,39 @@ def test_the_bench_of_drafters(folder, run, monkeypatch, tmp_path, capsys):
     # 7 tokens after prefill: a call of 4 + 1, and one of which the limit leaves 2.
     assert all(row.calls == 2 * (5 if row.kind == "writing" else 6) for row in ideal)
     assert all(row.tokens_per_call == 3.5 for row in ideal)
+    assert all(row.best_speed > 0 for row in found.rows)
     assert found.held_out == 8 and found.differences == {"prompt_lookup": [], "target": [], "medusa": []}
     assert f"{path}: of 1 prompts only the last 56 tokens fit the context" in lines
     assert sum("all 8 held-out prompts" in line for line in lines) == 3
     assert (tmp_path / "figure.png").stat().st_size > 5000
     json.dumps(found.as_dict())
+
+
+def test_updates_are_shared_out_in_proportion(folder, tmp_path):
+    """The config has one stage of 2 updates; here it gets another one of 4."""
+    config = json.loads((folder / "drafting.json").read_text())
+    (stages,) = config["stages"].values()
+    stages.append({**stages[0], "name": "more", "steps": 4})
+    (tmp_path / "two.json").write_text(json.dumps(config))
+    lines: list[str] = []
+    run = drafters.train(str(tmp_path / "two.json"), str(folder / "target"), str(tmp_path), lines.append, 2)
+    assert lines == [f"{tmp_path / 'two.json'}: 3 steps in {run}, fewer where it has begun"]
+    assert [
+        x["steps"] for x in json.loads((Path(run) / "config.json").read_text())["stages"]["__tuple__"]
+    ] == [1, 2]
+
+
+def test_targets_that_are_grown():
+    grown = drafters.open_target("grown:40M")
+    assert (grown.model.width, grown.model.num_layers) == (512, 10)
+    with pytest.raises(UserError, match="--target=grown:20M: a width of 256 does not double to 384"):
+        drafters.open_target("grown:20M")
+    with pytest.raises(UserError, match="no size 'big'; there are"):
+        drafters.open_target("grown:big")
+    with pytest.raises(
+        UserError, match="--target=grown:40M is no path: train configs/medusa.py for a model dir"
+    ):
+        drafters.train("configs/medusa.py", "grown:40M", "runs", print)
 
 
 def test_the_bench_in_bfloat16(folder, monkeypatch):
