@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     from research.training.loop import Trainer
     from research.training.partitioning import table
     from research.training.planning import place, plan
-    from research.training.topologies import parse_topology, traced_for
+    from research.training.topologies import parse_topology
 
     jax.config.update("jax_platforms", "cpu")
     topology = parse_topology(TOPOLOGY.value)
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
             f"--config={CONFIG.value} builds a {type(trainer).__name__}, not a Trainer: there is no step to plan"
             + ("; for attention spans: python -m experiments.spans" if hasattr(trainer, "profiles") else "")
         )
-    with traced_for("tpu" if "TPU" in topology.chip.name else "gpu"):
-        made = plan(trainer, topology)
+    made = plan(trainer, topology)
     if TABLE.value and topology.devices > 1:
         params = place(trainer, topology)[2].params
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)

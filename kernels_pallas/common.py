@@ -1,4 +1,4 @@
-"""What all kernels share: which implementation runs, and small parts of their code."""
+"""What all kernels share: for which platform they are traced, which implementation runs, small parts of their code."""
 
 from typing import Literal
 
@@ -8,23 +8,35 @@ import jax.numpy as jnp
 Implementation = Literal["reference", "tpu", "gpu"]
 
 
+def target_platform() -> str:
+    """The platform that a function is being traced for (cpu, gpu, tpu): the one thing to ask for who is computed
+    differently on another.
+
+    That of the devices of the mesh around it (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`), which may be absent;
+    without a mesh, the default backend's. Meshes are part of the keys of jit's caches, so what was traced for one
+    platform is not used on another.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 class Unsupported(ValueError):
     """The implementation asked for cannot compute these shapes or dtypes, or not on this backend."""
 
 
 def choose(kernel: str, implementation: Implementation | None) -> Implementation:
-    """The implementation that runs: the one asked for, by default the kernel of the backend.
+    """The implementation that runs: the one asked for, by default the kernel of the target platform.
 
-    Raises `Unsupported` for a backend without a kernel and for a name that there is not.
+    Raises `Unsupported` for a platform without a kernel and for a name that there is not.
     """
     if implementation is None:
-        backend = jax.default_backend()
-        if backend not in ("tpu", "gpu"):
+        platform = target_platform()
+        if platform not in ("tpu", "gpu"):
             raise Unsupported(
-                f"no {kernel} kernel for the backend {backend!r}: there are tpu and gpu; "
+                f"no {kernel} kernel for the backend {platform!r}: there are tpu and gpu; "
                 "implementation='reference' runs everywhere"
             )
-        return backend
+        return platform
     if implementation not in ("reference", "tpu", "gpu"):
         raise Unsupported(f"no implementation {implementation!r}: there are reference, tpu and gpu")
     return implementation

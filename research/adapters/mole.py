@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.common import target_platform
 from research.adapters.lora import (
     LoRA,
     adapted,
@@ -213,7 +214,7 @@ class MixtureOfLoRA(nn.Module):
     def _sorts(self) -> bool:
         """Whether there is one CPU, and the factors of all experts together are thick enough."""
         several = math.prod(jax.sharding.get_abstract_mesh().shape.values()) > 1
-        if jax.default_backend() != "cpu" or several:
+        if target_platform() != "cpu" or several:
             return False
         base = self.variables.get("params", {}).get("base", {})
         leaves = jax.tree.leaves(base, is_leaf=lambda node: isinstance(node, LoRAExperts))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import target_platform
 from research.nn.accounting import count_parameters
 from research.nn.fuse import fuse_projections
 from research.nn.transformer import LayerStack, unscan_layers
@@ -28,6 +29,6 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
 
     params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Weight))
     count = count_parameters(params)
-    if jax.default_backend() == "cpu" and count >= _FUSE_FROM:
+    if target_platform() == "cpu" and count >= _FUSE_FROM:
         params = fuse_projections(params)
     return model, params

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from kernels_pallas.common import target_platform
 from research.errors import UserError, nearest
 from research.moe.grouped import PallasGroupedDot, every_expert, grouped_dot, row_experts
 from research.moe.losses import load
@@ -249,7 +250,7 @@ class SortedDispatch(_Slots):
     @property
     def in_pieces(self) -> bool:
         """Whether an expert's rows are computed piece by piece, so that a whole FFN can be at once."""
-        if self.grouped_dot is not None or jax.default_backend() != "cpu":
+        if self.grouped_dot is not None or target_platform() != "cpu":
             return False
         return every_expert(self.pair_of_slot.shape[0], self.sizes.shape[0], self.tile)
 
@@ -266,7 +267,7 @@ class SortedDispatch(_Slots):
 def default_tile(tokens: int, pairs: int, experts: int) -> int:
     """Rows of a tile: about 4 sqrt(m) for a mean load of m rows an expert, which was the fastest of the powers of two
     for m from 4 to 1024, between 8 and 128, but no more than there are tokens. 1 where `lax.ragged_dot` needs none."""
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return 1
     return min(2 ** min(max(round(math.log2(4 * math.sqrt(pairs / experts))), 3), 7), tokens)
 

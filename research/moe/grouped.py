@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import target_platform
 from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
 from research.errors import UserError
 from research.nn import weights
@@ -35,7 +36,7 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int = 1
     The first sizes[0] rows belong to expert 0, the next sizes[1] to expert 1, and so on; sizes int32[E]. The rest,
     at least the last tile - 1 rows, belongs to none; it must be 0, and so must its cotangent, and becomes 0.
     """
-    if jax.default_backend() != "cpu" and isinstance(kernel, jax.Array):
+    if target_platform() != "cpu" and isinstance(kernel, jax.Array):
         kernel = kernel.astype(rows.dtype)
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
     return _product(rows, kernel, sizes, tile)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.common import target_platform
 from kernels_pallas.span_attention import span_attention
 from kernels_pallas.tree_attention import Unsupported, tree_attention
 from research.errors import UserError
@@ -211,7 +212,7 @@ class AutoAttention:
         blocked = BlockedAttention()
         length = query.shape[2]
         suits = (
-            jax.default_backend() == "cpu"
+            target_platform() == "cpu"
             and softcap is None
             and prefix is None
             and rule.key_range(0, 1) is not None

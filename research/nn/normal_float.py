@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.common import target_platform
 from kernels_pallas.quantized_matmul.packing import unpack_codes
 from research.errors import UserError
 from research.nn import packed
@@ -263,7 +264,7 @@ class NormalFloat(struct.PyTreeNode):
 @jax.checkpoint  # for its gradient the codes are read again, and not a float copy kept
 def _dot(x: jax.Array, kernel: NormalFloat) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    if jax.default_backend() != "cpu" or rows.shape[0] > packed.FEW:
+    if target_platform() != "cpu" or rows.shape[0] > packed.FEW:
         return dot(x, kernel.materialize())
     book = code_book(kernel.bits, kernel.last)
     y = packed.block_dot(

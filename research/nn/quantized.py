@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.common import target_platform
 from kernels_pallas.quantized_matmul import Packed, Unsupported, quantized_matmul
 from kernels_pallas.quantized_matmul.packing import unpack_codes
 from research.errors import UserError
@@ -148,7 +149,7 @@ class Quantized(struct.PyTreeNode):
 @jax.checkpoint  # for its gradient the codes are read again, and not a float copy kept
 def _dot(x: jax.Array, kernel: Quantized) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    if jax.default_backend() != "cpu" or rows.shape[0] > packed.FEW:
+    if target_platform() != "cpu" or rows.shape[0] > packed.FEW:
         return dot(x, kernel.materialize())
     zero, middle = kernel.zero, 0 if kernel.zero is not None else 2 ** (kernel.bits - 1)
     y = packed.block_dot(

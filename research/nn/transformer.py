@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.common import target_platform
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
@@ -271,7 +272,7 @@ class LayerStack(nn.Module):
 
     def enter(self, x: jax.Array) -> Stream:
         """x [B, T, width] in the token layout, with the depth state that the first block with one begins with."""
-        flat = self.token_layout == "flat" or (self.token_layout == "auto" and jax.default_backend() == "cpu")
+        flat = self.token_layout == "flat" or (self.token_layout == "auto" and target_platform() == "cpu")
         x = x.reshape(-1, x.shape[-1]) if flat else x
         carrying = (block for block in self.blocks if hasattr(block, "init_depth"))
         first = next(carrying, None)

@@ -32,7 +32,6 @@ from research.training.step import make_step
 from research.training.structures import with_structures
 from research.training.task import Task
 from research.training.termination import Termination
-from research.training.topologies import traced_for
 from research.training.workdir import read_checkpoint
 
 PyTree = Any
@@ -136,8 +135,7 @@ class Trainer:
     def lower_for(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
         """The step of the first stage, to be compiled for devices that may be another machine's, or none's."""
         run = _Run(self, None, False, None, devices)
-        with traced_for(devices[0].platform):
-            return run.lower(run.plans[0])
+        return run.lower(run.plans[0])
 
     def abstract_first_stage(self, mesh: jax.sharding.AbstractMesh) -> tuple[Callable[..., Any], State]:
         """(step, state) as `compile_first_stage` makes them, on devices that need not exist: the step is not compiled,

@@ -1,12 +1,8 @@
 """Accelerators and how many of them: what a plan is made for. Numbers are the makers' data sheets', one direction."""
 
-import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-
-import jax
 
 from research.errors import UserError, nearest
 
@@ -17,12 +13,15 @@ GiB = 2**30
 class Chip:
     """One accelerator.
 
-    bfloat16, float32: FLOP/s of dense matrix products. memory: bytes. bandwidth: of its memory, bytes/s. link: bytes/s
-    that it sends to its neighbours in a ring, one direction. per_host: how many one host has. slow_link: bytes/s of
-    each chip beyond `fast_within` chips, over which `link` does not reach (`None`: it reaches all of a slice).
+    platform, kind: as jax calls its devices. bfloat16, float32: FLOP/s of dense matrix products. memory: bytes.
+    bandwidth: of its memory, bytes/s. link: bytes/s that it sends to its neighbours in a ring, one direction. per_host:
+    how many one host has. slow_link: bytes/s of each chip beyond `fast_within` chips, over which `link` does not reach
+    (`None`: it reaches all of a slice).
     """
 
     name: str
+    platform: str
+    kind: str
     bfloat16: float
     float32: float
     memory: float
@@ -33,27 +32,27 @@ class Chip:
     slow_link: float | None = None
 
 
-def _tpu(name: str, bfloat16: float, gib: int, bandwidth: float, link: float, per_host: int = 4) -> Chip:
+def _tpu(name: str, kind: str, bfloat16: float, gib: int, bandwidth: float, link: float, per_host: int = 4) -> Chip:
     # A product in float32 is six in bfloat16, of parts of the operands.
-    return Chip(name, bfloat16, bfloat16 / 6, gib * GiB, bandwidth, link, per_host)
+    return Chip(name, "tpu", kind, bfloat16, bfloat16 / 6, gib * GiB, bandwidth, link, per_host)
 
 
 def _gpu(
-    name: str, bfloat16: float, float32: float, gib: int, bandwidth: float, link: float, slow: float
+    name: str, kind: str, bfloat16: float, float32: float, gib: int, bandwidth: float, link: float, slow: float
 ) -> Chip:
-    return Chip(name, bfloat16, float32, gib * GiB, bandwidth, link, 8, 8, slow)
+    return Chip(name, "gpu", kind, bfloat16, float32, gib * GiB, bandwidth, link, 8, 8, slow)
 
 
 # TPU: one ring uses one axis of the torus, both ways: twice the one-way rate of a link. GPU: NVLink one way, and one
 # network card of 400 (A100: 200) Gbit/s a GPU.
 CHIPS = {
-    "v4": _tpu("TPU v4", 275e12, 32, 1228e9, 90e9),
-    "v5e": _tpu("TPU v5e", 197e12, 16, 819e9, 90e9),
-    "v5p": _tpu("TPU v5p", 459e12, 95, 2765e9, 180e9),
-    "v6e": _tpu("TPU v6e", 918e12, 32, 1640e9, 180e9),
-    "a100": _gpu("A100 SXM 80 GB", 312e12, 19.5e12, 80, 2039e9, 300e9, 25e9),
-    "h100": _gpu("H100 SXM", 989e12, 67e12, 80, 3352e9, 450e9, 50e9),
-    "h200": _gpu("H200", 989e12, 67e12, 141, 4800e9, 450e9, 50e9),
+    "v4": _tpu("TPU v4", "TPU v4", 275e12, 32, 1228e9, 90e9),
+    "v5e": _tpu("TPU v5e", "TPU v5 lite", 197e12, 16, 819e9, 90e9),
+    "v5p": _tpu("TPU v5p", "TPU v5", 459e12, 95, 2765e9, 180e9),
+    "v6e": _tpu("TPU v6e", "TPU v6 lite", 918e12, 32, 1640e9, 180e9),
+    "a100": _gpu("A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 80, 2039e9, 300e9, 25e9),
+    "h100": _gpu("H100 SXM", "NVIDIA H100 80GB HBM3", 989e12, 67e12, 80, 3352e9, 450e9, 50e9),
+    "h200": _gpu("H200", "NVIDIA H200", 989e12, 67e12, 141, 4800e9, 450e9, 50e9),
 }
 
 
@@ -70,18 +69,6 @@ class Topology:
         chip = self.chip
         reaches = chip.fast_within is None or parts <= chip.fast_within
         return chip.link if reaches else chip.slow_link
-
-
-@contextlib.contextmanager
-def traced_for(platform: str) -> Iterator[None]:
-    """Meanwhile parts of a model that ask `jax.default_backend()` what to be are what they are on `platform` (cpu, gpu,
-    tpu)."""
-    own = jax.default_backend
-    jax.default_backend = lambda: platform
-    try:
-        yield
-    finally:
-        jax.default_backend = own
 
 
 def parse_topology(text: str) -> Topology:

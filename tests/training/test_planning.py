@@ -1,5 +1,6 @@
 """Plans: counted by hand, and compared with what the compiler says of the same step on 8 simulated devices."""
 
+import dataclasses
 import json
 import re
 from functools import partial
@@ -13,18 +14,18 @@ import pytest
 from configs.matlm import decoder
 from experiments import plan as program
 from experiments.bench import aot
+from kernels_pallas.quantized_matmul import Packed, Unsupported, quantized_matmul
 from research.config import build, of
 from research.data.text import TokenDataset
-from research.errors import UserError
 from research.nn.attention_kernels import AutoAttention
 from research.nn.masks import Causal
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, constant
-from research.training.planning import plan
+from research.training.planning import place, plan
 from research.training.propagation import tally
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
-from research.training.topologies import CHIPS, Topology, parse_topology, traced_for
+from research.training.topologies import CHIPS, Topology, parse_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, NONE = ("data", "fsdp"), ()
@@ -104,7 +105,7 @@ def trainer(layers=2, **mesh):
 
 def test_the_plan_is_what_the_compiler_says(monkeypatch, capsys):
     experiment = trainer(data=2, fsdp=2, tensor=2)
-    simulated = Topology("8 simulated", CHIPS["v5e"], 8)
+    simulated = Topology("8 simulated", dataclasses.replace(CHIPS["v5e"], platform="cpu"), 8)
     made = plan(experiment, simulated)
     monkeypatch.setattr(aot, "find_topology", lambda text: jax.devices())
     compiled = program.compile_for(experiment, simulated)
@@ -132,18 +133,30 @@ def test_the_plan_is_what_the_compiler_says(monkeypatch, capsys):
 
 
 def test_a_step_is_traced_for_the_devices_that_are_not_here():
-    """Attention in blocks is for CPUs alone."""
+    """Attention in blocks is for CPUs alone, and a kernel's api takes the kernel of the mesh's devices. What jit traced
+    for one platform is not taken on another."""
+    x = jnp.zeros((1, 1, 128, 8))
+    run = partial(AutoAttention(), rule=Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
+    inner = jax.jit(lambda x: run(x, x, x))
 
     def products():
-        x = jnp.zeros((1, 1, 128, 8))
-        run = partial(AutoAttention(), rule=Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
-        return str(jax.make_jaxpr(lambda x: run(x, x, x))(x)).count("dot_general")
+        return str(jax.make_jaxpr(inner)(x)).count("dot_general")
 
-    assert products() == 4  # two blocks, two products each
-    with pytest.raises(UserError), traced_for("tpu"):
-        assert products() == 2
-        raise UserError("")
-    assert products() == 4
+    ones = jnp.ones((2, 128))
+    packed = Packed(jnp.zeros((64, 128), jnp.uint8), ones, ones, bits=4, group=64, tile=128, rows=128)
+
+    def kernel():
+        return str(jax.make_jaxpr(lambda x: quantized_matmul(x, packed))(jnp.zeros((8, 128))))
+
+    for _ in range(2):
+        assert products() == 4  # two blocks, two products each
+        with pytest.raises(Unsupported, match="'cpu'"):
+            kernel()
+        for chip, parameter in {"v6e": "dimension_semantics", "h100": "num_warps"}.items():
+            mesh = place(trainer(1), Topology(chip, CHIPS[chip], 1))[0]
+            with jax.sharding.use_abstract_mesh(mesh):
+                assert products() == 2
+                assert parameter in kernel()
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
