@@ -46,15 +46,16 @@ def _expert_shares(model: Any, prefix: str = "^") -> list[tuple[re.Pattern[str],
     """[(pattern of the paths of experts, k / E)] of every layer that has some, unrolled and scanned."""
     blocks = getattr(model, "blocks", ())
     shares = []
-    for layer in range(getattr(model, "num_layers", 0)):
+    for layer in range(model.num_layers if blocks else 0):
         place = layer % len(blocks)
         for name in ("attention", "mlp"):
             part = getattr(blocks[place], name, None)
             if hasattr(part, "num_experts") and hasattr(part, "k"):
                 where = f"{prefix}(layer_{layer}|layers/layer_{place})/{name}/experts/"
                 shares.append((re.compile(where), part.k / part.num_experts))
-    if hasattr(model, "encoder"):
-        shares += _expert_shares(model.encoder, f"{prefix}encoder/")
+    for name in ("encoder", "decoder"):  # of a model that reads images, a decoder
+        if hasattr(model, name):
+            shares += _expert_shares(getattr(model, name), f"{prefix}{name}/")
     return shares
 
 

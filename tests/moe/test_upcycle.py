@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,9 @@ def test_active_parameters():
     assert count_active_parameters(model, params) == count_parameters(params) - experts * 3 // 4
     scanned = model.clone(scan_layers=True)
     assert count_active_parameters(scanned, scan_params(params, 2)) == count_active_parameters(model, params)
+    # A model that reads images holds a decoder, and has as many layers.
+    held = SimpleNamespace(decoder=model, num_layers=model.num_layers)
+    assert count_active_parameters(held, {"decoder": params}) == count_active_parameters(model, params)
 
 
 @pytest.fixture(scope="module")
