@@ -108,7 +108,10 @@ DTYPE = PROGRAM.define(
 )
 FIGURE = PROGRAM.define(flags.DEFINE_string, "figure", None, "Draw speed against acceptance into this file.")
 RECORD = PROGRAM.define(
-    flags.DEFINE_bool, "record", False, "Write the page of kernels on this device in docs/results/kernels."
+    flags.DEFINE_bool,
+    "record",
+    False,
+    "Write the page of kernels on this device, or of drafters, in docs/results.",
 )
 JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
 
@@ -198,7 +201,7 @@ def measure(part: str, shapes: list[Any]) -> Any:
 
         return costs.run(TARGET.value, DRAFTERS.value, rounds=ROUNDS.value)
     if part == "drafters":
-        from experiments.bench import drafters
+        from experiments.bench import drafters, drafters_page
 
         found = drafters.run(
             DRAFTERS.value,
@@ -211,6 +214,11 @@ def measure(part: str, shapes: list[Any]) -> Any:
             updates=UPDATES.value,
             rounds=ROUNDS.value,
         )
+        if RECORD.value:
+            settings = {"machine": machine(), "versions": versions()}
+            settings |= {"target": TARGET.value, "dtype": DTYPE.value, "prompts of a kind": PER_KIND.value}
+            settings["updates of a drafter"] = UPDATES.value or "as in its config"
+            print(f"page: {drafters_page.write(found, settings)}")
         return found.as_dict()
     if part == "startup":
         from experiments.bench import startup

@@ -12,7 +12,7 @@ from experiments import drafter as writer
 from experiments import generate
 from experiments import train as training
 from experiments.bench import __main__ as bench
-from experiments.bench import drafters
+from experiments.bench import drafters, drafters_page
 from experiments.claims import drafting
 from research.config import build, of, to_json
 from research.data.text import TokenDataset
@@ -329,3 +329,26 @@ def test_prompts_are_held_out_and_of_one_length():
         drafting.prompts("prosa", 1)
     with pytest.raises(UserError, match="there are .* prompts of kind prose, not 5000"):
         drafting.prompts("prose", 5000)
+
+
+def test_the_page_of_drafters(tmp_path):
+    """Two drafters on two kinds: the better one first, the best of a kind in bold, differences with their gap."""
+
+    def row(name: str, kind: str, tokens: float, speed: float, equal: float) -> drafters.Row:
+        return drafters.Row(name, kind, tokens, speed, 1.0, speed, speed, 10, 40, 10, equal, 0.25)
+
+    rows = [row("a", "code", 1.5, 1.2, 1.0), row("a", "maths", 1.25, 0.5, 1.0)]
+    rows += [row("b", "code", 2.5, 0.9, 1.0), row("b", "maths", 1.125, 0.7, 0.5)]
+    differences = {"a": [], "b": [drafters.Difference(3, 7, 1e-6), drafters.Difference(4, 1, 0.5)]}
+    report = drafters.Report(rows, 104, differences)
+    settings = {"machine": {"load": 2.5}, "updates": 75}
+    text = drafters_page.write(report, settings, tmp_path).read_text()
+    assert text.index("| b | **2.50** | 1.12 |") < text.index("| a | 1.50 | **1.25** |")
+    assert "| a | **1.20** | 0.50 |" in text and "| b | 0.90 | **0.70** |" in text
+    assert (
+        "| *loopiness of the text* | 0.25 | 0.25 |" in text and "updates 75." in text and "load 2.5" in text
+    )
+    assert "| a | 25% | 100.0% | 0 | - |" in text and "| b | 25% | 75.0% | 2 | 0.5 |" in text
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["machine"] == {"load": 2.5} and found["rows"][0]["tokens_per_call"] == 1.5
+    assert (tmp_path / "figure.png").stat().st_size > 5000
