@@ -5,16 +5,23 @@ documents, padding) and drafted trees are masks of their own, combined with the 
 """
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
 
+Place = int | jax.Array
+
 
 class MaskRule(Protocol):
-    """Which keys a query sees. Frozen dataclasses: rules are static and hashable."""
+    """Which keys a query sees. Frozen dataclasses: rules are static and hashable.
+
+    by_prefix: whether `prefix` says something to the rule.
+    """
+
+    by_prefix: ClassVar[bool]
 
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         """query int[b, Tq], key int[b, Tk] (b = B or 1) -> bool [b, 1 or heads, Tq, Tk].
@@ -25,6 +32,12 @@ class MaskRule(Protocol):
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         """The half-open range of keys that queries start..stop can see, or None where it is not known."""
 
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool | jax.Array:
+        """Whether in any row any of the `size` queries from `query` on sees any of the `size` keys from `key` on.
+
+        A bool of places that are ints, without `prefix`; that is then as if no row had one.
+        """
+
 
 def _differences(query: jax.Array, key: jax.Array) -> jax.Array:
     return query[:, None, :, None] - key[:, None, None, :]  # [b, 1, Tq, Tk]
@@ -34,16 +47,23 @@ def _differences(query: jax.Array, key: jax.Array) -> jax.Array:
 class Full:
     """Every query sees every key (encoders)."""
 
+    by_prefix: ClassVar[bool] = False
+
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         return jnp.ones((1, 1, query.shape[-1], key.shape[-1]), bool)
 
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         return None
 
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool:
+        return True
+
 
 @dataclasses.dataclass(frozen=True)
 class Causal:
     """A query sees the keys up to itself."""
+
+    by_prefix: ClassVar[bool] = False
 
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         return _differences(query, key) >= 0
@@ -51,10 +71,15 @@ class Causal:
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         return 0, stop
 
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool | jax.Array:
+        return key < query + size
+
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """Causal, but the first `prefix` tokens of a row see each other in both directions (prefix LM)."""
+
+    by_prefix: ClassVar[bool] = True
 
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         if prefix is None:
@@ -65,6 +90,10 @@ class Prefix:
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         return None
 
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool | jax.Array:
+        before = key < query + size
+        return before if prefix is None else before | (jnp.maximum(query, key) < prefix.max())
+
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
@@ -73,6 +102,8 @@ class Steps:
     Here `prefix` is int32[B, T], the index behind the last token of each token's step (`step_ends`); without it, and in
     tokens that are decoded, every token is a step of its own.
     """
+
+    by_prefix: ClassVar[bool] = True
 
     def allowed(self, query: jax.Array, key: jax.Array, prefix: jax.Array | None) -> jax.Array:
         if prefix is None:
@@ -83,6 +114,11 @@ class Steps:
 
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         return None
+
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool | jax.Array:
+        if prefix is None:
+            return key < query + size
+        return key < jax.lax.dynamic_slice_in_dim(prefix, query, size, 1).max()
 
 
 def step_ends(opens: jax.Array) -> jax.Array:
@@ -103,6 +139,8 @@ class Window:
 
     `size` may be a tuple with one span per query head.
     """
+
+    by_prefix: ClassVar[bool] = False
 
     size: int | tuple[int, ...]
     sinks: int = 0
@@ -135,3 +173,7 @@ class Window:
 
     def key_range(self, start: int, stop: int) -> tuple[int, int] | None:
         return (0 if self.sinks else max(0, start - self.span + 1)), stop
+
+    def meets(self, query: Place, key: Place, size: int, prefix: jax.Array | None) -> bool | jax.Array:
+        near = (query - self.span < key + size - 1) | (key < self.sinks)
+        return (key < query + size) & near

@@ -16,7 +16,8 @@ device n - 1 would have twice the work of the average and all wait for it. So th
 
     device i: chunks i and 2n - 1 - i of 2n    ("zig-zag", a form of striped attention, arXiv 2311.09431)
 
-and every device computes two pairs of four in every turn, and three in the first. See `schedule`.
+and every device computes two pairs of four in every turn, and three in the first. See `schedule`. What a rule of
+prefixes or steps leaves out depends on the rows: every device asks before each pair, and all turns are made.
 """
 
 import dataclasses
@@ -86,7 +87,8 @@ class RingAttention:
         rows = PartitionSpec(batch, HEADS, POSITIONS, None)
         if segments is None:
             segments = jnp.ones((query.shape[0], query.shape[2]), jnp.int32)
-        ring = _Ring(rule, schedule(rule, parts, query.shape[2]), **numbers)
+        asks = rule.by_prefix and prefix is not None
+        ring = _Ring(rule, schedule(rule, parts, query.shape[2], asks), **numbers)
         return jax.shard_map(
             functools.partial(_part, ring),
             mesh=mesh,
@@ -125,11 +127,12 @@ class Schedule:
     """Which chunks of positions a device holds during the ring, and which pairs of chunks it computes.
 
     holders: the chunks of each of n devices, of n c equal ones. seen: [n c][n c], whether any query of one chunk may
-    see a key of the other.
+    see a key of the other. asks: whether it depends on the rows which of these pairs are computed.
     """
 
     holders: tuple[tuple[int, ...], ...]
     seen: tuple[tuple[bool, ...], ...]
+    asks: bool = False
 
     @property
     def parts(self) -> int:
@@ -141,7 +144,7 @@ class Schedule:
         return self.holders[0] != tuple(range(len(self.holders[0])))
 
     def pairs(self) -> np.ndarray:
-        """int[turns, n]: the pairs that each device computes when it meets the block of device i - turn."""
+        """int[turns, n]: the pairs that each device computes, at most, when it meets the block of device i - turn."""
         holders, seen = np.array(self.holders), np.array(self.seen)
         device = np.arange(self.parts)
         met = holders[(device - device[:, None]) % self.parts]  # [turn, device, c]
@@ -149,11 +152,12 @@ class Schedule:
         return found[: 1 + np.flatnonzero(found.any(1))[-1]]
 
 
-def schedule(rule: MaskRule, parts: int, length: int) -> Schedule:
+def schedule(rule: MaskRule, parts: int, length: int, asks: bool = False) -> Schedule:
     """How `parts` devices divide `length` positions under `rule`: the layout in which all wait least for each other.
 
     Of whole blocks, halves of them in their order, and halves in a zig-zag it is the first whose turns take least, a
-    turn as long as the most of any device. Full attention gives blocks, a window halves, a causal rule the zig-zag.
+    turn as long as the most of any device. Full attention gives blocks, a window halves, a causal rule the zig-zag, and
+    so does one that `asks` the rows, where short prefixes or steps are expected.
     """
     layouts = [[(i,) for i in range(parts)]]
     if length // parts % 2 == 0:
@@ -163,16 +167,18 @@ def schedule(rule: MaskRule, parts: int, length: int) -> Schedule:
     def made(holders: list[tuple[int, ...]]) -> Schedule:
         count = parts * len(holders[0])
         size = length // count
-        ranges = [rule.key_range(i * size, (i + 1) * size) or (0, length) for i in range(count)]
         seen = tuple(
-            tuple(low < (j + 1) * size and j * size < high for j in range(count)) for low, high in ranges
+            tuple(rule.meets(i * size, j * size, size, None) for j in range(count)) for i in range(count)
         )
         return Schedule(tuple(holders), seen)
 
     def longest(one: Schedule) -> float:
         return one.pairs().max(1).sum() / len(one.seen) ** 2
 
-    return min(map(made, layouts), key=longest)
+    best = min(map(made, layouts), key=longest)
+    if not asks:
+        return best
+    return Schedule(best.holders, ((True,) * len(best.seen),) * len(best.seen), asks)
 
 
 def _part(
@@ -239,9 +245,16 @@ class _Ring:
         parts = self.schedule.parts
         return jax.lax.ppermute(block, POSITIONS, [(i, (i + places) % parts) for i in range(parts)])
 
-    def each(self, turn: jax.Array, compute: Callable[..., Any], found: Any) -> Any:
+    def each(
+        self,
+        turn: jax.Array,
+        size: int,
+        prefix: jax.Array | None,
+        compute: Callable[..., Any],
+        found: Any,
+    ) -> Any:
         """found = compute(i, j, place of i, place of j, found) for the pairs that are not masked whole: chunk i of this
-        device with chunk j of the block that it meets in this `turn`."""
+        device with chunk j of the block that it meets in this `turn`; chunks of `size` positions."""
         holders, seen = jnp.asarray(self.schedule.holders), np.array(self.schedule.seen)
         mine = jax.lax.axis_index(POSITIONS)
         source = (mine - turn) % self.schedule.parts
@@ -249,10 +262,14 @@ class _Ring:
         for i, j in itertools.product(range(count), repeat=2):
             own, other = holders[mine, i], holders[source, j]
             run = functools.partial(compute, i, j, own, other)
-            if seen.all():
+            if self.schedule.asks:
+                needed = self.rule.meets(own * size, other * size, size, prefix)
+            elif seen.all():
                 found = run(found)
+                continue
             else:
-                found = jax.lax.cond(jnp.asarray(seen)[own, other], run, lambda kept: kept, found)
+                needed = jnp.asarray(seen)[own, other]
+            found = jax.lax.cond(needed, run, lambda kept: kept, found)
         return found
 
     def scores(
@@ -303,7 +320,7 @@ def _forward(ring: _Ring, query, key, value, segments, prefix):
             scores = ring.scores(queries[i], keys[j], own, other, own_segments[i], others[j], prefix)
             return [*sums[:i], _meet(sums[i], scores, values[j]), *sums[i + 1 :]]
 
-        return ring.each(turn, compute, sums)
+        return ring.each(turn, queries[0].shape[2], prefix, compute, sums)
 
     def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
         sums, block = carry
@@ -346,7 +363,7 @@ def _backward(ring: _Ring, kept, gradient):
                 [*sums[:n], sums[n] + new, *sums[n + 1 :]] for sums, (n, new) in zip(found, more, strict=True)
             ]
 
-        return ring.each(turn, compute, found)
+        return ring.each(turn, queries[0].shape[2], prefix, compute, found)
 
     def turn(carry: Any, number: jax.Array) -> tuple[Any, None]:
         (for_queries, *travelling), block = carry

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from research.errors import UserError
-from research.nn.masks import Causal, Full, Prefix, Window
+from research.nn.masks import Causal, Full, Prefix, Steps, Window
 
 
 def table(rule, length=4, prefix=None):
@@ -59,6 +59,32 @@ def test_key_range_is_the_smallest_that_holds_all_visible_keys(rule, start, stop
         (0, 1, 2)
     )
     assert rule.key_range(start, stop) == (keys[seen].min(), keys[seen].max() + 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "prefix"),
+    [
+        (Full(), None),
+        (Causal(), None),
+        (Window(3), None),
+        (Window((2, 5)), None),
+        (Window(2, sinks=3), None),
+        (Prefix(), [2, 7]),
+        (Steps(), [[1, 2, 6, 6, 6, 6, 7, 8, 9, 10, 11, 12], [3, 3, 3, 4, 5, 6, 7, 8, 11, 11, 11, 12]]),
+        (Steps(), None),
+    ],
+)
+def test_which_chunks_meet_is_exact(rule, prefix):
+    prefix = None if prefix is None else jnp.asarray(prefix)
+    place = jnp.arange(12)[None]
+    allowed = np.asarray(rule.allowed(place, place, prefix)).any((0, 1))
+    for size in (1, 3, 4):
+        count = 12 // size
+        expected = allowed.reshape(count, size, count, size).any((1, 3))
+        meets = [
+            [bool(rule.meets(i * size, j * size, size, prefix)) for j in range(count)] for i in range(count)
+        ]
+        np.testing.assert_array_equal(meets, expected)
 
 
 def test_rules_without_a_range_and_a_prefix_without_lengths():

@@ -17,7 +17,7 @@ from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
 from research.nn.attention_kernels import DenseAttention
-from research.nn.masks import Causal, Full, MaskRule, Prefix, Window
+from research.nn.masks import Causal, Full, MaskRule, Prefix, Steps, Window, step_ends
 from research.nn.mlp import GatedMLP
 from research.nn.ring_attention import RingAttention, _Ring, schedule
 from research.nn.rotary import Rotary
@@ -42,13 +42,33 @@ def arrays():
     return query, key, value, target, segments
 
 
+def prefixes(rule):
+    """Of the two rows: 5 and 14 tokens; images of 9 tokens from the 6th, and of 7 from the 21st on."""
+    if isinstance(rule, Prefix):
+        return jnp.array([5, 14], jnp.int32)
+    if isinstance(rule, Steps):
+        inside = np.zeros((B, T), bool)
+        inside[0, 6:14] = inside[1, 21:27] = True
+        return step_ends(jnp.asarray(~inside))
+    return None
+
+
+def needed(rule, count, rows):
+    """The pairs of `count` chunks in which any query of these rows sees a key."""
+    place, prefix = jnp.arange(T)[None], prefixes(rule)
+    mask = rule.allowed(place, place, None if prefix is None else prefix[rows]).any((0, 1))
+    return int(mask.reshape(count, T // count, count, T // count).any((1, 3)).sum())
+
+
 def outputs(kernel, rule, softcap, mesh):
     """The output, the gradients of its product with a fixed array, and the text of the program."""
     *rows, segments = arrays()
     rows = jax.device_put(rows, NamedSharding(mesh, PartitionSpec(None, None, "seq")))
 
     def run(query, key, value, target):
-        out = kernel(query, key, value, rule, segments=segments, prefix=None, scale=0.3, softcap=softcap)
+        out = kernel(
+            query, key, value, rule, segments=segments, prefix=prefixes(rule), scale=0.3, softcap=softcap
+        )
         return jnp.sum(out * target * (segments > 0)[:, None, :, None]), out
 
     step = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))
@@ -64,8 +84,10 @@ def outputs(kernel, rule, softcap, mesh):
     [
         (Causal(), None, {"seq": 8}),
         (Window(9), 5.0, {"data": 2, "seq": 2, "tensor": 2}),
-        (Window(6), None, {"seq": 8}),
+        (Window(6, sinks=2), None, {"seq": 8}),
         (Full(), None, {"seq": 8}),
+        (Prefix(), None, {"seq": 4, "tensor": 2}),
+        (Steps(), None, {"data": 2, "seq": 4}),
     ],
 )
 def test_the_same_as_on_one_device(rule, softcap, sizes, monkeypatch):
@@ -82,8 +104,12 @@ def test_the_same_as_on_one_device(rule, softcap, sizes, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-6)  # sums of 32 terms near 1, in another order
 
     jax.effects_barrier()
-    parts = sizes["seq"]
-    assert len(computed) == 2 * 8 // parts * schedule(rule, parts, T).pairs().sum()  # once in each pass
+    parts, replicas = sizes["seq"], sizes.get("data", 1)
+    count = parts * len(schedule(rule, parts, T).holders[0])
+    pairs = sum(needed(rule, count, rows) for rows in np.split(np.arange(B), replicas))
+    assert (
+        len(computed) == 2 * sizes.get("tensor", 1) * pairs
+    )  # once in each pass, and none that is masked whole
     if parts == 8:  # no device holds all keys, nor keeps them for the backward pass
         assert "collective-permute" in text and "all-gather" not in text
         shapes = re.findall(r"\b(?:f32|s32|pred)\[([\d,]+)\]", text)
@@ -99,6 +125,14 @@ def test_the_same_as_on_one_device(rule, softcap, sizes, monkeypatch):
         (Causal(), 3, 9, [(0,), (1,), (2,)], [[1, 1, 1], [0, 1, 1], [0, 0, 1]]),
         # Queries 4-5 see keys 2-5, 6-7 see 4-7: two of the own pairs and one before; after the second turn, none.
         (Window(3), 4, 16, [(0, 1), (2, 3), (4, 5), (6, 7)], [[3, 3, 3, 3], [0, 1, 1, 1]]),
+        # The first key travels through all turns, and each time somebody needs it.
+        (
+            Window(2, sinks=1),
+            4,
+            4,
+            [(0,), (1,), (2,), (3,)],
+            [[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 1]],
+        ),
         (Full(), 2, 4, [(0,), (1,)], [[1, 1], [1, 1]]),
     ],
 )
@@ -163,14 +197,6 @@ def test_what_does_not_divide_is_refused(sizes, shape, message):
     x = jnp.zeros(shape)
     with jax.set_mesh(make_mesh(sizes)), pytest.raises(UserError, match=message):
         RingAttention()(x, x, x, Causal(), segments=None, prefix=None, scale=1.0, softcap=None)
-
-
-def test_a_rule_of_prefixes_goes_where_heads_are_divided():
-    x, prefix = jnp.zeros((2, 4, 16, 4)), jnp.array([3, 5])
-    fields = dict(segments=None, prefix=prefix, scale=1.0, softcap=None)
-    with jax.set_mesh(make_mesh({"seq": 4, "tensor": 2})):
-        out = jax.eval_shape(lambda x: RingAttention()(x, x, x, Prefix(), **fields), x)
-    assert out.shape == x.shape
 
 
 def test_a_mesh_that_nothing_in_the_model_follows_is_refused():
