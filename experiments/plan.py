@@ -102,6 +102,10 @@ def describe(made: "Plan") -> str:
         f"a step: {costs.products:.3g} FLOP per device in matrix products, {total:.3g} in all; the model's own: "
         f"{made.model_flops:.3g}"
     )
+    if costs.optional:
+        lines.append(
+            f"  of these {costs.optional:.3g} FLOP in branches that may not be taken: the larger of each is counted"
+        )
     lines.append(
         f"  sends {costs.gathered / GiB:.3f} GiB in all-gathers and {costs.reduced / GiB:.3f} GiB in sums per device"
     )

@@ -12,7 +12,7 @@ the partitioner's own, which count as they go:
 
 Elementwise results are taken to be fused into whatever reads them, unless a product or a loop does. A loop (`scan`)
 counts as often as it runs; a `while` once, and a kernel not at all: `uncounted` names them. Of a `cond` the branch with
-most products counts.
+most products counts, and `optional` says how many of them another branch would save.
 """
 
 import dataclasses
@@ -49,11 +49,12 @@ class Tally:
     gathered: float = 0.0
     reduced: float = 0.0
     peak: float = 0.0
+    optional: float = 0.0
     uncounted: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, other: "Tally", times: int = 1) -> None:
         """Adds what happens `times` times. Peaks do not add up."""
-        for name in ("products", "moved", "gathered", "reduced"):
+        for name in ("products", "moved", "gathered", "reduced", "optional"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.uncounted |= other.uncounted
 
@@ -386,6 +387,8 @@ class _Program:
         runs = [self.run(branch.jaxpr, list(inputs[1:])) for branch in step.equation.params["branches"]]
         worst = max(runs, key=lambda run: run[0].products)
         total.add(worst[0])
+        least = min(run[0].products - run[0].optional for run in runs)
+        total.optional += worst[0].products - worst[0].optional - least
         return worst[1], max(run[0].peak for run in runs)
 
 

@@ -75,6 +75,19 @@ def test_loops_count_as_often_as_they_run():
     assert costs.gathered == 5 * 16 * 16 * 4 * 3 / 4  # one layer at a time
 
 
+def test_of_branches_the_larger_counts_and_what_the_smallest_saves_is_said():
+    def once(x):
+        return x @ x
+
+    def branches(x):
+        inner = lambda x: jax.lax.cond(x[0, 0] > 1, lambda x: once(once(x)), once, x)  # noqa: E731
+        x = jax.lax.cond(x[0, 0] > 0, inner, lambda x: x, x)  # 2 products or 1, or none
+        return jax.lax.cond(x[0, 0] > 0, once, lambda x: once(x) + 1, x)  # 1 product in any case
+
+    costs = count(branches, ((8, 8), (NONE, NONE)), sizes={})
+    assert (costs.products, costs.optional) == (3 * 2 * 8**3, 2 * 2 * 8**3)
+
+
 def test_what_a_shard_map_sends_and_computes():
     """8 rows over 4 devices; 16 floats a device, 64 of all."""
     mesh = jax.sharding.AbstractMesh((4,), ("seq",))
