@@ -94,6 +94,17 @@ def test_a_photograph_is_averaged_before_it_is_scaled_unless_that_is_to_be_exact
     np.testing.assert_array_equal(strided, both[::2, 1::2])
     blocks = pixels.reshape(420, 5, 480, 5, 3).mean(axis=(1, 3))
     assert np.abs(both - blocks).mean() < 1  # of 255
+    # In strips and on threads it is what Pillow makes of the whole, of which averaging left 2399 / 3 by 2099 / 3.
+    odd = pixels[:-1, :-1]
+    found = cut(odd, [Crop.whole(480, 420), Crop.whole(60, 50)])
+    averaged = Image.fromarray(odd).reduce(3)
+    for part, found_, factors in (
+        (averaged, found[0], (3, 3)),
+        (averaged.reduce((9, 10)), found[1], (27, 30)),
+    ):
+        extent = (0, 0, 2399 / factors[0], 2099 / factors[1])
+        size = found_.shape[1::-1]
+        np.testing.assert_array_equal(found_, np.asarray(part.resize(size, Image.Resampling.BICUBIC, extent)))
 
 
 def test_the_world_says_what_it_shows():
