@@ -12,6 +12,7 @@ r"""Decodes prompts with a trained language model and streams the text.
     python -m experiments.generate --workdir=runs/scmoe --prompt='If we add 17 and 25 we get ' --contrast=2
     python -m experiments.generate --prompt='def ' --sparse=tidal:k=64,select=1,reselect=3 --sparse_correct=64
     python -m experiments.generate --workdir=runs/eve --image=a.png --prompt='<image> what colour is the circle'
+    python -m experiments.generate --workdir=runs/hearing --audio=a.wav --prompt='<audio> which digits were said'
     cat start.py | python -m experiments.generate --prompt=- --max_new_tokens=200
 
 Without --workdir it uses the model that ships, or the one that --drafter was trained for. With a drafter several
@@ -21,6 +22,7 @@ line that says which it is. Everything is decoded in one batch, and a prompt is 
 """
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
@@ -55,6 +57,12 @@ IMAGE = PROGRAM.define(
     [],
     "An image file, or a video for a model of videos, that every prompt shows: the first at its first <image>, and so "
     "on; a prompt without any <image> begins with them. Repeatable.",
+)
+AUDIO = PROGRAM.define(
+    flags.DEFINE_multi_string,
+    "audio",
+    [],
+    "A WAV file, for a model of sounds: as --image, at <audio>. Repeatable.",
 )
 MAX_NEW_TOKENS = PROGRAM.define(
     flags.DEFINE_integer, "max_new_tokens", 128, "The most tokens to add; fewer where the context is full."
@@ -196,8 +204,8 @@ def main(arguments: list[str]) -> None:
         if ACCEPTANCE.value == "typical":
             drafting["verifier"] = Typical()
     model, beside = loaded.model, None
-    if IMAGE.value or hasattr(model, "planner"):
-        prompts, beside = show(prompts, IMAGE.value, loaded, workdir)
+    if IMAGE.value or AUDIO.value or hasattr(model, "planner"):
+        prompts, beside = show(prompts, IMAGE.value, loaded, workdir, AUDIO.value)
     if PLAN.value is not None:
         from research.sparse.moa.plan import Plan, apply_plan
 
@@ -270,20 +278,22 @@ def main(arguments: list[str]) -> None:
 
 
 def show(
-    prompts: list[str], images: list[str], loaded: "Loaded", workdir: str
+    prompts: list[str], images: list[str], loaded: "Loaded", workdir: str, sounds: Sequence[str] = ()
 ) -> tuple[list[list[int]], "Callable[[int], tuple[Any, ...]]"]:
-    """Prompts with images for a model that reads some: token ids, and what its prefill takes beside them."""
+    """Prompts with images or sounds for a model that reads some: token ids, and what its prefill takes beside them."""
     from research.errors import UserError
-    from research.multimodal.prompts import IMAGE as PLACE
     from research.multimodal.prompts import Prompts
 
-    if not hasattr(loaded.model, "planner"):
-        raise UserError(
-            f"--image={images[0]}: {workdir} holds a {type(loaded.model).__name__}, which reads no images"
-        )
-    pixels = [loaded.model.planner.load(path) for path in images]
-    texts = [text if PLACE in text else PLACE * len(pixels) + text for text in prompts]
-    asked = Prompts.of([(text, pixels) for text in texts], loaded.model.planner, loaded.tokenizer)
+    planner = getattr(loaded.model, "planner", None)
+    for mark, called, files in (("<image>", "images", images), ("<audio>", "sounds", sounds)):
+        if files and (planner is None or planner.mark != mark):
+            reads = f"no {called}" if planner is None else f"{planner.called}, not {called}"
+            raise UserError(
+                f"--{mark[1:-1]}={files[0]}: {workdir} holds a {type(loaded.model).__name__}, which reads {reads}"
+            )
+    shown = [planner.load(path) for path in (*images, *sounds)]
+    texts = [text if planner.mark in text else planner.mark * len(shown) + text for text in prompts]
+    asked = Prompts.of([(text, shown) for text in texts], planner, loaded.tokenizer)
     return asked.tokens, asked.beside
 
 

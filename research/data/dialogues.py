@@ -7,7 +7,7 @@ LLaVA's format: a JSON list (or JSON lines) of
 
 `image` may be a list, or absent in dialogues without one. COCO captions, VQAv2 and TextVQA are distributed in it.
 Dialogues about videos have `video` in its place, or beside it; the mark in their questions is `<video>`, or `<image>`
-where all that an entry has is videos.
+where all that an entry has is videos. Those about sounds have `audio` in its place, and the mark `<audio>`.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """images: as arrays uint8[h, w, 3], of videos uint8[F, h, w, 3], or paths of files; turns: ((question, answer),
-    ...), in which `<image>` stands where an image or a video is."""
+    """images: as arrays uint8[h, w, 3], of videos uint8[F, h, w, 3], of sounds f32[N], or paths of files; turns:
+    ((question, answer), ...), in which `<image>` stands where an image or a video is, `<audio>` where a sound is."""
 
     images: tuple[Any, ...]
     turns: tuple[tuple[str, str], ...]
@@ -59,7 +59,9 @@ class LlavaFiles:
         where, entry = f"{self.path}, entry {number}", _entries(self.path)[number]
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
             raise UserError(f"{where}: an object with a list `conversations` is expected")
-        images, videos = (_files(entry, kind, where) for kind in ("image", "video"))
+        images, videos, sounds = (_files(entry, kind, where) for kind in ("image", "video", "audio"))
+        if sounds and (images or videos):
+            raise UserError(f"{where}: a sound beside images or videos, which no model here reads together")
         folder = Path(self.images if self.images is not None else Path(self.path).parent).expanduser()
         turns, said = [], None
         for number_, turn in enumerate(entry["conversations"]):
@@ -75,16 +77,16 @@ class LlavaFiles:
         if said is not None or not turns:
             raise UserError(f"{where}: the last question has no answer")
         asked = "".join(question for question, _ in turns)
-        marks = re.findall("<image>|<video>" if videos else "<image>", asked)
+        marks = re.findall("<audio>" if sounds else "<image>|<video>" if videos else "<image>", asked)
         if videos:
             marks = marks if images else ["<video>"] * len(marks)
             turns = [(question.replace("<video>", "<image>"), answer) for question, answer in turns]
-        for mark, files in (("<image>", images), ("<video>", videos)):
+        for mark, files in (("<image>", images), ("<video>", videos), ("<audio>", sounds)):
             if marks.count(mark) != len(files):
                 raise UserError(
                     f"{where}: {marks.count(mark)} {mark} in the questions, but {len(files)} {mark[1:-1]}s"
                 )
-        left = {"<image>": iter(images), "<video>": iter(videos)}
+        left = {"<image>": iter(images), "<video>": iter(videos), "<audio>": iter(sounds)}
         return Dialogue(tuple(str(folder / next(left[mark])) for mark in marks), tuple(turns))
 
 

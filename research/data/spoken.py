@@ -18,8 +18,6 @@ The codebook of units that ships (`units.json`) was fitted by k-means to generat
 import dataclasses
 import functools
 import re
-import struct
-import warnings
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -29,12 +27,13 @@ import numpy as np
 from research.data.codes import Codebook
 from research.data.pipeline import RecordDataset
 from research.data.shapes import SPLITS
+from research.data.sounds import read_wav
 from research.errors import UserError
 
 RATE = 8000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNITS = Path(__file__).parent / "units.json"
-WINDOW, HOP, _FFT = 200, 80, 256  # 25 ms and 10 ms of 8 kHz
+WINDOW, HOP = 200, 80  # 25 ms and 10 ms of 8 kHz
 STACK = 3  # frames that share a unit: 30 ms
 
 # A digit: first formant and second formant in Hz at its begin, middle and end; hiss at begin and end; seconds.
@@ -167,16 +166,8 @@ class SpokenFiles:
 
     def __getitem__(self, number: int) -> Recording:
         """Raises UserError for a file that isn't a recording as above."""
-        from scipy.io import wavfile
-
         digit, speaker, _, path = self._files[number]
-        try:
-            with warnings.catch_warnings():
-                # Of a file that was cut off scipy gives what there is.
-                warnings.filterwarnings("error", "Reached EOF prematurely", wavfile.WavFileWarning)
-                rate, wave = wavfile.read(path)
-        except (OSError, ValueError, ArithmeticError, struct.error, wavfile.WavFileWarning) as error:
-            raise UserError(f"{path}: not a readable WAV file: {error}") from error
+        rate, wave = read_wav(path)
         if rate != RATE or wave.dtype != np.int16 or wave.ndim != 1:
             raise UserError(
                 f"{path}: {rate} Hz, {wave.dtype}{list(wave.shape)}; 8000 Hz, int16, mono is expected"
@@ -198,38 +189,48 @@ def _listing(path: str) -> list[tuple[int, str, int, Path]]:
     return sorted(found)
 
 
-def log_mel(wave: np.ndarray, bins: int = 64) -> np.ndarray:
-    """f32[N] at 8 kHz -> log-mel energies f32[1 + (N - 200) // 80, bins].
+def log_mel(wave: np.ndarray, bins: int = 64, rate: int = RATE) -> np.ndarray:
+    """f32[N] at 8 kHz -> log-mel energies f32[1 + (N - 200) // 80, bins]; at another rate windows last as long.
 
     The recipe of AST (arXiv 2104.01778, section 2.1; Kaldi's filter banks), with the windows' samples halved for half
     its rate: 25 ms Hann windows every 10 ms, each without its mean and with a pre-emphasis of 0.97, the power spectrum
-    of 256 points, triangles on the mel scale from 20 to 4000 Hz, of which 64 fit (AST has 128 up to 8 kHz).
+    of 256 points (the power of two from the window on), triangles on the mel scale from 20 to 4000 Hz (half the rate),
+    of which 64 fit (AST has 128 up to 8 kHz).
 
     Raises:
         UserError: a wave shorter than a window, or more bins than the spectrum can tell apart.
     """
-    if len(wave) < WINDOW:
-        raise UserError(f"a wave of {len(wave)} samples is shorter than a window of {WINDOW}")
+    window, hop = round(rate * WINDOW / RATE), round(rate * HOP / RATE)
+    if len(wave) < window:
+        raise UserError(f"a wave of {len(wave)} samples is shorter than a window of {window}")
     wave = np.asarray(wave, np.float64)
-    frames = np.lib.stride_tricks.sliding_window_view(wave - wave.mean(), WINDOW)[::HOP]
+    frames = np.lib.stride_tricks.sliding_window_view(wave - wave.mean(), window)[::hop]
     frames = frames - frames.mean(axis=1, keepdims=True)
     frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
-    power = np.abs(np.fft.rfft(frames * np.hanning(WINDOW), _FFT)) ** 2
-    energies = power @ mel_filters(bins)
+    power = np.abs(np.fft.rfft(frames * np.hanning(window), _points(rate))) ** 2
+    energies = power @ mel_filters(bins, rate)
     return np.log(np.maximum(energies, np.finfo(np.float32).eps)).astype(np.float32)
 
 
+def _points(rate: int) -> int:
+    """Of a window's Fourier transform."""
+    return 1 << (round(rate * WINDOW / RATE) - 1).bit_length()
+
+
 @functools.cache
-def mel_filters(bins: int) -> np.ndarray:
-    """f64[129, bins]: triangles of height 1, equally wide in mel = 1127 ln(1 + f / 700)."""
-    low, high = 1127 * np.log1p(np.array([20.0, RATE / 2]) / 700)
+def mel_filters(bins: int, rate: int = RATE) -> np.ndarray:
+    """f64[129, bins] at 8 kHz: triangles of height 1, equally wide in mel = 1127 ln(1 + f / 700)."""
+    points = _points(rate)
+    low, high = 1127 * np.log1p(np.array([20.0, rate / 2]) / 700)
     edges = np.linspace(low, high, bins + 2)
-    mel = 1127 * np.log1p(np.arange(_FFT // 2 + 1) * RATE / _FFT / 700)[:, None]
+    mel = 1127 * np.log1p(np.arange(points // 2 + 1) * rate / points / 700)[:, None]
     up = (mel - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - mel) / (edges[2:] - edges[1:-1])
     filters = np.maximum(np.minimum(up, down), 0.0)
     if bins < 1 or not filters.any(axis=0).all():
-        raise UserError(f"{bins} mel bins: some lie between two of the 129 frequencies; 64 do not")
+        raise UserError(
+            f"{bins} mel bins: some lie between two of the {points // 2 + 1} frequencies of {rate} Hz; fewer do not"
+        )
     return filters
 
 

@@ -46,6 +46,30 @@ class PatchProjection(nn.Module):
         return Projection(self.width, self.layers, name="projection")(tokens)
 
 
+class StepProjection(nn.Module):
+    """Of sounds: the windows of a step in time are averaged over frequency (LTU, arXiv 2305.10790), `merge` steps
+    stand side by side (SLAM-ASR, arXiv 2402.08846), and two layers follow: [B, I, 1, P, dv] -> [B, I, M, width], M
+    being steps / merge, rounded up.
+
+    Args:
+        bands: windows along frequency; P is steps times bands.
+    """
+
+    width: int
+    bands: int
+    merge: int = 1
+
+    @nn.compact
+    def __call__(self, seen: Seen, media: Media) -> jax.Array:
+        *leading, _, _, dim = seen.tokens.shape
+        # Steps behind a sound's last share a row with it, so they are nothing.
+        tokens = jnp.where(seen.mask[..., None], seen.tokens, 0)
+        steps = jnp.mean(tokens.reshape(*leading, -1, self.bands, dim), axis=-2)
+        short = -steps.shape[-2] % self.merge
+        steps = jnp.pad(steps, [(0, 0)] * len(leading) + [(0, short), (0, 0)])
+        return Projection(self.width, name="projection")(steps.reshape(*leading, -1, self.merge * dim))
+
+
 class Read(nn.Module):
     """Multi-head attention of queries to keys of another kind: q [N, Q, d], k and v [N, S, .] -> [N, Q, d].
 

@@ -1,4 +1,4 @@
-"""Batches of dialogues about images."""
+"""Batches of dialogues about images, videos or sounds."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from research.data.packing import permutation
 from research.data.pipeline import RecordDataset
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.media import Media, Planner
+from research.multimodal.media import Media, MediaPlanner
 from research.multimodal.prompts import Written, pictures, write
 
 
@@ -38,7 +38,7 @@ class Conversations(RecordDataset):
     """
 
     source: DialogueSource
-    planner: Planner
+    planner: MediaPlanner
     length: int
     tokenizer: str | None = None
     images: int = 1
@@ -140,14 +140,14 @@ class Conversations(RecordDataset):
         images = list(dialogue.images)
         start = len(to.tokens)
         # A planner that keeps a question keeps one of a dialogue's, the shortest.
-        about = min((question.replace("<image>", "") for question, _ in dialogue.turns), key=len)
+        about = min((question.replace(self.planner.mark, "") for question, _ in dialogue.turns), key=len)
         if self.text.bos_id is not None:
             to.say([self.text.bos_id])
         for question, answer in dialogue.turns:
-            count = question.count("<image>")
+            count = question.count(self.planner.mark)
             arrays = [x if isinstance(x, np.ndarray) else self.planner.load(x) for x in images[:count]]
             if self.blind:
-                question, arrays = question.replace("<image>", ""), []
+                question, arrays = question.replace(self.planner.mark, ""), []
             del images[:count]
             text = self.before + question + self.between
             write(text, arrays, self.planner, self.text, to=to, about=about)

@@ -2,7 +2,8 @@
 
 A *planner* is a small frozen value that stands in a config. It lays out an image of any size, on the host, as at most
 `views` crops of at most `patches` patches, and spells the image as a run of tokens: rows of what the model's connector
-makes of the image, and texts between them. Shapes never depend on the image, so nothing is compiled anew.
+makes of the image, and texts between them. Shapes never depend on the image, so nothing is compiled anew. Videos
+(`video.py`) and sounds (`sound.py`) have planners of their own.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ class Media(struct.PyTreeNode):
     patches f32[B, I, V, P, p * p * 3], row-major in each view, with 0 behind the last; grid int32[B, I, V, 2], rows and
     columns of patches, 0 where there is no view; marks int32[B, I, V], what the planner tells its connector of each
     view; words int32[B, I, C], tokens of a text that an image is seen with, None where the planner keeps none. What a
-    planner reads is one image, without the axes B and I.
+    planner reads is one image, without the axes B and I. Of sounds see `sound.py`.
     """
 
     patches: jax.Array
@@ -60,8 +61,61 @@ class Crop:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Planner:
-    """Base of planners. A subclass has the properties and methods that raise here.
+class MediaPlanner:
+    """Base of planners of whatever a prompt may show. A subclass has the properties and methods that raise here."""
+
+    mark: ClassVar[str] = "<image>"  # where one stands in a text
+    called: ClassVar[str] = "images"
+
+    @property
+    def views(self) -> int:
+        """V, the most views of one."""
+        raise NotImplementedError
+
+    @property
+    def patches(self) -> int:
+        """P, the most patches of a view."""
+        raise NotImplementedError
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers of a patch."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """M, how many rows the connector makes of one."""
+        raise NotImplementedError
+
+    def group(self, row: int) -> int | None:
+        """Neighbouring rows with the same number share a position; None: it has its own."""
+        return None
+
+    def read(self, image: np.ndarray) -> tuple[Media, list[int | str]]:
+        """What `load` gives -> media without B and I, and how it stands in a text: a row of the connector's, or a text.
+        Raises UserError for what is no such thing."""
+        raise NotImplementedError
+
+    def load(self, source: str | os.PathLike | bytes) -> np.ndarray:
+        """A file, or its bytes, as `read` takes it. Raises UserError for what is no such file."""
+        raise NotImplementedError
+
+    def about(self, media: Media, text: str, tokenizer: Tokenizer) -> Media:
+        """What was read, with what the planner keeps of the text that asks about it: nothing, by default."""
+        return media
+
+    def nothing(self, images: int) -> Media:
+        """`images` places with nothing to show."""
+        return Media(
+            np.zeros((images, self.views, self.patches, self.patch_width), np.float32),
+            np.zeros((images, self.views, 2), np.int32),
+            np.zeros((images, self.views), np.int32),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planner(MediaPlanner):
+    """Base of planners of images. A subclass has `views`, `patches`, `rows` and the methods that raise here.
 
     Args:
         patch: pixels of a patch along each side.
@@ -78,19 +132,8 @@ class Planner:
     exact: bool = False
 
     @property
-    def views(self) -> int:
-        """V, the most crops of an image."""
-        raise NotImplementedError
-
-    @property
-    def patches(self) -> int:
-        """P, the most patches of a crop."""
-        raise NotImplementedError
-
-    @property
-    def rows(self) -> int:
-        """M, how many rows the connector makes of an image."""
-        raise NotImplementedError
+    def patch_width(self) -> int:
+        return self.patch**2 * 3
 
     def plan(self, width: int, height: int) -> tuple[Crop, ...]:
         """The crops of an image of so many pixels, in the order of the views."""
@@ -110,7 +153,6 @@ class Planner:
         return math.isqrt(self.rows // self.views)
 
     def group(self, row: int) -> int | None:
-        """Neighbouring rows with the same number share a position; None: it has its own."""
         return None if self.share == "none" else 0 if self.share == "image" else row // self.columns
 
     def grid(self, crop: Crop) -> tuple[int, int]:
@@ -125,17 +167,13 @@ class Planner:
         crops = self.plan(image.shape[1], image.shape[0])
         return self.fill(zip(crops, cut(image, crops, self.exact), strict=True)), self.spell(crops)
 
-    def about(self, media: Media, text: str, tokenizer: Tokenizer) -> Media:
-        """What was read, with what the planner keeps of the text that asks about the image: nothing, by default."""
-        return media
-
     def load(self, source: str | os.PathLike | bytes) -> np.ndarray:
         """A file, or its bytes, as `read` takes it. Raises UserError as `read_image`."""
         return read_image(source)
 
     def fill(self, crops: Iterable[tuple[Crop, np.ndarray]]) -> Media:
         """Crops, each with its pixels uint8[h, w, 3] -> media without B and I."""
-        patches = np.zeros((self.views, self.patches, self.patch**2 * 3), np.float32)
+        patches = np.zeros((self.views, self.patches, self.patch_width), np.float32)
         grid, marks = np.zeros((self.views, 2), np.int32), np.zeros(self.views, np.int32)
         mean, std = (np.tile(np.float32(x), self.patch**2) for x in (self.mean, self.std))
         for view, (crop, pixels) in enumerate(crops):
@@ -148,14 +186,6 @@ class Planner:
             own -= mean
             own /= std
         return Media(patches, grid, marks)
-
-    def nothing(self, images: int) -> Media:
-        """`images` places without an image."""
-        return Media(
-            np.zeros((images, self.views, self.patches, self.patch**2 * 3), np.float32),
-            np.zeros((images, self.views, 2), np.int32),
-            np.zeros((images, self.views), np.int32),
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

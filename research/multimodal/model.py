@@ -19,7 +19,7 @@ from flax import struct
 
 from research.errors import UserError
 from research.language.decoder import DecoderLM
-from research.multimodal.media import Media, Planner
+from research.multimodal.media import Media, MediaPlanner
 from research.nn.attention import Context
 from research.nn.cache import Cache, Fresh, LayerCache
 from research.nn.masks import Steps, Window
@@ -111,7 +111,7 @@ class VLM(nn.Module):
     """
 
     decoder: DecoderLM
-    planner: Planner
+    planner: MediaPlanner
     tower: nn.Module
     connector: nn.Module
     hooks: tuple[nn.Module, ...] = ()

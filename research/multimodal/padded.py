@@ -17,7 +17,7 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.media import Planner
+from research.multimodal.media import MediaPlanner
 from research.multimodal.model import Pictures
 from research.multimodal.prompts import Prompts, Written
 
@@ -43,7 +43,7 @@ class Padded:
         tokens: np.ndarray,
         mask: np.ndarray,
         images: Sequence[np.ndarray],
-        planner: Planner,
+        planner: MediaPlanner,
         tokenizer: Tokenizer,
         *,
         placeholder: int,
@@ -97,7 +97,7 @@ class Padded:
 def _written(
     ids: list[int],
     images: Iterator[np.ndarray],
-    planner: Planner,
+    planner: MediaPlanner,
     tokenizer: Tokenizer,
     placeholder: int,
     where: str,

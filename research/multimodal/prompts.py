@@ -14,10 +14,8 @@ import numpy as np
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.media import Media, Planner
+from research.multimodal.media import Media, MediaPlanner
 from research.multimodal.model import Pictures
-
-IMAGE = "<image>"
 
 
 @dataclasses.dataclass
@@ -36,8 +34,9 @@ class Written:
         self.slots += [-1] * len(ids)
         self.positions += range(start, start + len(ids))
 
-    def show(self, image: np.ndarray, planner: Planner, tokenizer: Tokenizer, about: str) -> None:
-        """Adds an image uint8[h, w, 3], about which a text asks. What stands in `tokens` at its rows is never read."""
+    def show(self, image: np.ndarray, planner: MediaPlanner, tokenizer: Tokenizer, about: str) -> None:
+        """Adds an image, as `planner.load` gives it, about which a text asks. What stands in `tokens` at its rows is
+        never read."""
         media, spelled = planner.read(image)
         first = len(self.media) * planner.rows
         self.media.append(planner.about(media, about, tokenizer))
@@ -51,7 +50,7 @@ class Written:
 
     def row(self, first: int, piece: int, group: int | None, before: int | None) -> int | None:
         """Adds a row of an image whose rows are counted from `first` on, of a group that shares a position (see
-        `Planner.group`), behind one of the group `before`; -> its group."""
+        `MediaPlanner.group`), behind one of the group `before`; -> its group."""
         start = self.positions[-1] + 1 if self.positions else 0
         self.positions.append(start - 1 if group is not None and group == before else start)
         self.tokens.append(0)
@@ -62,22 +61,22 @@ class Written:
 def write(
     text: str,
     images: Sequence[np.ndarray],
-    planner: Planner,
+    planner: MediaPlanner,
     tokenizer: Tokenizer,
     *,
     to: Written | None = None,
     about: str | None = None,
 ) -> Written:
-    """A text with an `<image>` for every image. `to`: continues it; `about`: what is asked about the images, by default
-    the text without them.
+    """A text with the planner's mark, `<image>`, for every image. `to`: continues it; `about`: what is asked about the
+    images, by default the text without them.
 
     Raises:
         UserError: the numbers of placeholders and images differ.
     """
-    parts = text.split(IMAGE)
+    parts = text.split(planner.mark)
     if len(parts) - 1 != len(images):
         raise UserError(
-            f"{len(parts) - 1} {IMAGE} in the text, but {len(images)} images are given: {text[:60]!r}"
+            f"{len(parts) - 1} {planner.mark} in the text, but {len(images)} {planner.called} are given: {text[:60]!r}"
         )
     written = to or Written()
     about = "".join(parts) if about is None else about
@@ -94,13 +93,13 @@ class Prompts:
     """A batch of prompts, some with images."""
 
     written: tuple[Written, ...]
-    planner: Planner
+    planner: MediaPlanner
 
     @classmethod
     def of(
         cls,
         prompts: Sequence[tuple[str, Sequence[np.ndarray]]],
-        planner: Planner,
+        planner: MediaPlanner,
         tokenizer: Tokenizer,
     ) -> "Prompts":
         """Each begun with `<bos>` where the tokenizer has one."""
@@ -123,7 +122,7 @@ class Prompts:
         return (jax.tree.map(jnp.asarray, pictures(self.written, self.planner, max(images, 1), length)),)
 
 
-def pictures(written: Sequence[Written], planner: Planner, images: int, length: int) -> Pictures:
+def pictures(written: Sequence[Written], planner: MediaPlanner, images: int, length: int) -> Pictures:
     """Rows padded to `length` tokens and `images` images, as NumPy arrays."""
     shape = len(written), length
     slot, positions = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)

@@ -1,4 +1,5 @@
-"""Vision towers: a ViT shaped as CLIP's or SigLIP's, for views of any grid, that gives the states of every layer."""
+"""Towers that give the states of every layer: a ViT shaped as CLIP's or SigLIP's, for views of any grid, and one shaped
+as AST, for sounds."""
 
 import flax.linen as nn
 import jax
@@ -66,34 +67,41 @@ def resized_positions(table: jax.Array, grid: jax.Array, patches: int) -> jax.Ar
     return jnp.einsum("npr,npc,rcd->npd", rows, along, square, precision="highest")
 
 
-class Tower(LayerStack, kw_only=True):
-    """Patches, learned positions, a stack of blocks whose rule is `Full`.
+class PatchTower(LayerStack, kw_only=True):
+    """Patches, learned positions, a stack of blocks whose rule is `Full`. A subclass says how many positions there are,
+    and which a patch has.
 
     Args:
-        width, side: dv, and the side in patches of the square that positions were learned for; other grids are
-            interpolated.
+        width: dv.
         class_token: one learned token in front, with a position of its own.
         feature: which layer's output the tokens are, counted from the end: -1 is the last, -2 (LLaVA) the one before.
         patch_bias: of the patch embedding (SigLIP has one, CLIP none).
         pre_norm, post_norm: templates of the norm of what enters the first layer (CLIP), and of the last tap (SigLIP).
         norm_all: every tap goes through `post_norm`, not the last alone.
-        flexible: whether grids differ from view to view; else the table is added as it is, which is much less work.
     """
 
     width: int
-    side: int
     class_token: bool = False
     feature: int = -1
     patch_bias: bool = True
     pre_norm: nn.Module | None = None
     post_norm: nn.Module | None = LayerNorm()
     norm_all: bool = False
-    flexible: bool = False
+
+    @property
+    def places(self) -> int:
+        """Learned positions of patches."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def placed(self, table: jax.Array, grid: jax.Array, patches: int) -> jax.Array:
+        """The table [places, dv], for views of grids int32[N, 2] -> what is added to their patches [N or 1, P, dv]."""
+        raise NotImplementedError
 
     def setup(self) -> None:
         self.projection = Linear(self.width, use_bias=self.patch_bias)
         init = nn.initializers.normal(0.02)
-        self.positions = parameter(self, "positions", init, (self.side**2 + self.class_token, self.width))
+        self.positions = parameter(self, "positions", init, (self.places + self.class_token, self.width))
         if self.class_token:
             self.token = parameter(self, "class_token", init, (1, self.width))
         # Copies, as towers side by side may have been given one template.
@@ -107,15 +115,7 @@ class Tower(LayerStack, kw_only=True):
         grid = media.grid.reshape(-1, 2)
         x = self.projection(media.patches.reshape(-1, patches, media.patches.shape[-1]))
         first, table = jnp.split(self.positions, [int(self.class_token)])
-        if self.flexible:
-            x = x + resized_positions(table, grid, patches).astype(x.dtype)
-        elif patches == self.side**2:
-            x = x + table.astype(x.dtype)
-        else:
-            raise UserError(
-                f"Tower: side={self.side} has {self.side**2} positions and views have {patches} patches; "
-                "set flexible=True to interpolate"
-            )
+        x = x + self.placed(table, grid, patches).astype(x.dtype)
         x = self.in_time(x, media.patches.shape[-3])
         there = patch_mask(grid, patches)
         if self.class_token:
@@ -135,7 +135,9 @@ class Tower(LayerStack, kw_only=True):
                 self.last_norm(taps[-1])
             ]
         if not -self.num_layers - 1 <= self.feature < 0:
-            raise UserError(f"Tower: feature={self.feature}: from -1 to {-self.num_layers - 1} is expected")
+            raise UserError(
+                f"{type(self).__name__}: feature={self.feature}: from -1 to {-self.num_layers - 1} is expected"
+            )
         tokens = taps[self.feature][:, int(self.class_token) :]
         if not self.class_token:
             taps = [jnp.pad(tap, ((0, 0), (1, 0), (0, 0))) for tap in taps]
@@ -156,3 +158,57 @@ class Tower(LayerStack, kw_only=True):
     def context(self, positions: jax.Array, segments: jax.Array, views: int) -> Context:
         """What the blocks are told of tokens int32[N, T]."""
         return Context(positions, segments)
+
+
+class Tower(PatchTower, kw_only=True):
+    """A tower of images.
+
+    Args:
+        side: in patches, of the square that positions were learned for; other grids are interpolated.
+        flexible: whether grids differ from view to view; else the table is added as it is, which is much less work.
+    """
+
+    side: int
+    flexible: bool = False
+
+    @property
+    def places(self) -> int:
+        return self.side**2
+
+    @nn.nowrap
+    def placed(self, table: jax.Array, grid: jax.Array, patches: int) -> jax.Array:
+        if self.flexible:
+            return resized_positions(table, grid, patches)
+        if patches != self.places:
+            raise UserError(
+                f"Tower: side={self.side} has {self.places} positions and views have {patches} patches; "
+                "set flexible=True to interpolate"
+            )
+        return table[None]
+
+
+class SpectrogramTower(PatchTower, kw_only=True):
+    """A tower of spectrograms (AST, arXiv 2104.01778): patches are overlapping windows of time and frequency, those of
+    a step in time side by side. A shorter sound has the first steps' positions.
+
+    AST's second token in front, of its distillation, is left out: what it is a mean with is the class token.
+
+    Args:
+        steps, bands: windows along time, the most there can be, and along frequency.
+    """
+
+    steps: int
+    bands: int
+
+    @property
+    def places(self) -> int:
+        return self.steps * self.bands
+
+    @nn.nowrap
+    def placed(self, table: jax.Array, grid: jax.Array, patches: int) -> jax.Array:
+        if patches != self.places:
+            raise UserError(
+                f"SpectrogramTower: steps={self.steps} of bands={self.bands} are {self.places} positions, and sounds "
+                f"have {patches} windows"
+            )
+        return table[None]
