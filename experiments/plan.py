@@ -146,7 +146,7 @@ def analysis(compiled: "Compiled") -> dict[str, Any]:
     return {
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
-        "flops": compiled.cost_analysis().get("flops"),
+        "flops": (compiled.cost_analysis() or {}).get("flops"),
         "collectives": told(collectives(compiled.as_text())),
     }
 
@@ -177,12 +177,18 @@ def compare(made: "Plan", compiled: dict[str, Any]) -> str:
     from research.training.topologies import GiB
 
     held = made.parameter_bytes + made.optimizer_bytes + made.batch_bytes
+    flops = compiled["flops"]
+    counted = (
+        "no count of FLOP, which GPUs' compiler does not give"
+        if flops is None
+        else f"{flops:.3g} FLOP per device, loops once"
+    )
     return "\n".join(
         [
             "the compiler's own analysis (the plan's in brackets):",
             f"  arguments {compiled['arguments'] / GiB:.3f} GiB ({held / GiB:.3f})",
             f"  temporary {compiled['temporary'] / GiB:.3f} GiB ({made.activations / GiB:.3f})",
-            f"  {compiled['flops'] or 0:.3g} FLOP per device, loops once ({made.costs.products:.3g})",
+            f"  {counted} ({made.costs.products:.3g})",
             f"  collectives: {compiled['collectives']}",
         ]
     )
