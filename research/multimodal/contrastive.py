@@ -127,7 +127,7 @@ class DualEncoder(nn.Module):
     """Media with texts -> unit vectors of images and texts float32[B * I, width], and the logits' scale.
 
     An image is what its class token gives, a text its end token. Parameters: tower/{image,text}/..., image_head,
-    text_head and log_scale, 1 / 0.07 at first and 100 at most.
+    text_head and log_scale, 1 / 0.07 at first; `Contrast` keeps it from exceeding 100.
     """
 
     tower: TowerPair
@@ -144,7 +144,7 @@ class DualEncoder(nn.Module):
             x = Linear(self.width, name=name)(x.reshape(-1, x.shape[-1])).astype(jnp.float32)
             units.append(x / jnp.linalg.norm(x, axis=-1, keepdims=True))
         scale = parameter(self, "log_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
-        return *units, jnp.exp(jnp.minimum(scale.astype(jnp.float32), math.log(100.0)))
+        return *units, jnp.exp(scale.astype(jnp.float32))
 
 
 def info_nce(u: jax.Array, v: jax.Array, scale: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -185,6 +185,11 @@ class Contrast:
 
     def variants(self, params: Any) -> dict[str, Any]:
         return {"": params}
+
+    def remember(self, params: Any, metrics: Metrics) -> Any:
+        """The parameters with a scale of 100 at most. As in CLIP it is the parameter that is clipped: a minimum in the
+        loss has no gradient beyond 100, and the scale could never come back."""
+        return {**params, "log_scale": jnp.minimum(params["log_scale"], math.log(100.0))}
 
 
 @dataclasses.dataclass(eq=False)

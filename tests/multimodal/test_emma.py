@@ -207,3 +207,7 @@ def test_pairs_find_each_other():
     assert batch["words"][:, 0, 0].tolist() == [TEXT.bos_id] * 2
     metrics = jax.eval_shape(task.loss, jax.eval_shape(task.init, KEY), batch, KEY)
     assert set(metrics) == {"loss", "accuracy"}
+    # CLIP's clipping is of the parameter, after an update: what is below stays.
+    scales = [task.remember({"log_scale": np.float32(x), "other": u}, {}) for x in (4.0, 5.0)]
+    np.testing.assert_allclose([x["log_scale"] for x in scales], [4.0, np.log(100.0)], rtol=1e-6)
+    assert scales[1]["other"] is u
