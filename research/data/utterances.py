@@ -88,8 +88,8 @@ class Utterances(RecordDataset):
 
     Args:
         source: of recordings.
-        orders: of a record's segments, the last of which is written; record i has order i % len(orders). Speech before
-            text is recognition, text before speech is synthesis.
+        orders: of a record's segments, the last of which is written; recording i has order (i + epoch) % len(orders).
+            Speech before text is recognition, text before speech is synthesis.
         text_length, speech_length: tokens of a row; more are cut off.
     """
 
@@ -119,8 +119,9 @@ class Utterances(RecordDataset):
         """The records with the global numbers `numbers` int64[n]."""
         batch = {k: np.zeros((len(numbers), *s.shape), s.dtype) for k, s in self.element_spec().items()}
         for row, number in enumerate(map(int, numbers)):
-            said = spelled(self.source, number % len(self))
-            order = self.orders[number % len(self.orders)]
+            epoch, place = divmod(number, len(self))
+            said = spelled(self.source, place)
+            order = self.orders[(place + epoch) % len(self.orders)]
             for m, laid in lay_out([(m, said[m], m == order[-1]) for m in order]).items():
                 tokens, targets, times, weights = (
                     batch[f"{m}/{name}"][row] for name in ("tokens", "targets", "times", "weights")

@@ -31,14 +31,15 @@ def test_segments_are_laid_out_in_time():
 
 def test_pairs_are_recognition_and_synthesis_in_turn():
     data = Utterances(SOURCE, (("speech", "text"), ("text", "speech")), text_length=8, speech_length=24)
-    batch = data.take(np.array([0, 1, 2]))
+    batch = data.take(np.array([0, 1, 4, 2]))  # an epoch has two records
     for name, spec in data.element_spec().items():
-        assert batch[name].shape == (3, *spec.shape) and batch[name].dtype == spec.dtype
-        np.testing.assert_array_equal(batch[name][0], batch[name][2])  # an epoch has two records
-    for row, order in enumerate(data.orders):
+        assert batch[name].shape == (4, *spec.shape) and batch[name].dtype == spec.dtype
+        np.testing.assert_array_equal(batch[name][0], batch[name][2])
+    # In the next epoch a recording has the next order.
+    for row, number, order in ((0, 0, data.orders[0]), (1, 1, data.orders[1]), (3, 0, data.orders[1])):
         said = {
-            "text": characters().encode(SOURCE[row].text, bos=True, eos=True),
-            "speech": [UNIT_BOS, *units(SOURCE[row].wave), UNIT_EOS],
+            "text": characters().encode(SOURCE[number].text, bos=True, eos=True),
+            "speech": [UNIT_BOS, *units(SOURCE[number].wave), UNIT_EOS],
         }
         for m in order:
             tokens, targets, times, weights = (
