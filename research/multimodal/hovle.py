@@ -43,7 +43,7 @@ from research.multimodal.tower import Seen, Tower, patch_mask, resized_positions
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
 from research.nn.linear import Linear, parameter
-from research.nn.masks import Window
+from research.nn.masks import Steps, Window
 from research.nn.transformer import LayerStack
 from research.training.task import Batch, Metrics, cast_floats, dropout_rngs, saved_parameters
 
@@ -184,6 +184,10 @@ class LongCache(struct.PyTreeNode):
         inner = self.inner.append(fresh.rows, start, count + fresh.extra)
         return LongCache(inner, self.extra + fresh.extra)
 
+    def check_rollback(self, length: jax.Array) -> None:
+        if hasattr(self.inner, "check_rollback"):
+            self.inner.check_rollback(length + self.extra)
+
     def select(self, rows: jax.Array) -> "LongCache":
         return LongCache(self.inner.select(rows), self.extra[rows])
 
@@ -293,6 +297,14 @@ class HoVLE(VLM, kw_only=True):
         y, first = self.holistic(x, context, own)
         hidden, fresh = super().run(y, context, seen, rest)
         return hidden, (*first, *fresh)
+
+    @nn.nowrap
+    def check_steps(self, wanted: bool) -> None:
+        """As of `VLM`; the module's layers must see ahead as the decoder's do."""
+        super().check_steps(wanted)
+        rules = [getattr(block.attention, "rule", None) for block in self.holistic.blocks]
+        if wanted and not any(isinstance(rule, Steps) for rule in rules):
+            raise UserError(f"HoVLE.steps={self.steps!r} needs the rule Steps in `holistic`, too")
 
     def init_cache(
         self, batch: int, capacity: int, dtype: jnp.dtype = jnp.float32, margin: int = 64

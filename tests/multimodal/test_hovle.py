@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,14 @@ from research.multimodal.hovle import (
     HolisticEmbedding,
     HolisticTraining,
     HoVLE,
+    LongCache,
     PatchEmbedding,
     Tiles,
     Unpaired,
     mean_cosine,
 )
 from research.multimodal.prompts import pictures, write
+from research.nn.cache import Cache
 from research.nn.masks import Steps, Window
 from research.training.loop import Trainer
 from research.training.model_directory import save_model
@@ -195,6 +198,13 @@ def test_the_first_stage_compares_directions_place_by_place():
     np.testing.assert_allclose(metrics["loss"][0], -np.mean(image_terms) - np.mean(text_terms), atol=1e-5)
 
 
+def test_a_longer_cache_is_asked_of_its_own_rows_whether_it_goes_back():
+    asked_for = []
+    inner = types.SimpleNamespace(check_rollback=asked_for.append)
+    Cache((LongCache(inner, np.int32([3, 0])),), np.int32([5, 6])).rollback(np.int32([4, 2]))
+    np.testing.assert_array_equal(asked_for, [[7, 2]])
+
+
 def test_the_first_stage_sees_ahead_and_drops_as_the_others_do():
     batch = Unpaired(Scenes(), PLANNER, 40, shuffle=False, steps="images").take(np.arange(2))
     with pytest.raises(UserError, match="HoVLE.steps, now 'causal', to say the same"):
@@ -204,6 +214,8 @@ def test_the_first_stage_sees_ahead_and_drops_as_the_others_do():
     blocks = (block.clone(attention=block.attention.clone(rule=Steps()), dropout=0.5),)
     parts = {name: stack.clone(blocks=blocks) for name, stack in model.stacks.items()}
     ahead = dataclasses.replace(TASK, model=model.clone(**parts, steps="images"))
+    with pytest.raises(UserError, match="HoVLE.steps='images' needs the rule Steps in `holistic`, too"):
+        model.clone(decoder=parts["decoder"], steps="images").check_steps(True)
 
     @jax.jit
     def run(params, batch, keys):
