@@ -18,7 +18,8 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: Pool) -> jax.Array:
     """x [B, 1 + S, D], the class token first, mask bool[B, 1 + S] -> [B, D], or [B, 2 D] and [B, S D].
 
     "class": the class token. "mean": of the others that are there. "class_max": the class token and the maximum of the
-    others side by side (point clouds). "flat": all others side by side, those that are not there 0.
+    others side by side (point clouds). "flat": all others side by side, those that are not there 0. Where there are no
+    others, mean and maximum are 0.
     """
     if pool == "class":
         return x[:, 0]
@@ -26,7 +27,9 @@ def pool_tokens(x: jax.Array, mask: jax.Array | None, pool: Pool) -> jax.Array:
     there = jnp.ones(tokens.shape[:2], bool) if mask is None else mask[:, 1:]
     if pool == "class_max":
         low = jnp.finfo(tokens.dtype).min
-        return jnp.concatenate([x[:, 0], largest(jnp.where(there[..., None], tokens, low), axis=1)], axis=-1)
+        most = largest(jnp.where(there[..., None], tokens, low), axis=1)
+        most = jnp.where(jnp.any(there, axis=1)[:, None], most, 0)
+        return jnp.concatenate([x[:, 0], most], axis=-1)
     tokens = jnp.where(there[..., None], tokens, 0)
     if pool == "flat":
         return tokens.reshape(x.shape[0], -1)

@@ -144,6 +144,11 @@ def test_columns_by_hand():
     table = params["categories_table"]["table"]
     assert np.array_equal(tokens.x[:, 3], table[x["categories"][:, 0]])
     assert np.array_equal(tokens.x[:, 4], table[2 + x["categories"][:, 1]])
+    # A third value of the first column is not the first of the second one's.
+    tokenizer, wrong = TOKENIZERS["table"][0], x | {"categories": x["categories"] * 0 + np.int32([2, 0])}
+    assert np.isnan(call(tokenizer, params, wrong).x).all(axis=(0, 2)).tolist() == [False] * 3 + [True, False]
+    with pytest.raises(UserError, match="TableTokens: category 2 in column 0, which has 0 to 1"):
+        tokenizer.apply({"params": params}, wrong)
 
 
 CHOOSE = jax.jit(farthest_points, static_argnums=1)
@@ -232,6 +237,8 @@ def test_pools_by_hand():
     assert pool_tokens(x, mask, "class").tolist() == [[1, 2]]
     assert pool_tokens(x, mask, "mean").tolist() == [[4, 2.5]]
     assert pool_tokens(x, mask, "class_max").tolist() == [[1, 2, 5, 9]]
+    alone = jnp.asarray([[True, False, False, False]])
+    assert pool_tokens(x, alone, "class_max").tolist() == [[1, 2, 0, 0]]
     assert pool_tokens(x, mask, "flat").tolist() == [[3, 9, 5, -4, 0, 0]]
 
 

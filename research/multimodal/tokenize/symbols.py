@@ -55,7 +55,9 @@ class TableTokens(nn.Module):
     Args:
         width: D.
         numbers: columns of numbers, `numbers` f32[numbers].
-        categories: how many values each column of categories has, `categories` int32[len(categories)] from 0 on.
+        categories: how many values each column of categories has, `categories` int32[len(categories)] from 0 on. One
+            that its column has not is a UserError, and a token of NaN where values are traced, never a row of another
+            column's.
 
     Parameters: slopes, offsets [numbers, D]; categories_table/table [sum(categories), D].
     """
@@ -93,5 +95,13 @@ class TableTokens(nn.Module):
         if self.categories:
             starts = np.cumsum((0, *self.categories[:-1]))
             table = Embedding(sum(self.categories), self.width, init_stddev=1.0, name="categories_table")
-            columns.append(table(record["categories"] + starts))
+            value = record["categories"]
+            known = (value >= 0) & (value < np.asarray(self.categories))
+            if not isinstance(known, jax.core.Tracer) and not known.all():
+                row, column = np.argwhere(~np.asarray(known))[0]
+                raise UserError(
+                    f"TableTokens: category {value[row, column]} in column {column}, which has 0 to "
+                    f"{self.categories[column] - 1}"
+                )
+            columns.append(jnp.where(known[..., None], table(value + starts), jnp.nan))
         return Tokens(jnp.concatenate(columns, axis=1))
