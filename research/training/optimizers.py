@@ -34,7 +34,10 @@ def _warm(warmup: int, peak: float, rest: Callable[[int], optax.Schedule]) -> Sc
 
     def over(steps: int) -> optax.Schedule:
         if warmup >= steps:
-            raise UserError(f"schedule.warmup: {warmup} warm-up steps do not fit in a stage of {steps} steps")
+            raise UserError(
+                f"{warmup} warm-up steps do not fit in a stage of {steps} steps: change the stage's steps or its "
+                "optimizer.schedule.warmup"
+            )
         if not warmup:
             return rest(steps)
         # The first update already moves: count 0 has rate peak / warmup, count warmup - 1 has the peak.
@@ -88,9 +91,14 @@ class Optimizer:
     def transformation(self, steps: int, params: PyTree, where: str) -> optax.GradientTransformation:
         """The transformation of a stage of `steps` updates over `params` (the trainable; shapes suffice).
 
-        Raises `UserError` if a pattern of `rates` matches none of them; `where` names the stage.
+        Raises `UserError` if the schedule is longer, or a pattern of `rates` matches none of them; `where` names the
+        stage.
         """
-        rule = self.update_rule(self.schedule.over(steps))
+        try:
+            schedule = self.schedule.over(steps)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        rule = self.update_rule(schedule)
         if not self.rates:
             return rule
         factors = self._factors(list(named_leaves(params)), where)

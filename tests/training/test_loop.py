@@ -284,7 +284,7 @@ def test_mistakes_are_found_before_the_first_step(toy, change, message):
         (dict(frozen=("(",)), "'(' is not a regular expression"),
         (dict(loss_weights={"los": 1.0}), "names 'los', which the task does not report; it reports loss"),
         (dict(optimizer=adamw(constant(1.0), rates=(("hed", 0.5),))), "optimizer.rates: 'hed' matches none"),
-        (dict(optimizer=adamw(constant(1.0, warmup=6))), "6 warm-up steps do not fit in a stage of 6 steps"),
+        (dict(optimizer=adamw(constant(1.0, warmup=6))), "stage 'main': 6 warm-up steps do not fit in a"),
     ],
 )
 def test_mistakes_in_a_stage_are_found_before_the_first_step(toy, change, message):

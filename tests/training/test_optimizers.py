@@ -37,7 +37,8 @@ def test_schedules():
 
 
 def test_schedule_mistakes():
-    with pytest.raises(UserError, match="10 warm-up steps do not fit in a stage of 10 steps"):
+    line = "10 warm-up steps do not fit in a stage of 10 steps: change the stage's steps or its optimizer.schedule"
+    with pytest.raises(UserError, match=line):
         cosine(1.0, warmup=10).over(10)
     with pytest.raises(UserError, match="wsd.decay: 1.5 is not a fraction"):
         wsd(1.0, decay=1.5)
