@@ -71,10 +71,10 @@ def _in_strips(image: np.ndarray, sizes: list[Size]) -> dict[Size, np.ndarray]:
     def along_columns(number: int, left: int, right: int) -> None:
         """Columns `left` to `right` of a size, of its height."""
         size, _, y = plan[number]
-        rows = [strip[number].crop((left, 0, right, strip[number].height)) for strip in strips]
+        rows = [strip[number] for strip in strips]
         joined, top = Image.new("RGB", (right - left, sum(part.height for part in rows))), 0
         for part in rows:
-            joined.paste(part, (0, top))
+            joined.paste(part, (-left, top))  # what does not fit falls off
             top += part.height
         box = joined.width, height / (down * y)
         done[size][:, left:right] = _filtered(joined, (joined.width, size[1]), box)
