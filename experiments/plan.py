@@ -126,6 +126,7 @@ def compile_for(trainer: "Trainer", topology: "Topology") -> "Compiled":
     import time
 
     from experiments.bench.aot import find_topology
+    from research.training.topologies import compiler_options
 
     devices = find_topology(topology.text)
     print(f"tracing the step for {topology.text}", flush=True)
@@ -133,7 +134,7 @@ def compile_for(trainer: "Trainer", topology: "Topology") -> "Compiled":
     what = f"{lowered.as_text().count(chr(10))} lines of StableHLO"
     began = time.process_time()
     with told_every(30, f"compiling {what}"):
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=compiler_options(devices))
     print(f"compiled {what} in {time.process_time() - began:.0f} s of CPU time", flush=True)
     return compiled
 

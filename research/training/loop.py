@@ -32,6 +32,7 @@ from research.training.step import make_step
 from research.training.structures import with_structures
 from research.training.task import Task
 from research.training.termination import Termination
+from research.training.topologies import compiler_options
 from research.training.workdir import read_checkpoint
 
 PyTree = Any
@@ -485,7 +486,8 @@ class _Run:
     def compile(self, plan: _Plan) -> jax.stages.Compiled:
         """The step of the stage, compiled ahead for its shapes: others are an error, not a compilation."""
         began, stage = time.perf_counter(), plan.stage
-        compiled = self.lower(plan).compile()
+        options = compiler_options(self.mesh.devices.flatten())
+        compiled = self.lower(plan).compile(compiler_options=options)
         seconds = time.perf_counter() - began
         self.progress.message(f"stage {stage.name!r}: {stage.steps} steps, compiled in {seconds:.1f} s")
         self.progress.begin()

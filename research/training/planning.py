@@ -96,7 +96,7 @@ def plan(trainer: Trainer, topology: Topology) -> Plan:
     fixed = device_bytes(state, shardings)
     batch_bytes = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) // batch_parts(mesh)
     alone = dict.fromkeys(mesh.shape, 1)
-    with jax.sharding.use_abstract_mesh(_mesh(alone, topology)):
+    with jax.sharding.use_abstract_mesh(topology.mesh(alone)):
         forward = jax.make_jaxpr(trainer.task.loss)(state.params, batch, jax.random.key(0))
     once = tally(forward, [_undivided(v) for v in forward.jaxpr.invars], {})
     room = USABLE * topology.chip.memory - fixed
@@ -120,14 +120,8 @@ def plan(trainer: Trainer, topology: Topology) -> Plan:
 
 def place(trainer: Trainer, topology: Topology) -> tuple[jax.sharding.AbstractMesh, Any, State]:
     """(mesh, step, state) of the first stage; the state is shapes and shardings."""
-    mesh = _mesh(axis_sizes(trainer.mesh, topology.devices), topology)
+    mesh = topology.mesh(axis_sizes(trainer.mesh, topology.devices))
     return mesh, *trainer.abstract_first_stage(mesh)
-
-
-def _mesh(sizes: dict[str, int], topology: Topology) -> jax.sharding.AbstractMesh:
-    """Of devices of the topology's kind, for which parts of a model are then traced (`target_platform`)."""
-    device = jax.sharding.AbstractDevice(topology.chip.kind, None, topology.chip.platform)
-    return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device)
 
 
 def _measure(step: Any, state: State, batch: dict[str, Any], mesh: jax.sharding.AbstractMesh) -> Tally:

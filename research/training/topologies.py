@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping, Sequence
+
+import jax
 
 from research.errors import UserError, nearest
 
@@ -32,13 +35,22 @@ class Chip:
     slow_link: float | None = None
 
 
-def _tpu(name: str, kind: str, bfloat16: float, gib: int, bandwidth: float, link: float, per_host: int = 4) -> Chip:
+def _tpu(
+    name: str, kind: str, bfloat16: float, gib: int, bandwidth: float, link: float, per_host: int = 4
+) -> Chip:
     # A product in float32 is six in bfloat16, of parts of the operands.
     return Chip(name, "tpu", kind, bfloat16, bfloat16 / 6, gib * GiB, bandwidth, link, per_host)
 
 
 def _gpu(
-    name: str, kind: str, bfloat16: float, float32: float, gib: int, bandwidth: float, link: float, slow: float
+    name: str,
+    kind: str,
+    bfloat16: float,
+    float32: float,
+    gib: int,
+    bandwidth: float,
+    link: float,
+    slow: float,
 ) -> Chip:
     return Chip(name, "gpu", kind, bfloat16, float32, gib * GiB, bandwidth, link, 8, 8, slow)
 
@@ -56,6 +68,20 @@ CHIPS = {
 }
 
 
+# TPU v5e's compiler gathers weights beside products of itself; v6e's is to be told, by both of these
+# (openxla.org/xla/flags_guidance; experiments.bench.aot shows what they make).
+_ASYNCHRONOUS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+}
+
+
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, str] | None:
+    """What the compiler of these devices is told, of a program that is divided among them."""
+    divided = len(devices) > 1 and devices[0].device_kind == CHIPS["v6e"].kind
+    return _ASYNCHRONOUS if divided else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """So many chips of one kind."""
@@ -69,6 +95,11 @@ class Topology:
         chip = self.chip
         reaches = chip.fast_within is None or parts <= chip.fast_within
         return chip.link if reaches else chip.slow_link
+
+    def mesh(self, sizes: Mapping[str, int]) -> jax.sharding.AbstractMesh:
+        """Of such chips, {axis: size}; what is traced in it is traced for them (`target_platform`)."""
+        device = jax.sharding.AbstractDevice(self.chip.kind, None, self.chip.platform)
+        return jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device)
 
 
 def parse_topology(text: str) -> Topology:

@@ -5,6 +5,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,17 @@ from experiments.bench import aot
 from kernels_pallas.quantized_matmul import Packed, Unsupported, quantized_matmul
 from research.config import build, of
 from research.data.text import TokenDataset
+from research.errors import UserError
 from research.nn.attention_kernels import AutoAttention
 from research.nn.masks import Causal
+from research.training import loop
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, constant
-from research.training.planning import place, plan
+from research.training.planning import plan
 from research.training.propagation import tally
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
-from research.training.topologies import CHIPS, Topology, parse_topology
+from research.training.topologies import CHIPS, Topology, compiler_options, parse_topology
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, NONE = ("data", "fsdp"), ()
@@ -166,10 +169,25 @@ def test_a_step_is_traced_for_the_devices_that_are_not_here():
         with pytest.raises(Unsupported, match="'cpu'"):
             kernel()
         for chip, parameter in {"v6e": "dimension_semantics", "h100": "num_warps"}.items():
-            mesh = place(trainer(1), Topology(chip, CHIPS[chip], 1))[0]
-            with jax.sharding.use_abstract_mesh(mesh):
+            with jax.sharding.use_abstract_mesh(Topology(chip, CHIPS[chip], 1).mesh({"fsdp": 1})):
                 assert products() == 2
                 assert parameter in kernel()
+
+
+def test_what_a_compiler_is_told_reaches_it(monkeypatch):
+    """TPU v6e's, of programs that are divided."""
+    chips = [SimpleNamespace(device_kind=CHIPS["v6e"].kind)] * 2
+    assert "xla_enable_async_all_gather" in compiler_options(chips)
+    assert compiler_options(chips[:1]) is None and compiler_options(jax.devices()) is None
+
+    class Lowered:
+        def compile(self, compiler_options):
+            raise UserError(str(compiler_options))
+
+    monkeypatch.setattr(loop._Run, "lower", lambda self, plan: Lowered())
+    monkeypatch.setattr(loop, "compiler_options", lambda devices: {"devices": len(devices)})
+    with pytest.raises(UserError, match="{'devices': 8}"):
+        trainer(1, fsdp=8).compile_first_stage()
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
