@@ -208,8 +208,8 @@ def test_sounds_in_llavas_format(tmp_path):
     ]
     (tmp_path / "some.json").write_text(json.dumps(entries))
     source = LlavaFiles(str(tmp_path / "some.json"))
-    batch = Conversations(source, PLANNER, 24, str(tmp_path / "none"), shuffle=False)
-    batch.__dict__["text"] = vocabulary()
+    vocabulary().save(tmp_path / "tokenizer.json")
+    batch = Conversations(source, PLANNER, 24, str(tmp_path / "tokenizer.json"), shuffle=False)
     assert batch.take(np.arange(1))["grid"].tolist() == [[[[9, 2]]]]
     with pytest.raises(UserError, match="entry 1: 2 <audio> in the questions, but 1 audios"):
         source[1]
