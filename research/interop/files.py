@@ -37,10 +37,14 @@ _HOW_TO_CONVERT = (
 
 
 class TensorFiles:
-    """The tensors of a directory. `with TensorFiles(directory) as files`; every error is a UserError."""
+    """The tensors of a directory. `with TensorFiles(directory) as files`; every error is a UserError.
 
-    def __init__(self, directory: Path):
+    other: the name of the file where there are neither model.safetensors nor shards.
+    """
+
+    def __init__(self, directory: Path, other: str | None = None):
         self.directory = directory
+        self._other = other
         self._stack = contextlib.ExitStack()
         self._handles: dict[str, tuple[Path, Any]] = {}  # by tensor
 
@@ -50,6 +54,8 @@ class TensorFiles:
                 self._open(self.directory / SINGLE)
             elif (self.directory / INDEX).is_file():
                 self._open_shards()
+            elif self._other is not None and (self.directory / self._other).is_file():
+                self._open(self.directory / self._other)
             else:
                 raise UserError(self._absent())
         except BaseException:

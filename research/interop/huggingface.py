@@ -66,7 +66,7 @@ def load(
     entries = read_json(config_path)
     packing = read_packing(directory, entries)
     entries = {name: value for name, value in entries.items() if name != ENTRY}
-    with TensorFiles(directory) as files:
+    with TensorFiles(directory, packing and packing.file) as files:
         depth = layer_count(files.names)
         # Before the model is made: a depth that no file backs would take for ever.
         if isinstance(entries.get("model_type"), str) and entries["model_type"] in FAMILIES:

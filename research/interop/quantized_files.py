@@ -11,9 +11,10 @@ X.g_idx. With q the codes and g the group of input k, which is g_idx[k] or k // 
 | awq (gemm) | [in, out / 8], a word has eight outputs | [groups, out / 8] | [groups, out] |
 
 With act-order (`desc_act`) g_idx puts inputs of similar importance together: such a kernel is `Permuted`, its inputs in
-the order of their groups. GPTQ's format of before `gptq_v2` stores zeros minus 1. Nibble i of a word of AWQ is output
-(0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. Sources: the file formats of AutoGPTQ and AutoAWQ (arXiv 2210.17323 and
-2306.00978 are the methods).
+the order of their groups. GPTQ's format of before `gptq_v2` stores zeros minus 1: GPTQModel takes 1 from all eight of a
+word at once, and a zero of 0 borrows from the next; AutoGPTQ damages the word then. Nibble i of a word of AWQ is output
+(0, 2, 4, 6, 1, 3, 5, 7)[i] of its eight. Sources: the file formats of AutoGPTQ, GPTQModel and AutoAWQ (arXiv 2210.17323
+and 2306.00978 are the methods).
 """
 
 import dataclasses
@@ -42,11 +43,18 @@ class Packing:
     """How the kernels of a checkpoint are packed.
 
     method: whose layout. group: inputs that share a scale; None: all. offset: what is added to stored zeros.
+    borrows: they were lessened eight at once, as one number.
     """
 
     method: Literal["gptq", "awq"]
     group: int | None
     offset: int = 0
+    borrows: bool = False
+
+    @property
+    def file(self) -> str:
+        """What AutoGPTQ calls the file that is model.safetensors elsewhere."""
+        return f"gptq_model-{BITS}bit-{self.group or -1}g.safetensors"
 
 
 def read_packing(directory: Path, entries: Mapping[str, Any]) -> Packing | None:
@@ -67,8 +75,10 @@ def read_packing(directory: Path, entries: Mapping[str, Any]) -> Packing | None:
 def _packing(entries: Mapping[str, Any], where: str, method: str | None) -> Packing:
     old = {"w_bit": "bits", "q_group_size": "group_size", "format": "checkpoint_format"}
     renamed = {new: entries[name] for name, new in old.items() if name in entries}
-    defaults = {"quant_method": method, "checkpoint_format": "gptq", "version": "gemm"} | {
-        "zero_point": True,
+    defaults = {
+        "quant_method": method,
+        "checkpoint_format": "gptq",
+        "version": "gemm",
         "pack_dtype": "int32",
     }
     config = Fields({**renamed, **entries}, where, defaults)
@@ -79,14 +89,15 @@ def _packing(entries: Mapping[str, Any], where: str, method: str | None) -> Pack
     if method == "awq":
         if str(config.raw("version")).lower() != "gemm":
             raise config.refuse("version", config.raw("version"), "gemm")
-        if not config.boolean("zero_point"):
-            raise config.refuse("zero_point", False, "true")
         return Packing("awq", group)
     config.choice("pack_dtype", {"int32": None})
     for name in ("dynamic", "is_marlin_format"):
         if config.entries.get(name):
             raise config.refuse(name, config.entries[name], "nothing: one layout for all layers, GPTQ's own")
-    return Packing("gptq", group, config.choice("checkpoint_format", {"gptq": 1, "gptq_v2": 0}))
+    offset = config.choice("checkpoint_format", {"gptq": 1, "gptq_v2": 0})
+    meta = config.section("meta", {})
+    writers = meta.entries.get("quantizer", []) if meta else []
+    return Packing("gptq", group, offset, offset == 1 and "gptqmodel:" in str(writers).lower())
 
 
 class Files(Protocol):
@@ -209,7 +220,10 @@ class PackedFiles:
                 raise UserError(
                     f"{self.directory}: {prefix}g_idx does not give each of {rows // group} groups {group} inputs"
                 )
-        zeros = unpack(zeros) + self._packing.offset
+        if self._packing.borrows:
+            zeros = unpack(zeros.view(np.uint32) + np.uint32(0x11111111))
+        else:
+            zeros = unpack(zeros) + self._packing.offset
         if np.any(zeros >= 2**BITS):
             raise UserError(
                 f"{self.directory}: {prefix}qzeros holds 15, which stands for 16 in some programs and for 0 in "
