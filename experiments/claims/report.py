@@ -59,7 +59,7 @@ def rows(claim: Claim, results: Results) -> tuple[list[str], list[list[str]]]:
     table = []
     for name, values in results.items():
         cells = [name, *(_mean_and_spread(values[key]) if key in values else "-" for key in scalars)]
-        cells += [f"{_mean(values[key]):,.0f}" for key in ("budget", "bytes")]
+        cells += [_budget(_mean(values["budget"])), f"{_mean(values['bytes']):,.0f}"]
         table.append([*cells, f"{_mean(values['seconds']):.1f}"])
     return header, table
 
@@ -83,7 +83,7 @@ def recorded_rows(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, own in measured.items():
         cells = [_mean_and_spread(own[key]["values"]) if key in own else "-" for key in keys]
         costs = record["arms"][name]
-        numbers = [f"{costs['budget']:,.0f}", f"{costs['bytes']:,.0f}", f"{costs['seconds']:.1f}"]
+        numbers = [_budget(costs["budget"]), f"{costs['bytes']:,.0f}", f"{costs['seconds']:.1f}"]
         table.append([name, *cells, *numbers])
     return ["arm", *keys, "budget", "bytes", "seconds"], table
 
@@ -104,6 +104,11 @@ def record_to(folder: Path, destination: Path) -> None:
 
 def _mean(values: list[float]) -> float:
     return statistics.fmean(values)
+
+
+def _budget(value: float) -> str:
+    """Bits of a weight are no whole number."""
+    return f"{value:,.0f}" if value >= 1000 or round(value, 2) == round(value) else f"{value:.2f}"
 
 
 def _spread(values: list[float]) -> float | None:
