@@ -300,11 +300,11 @@ def read_image(source: str | os.PathLike | bytes) -> np.ndarray:
         UserError: no such file, not an image, a damaged one, one without pixels or with more than Pillow's limit.
     """
     with opened(source) as file:
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    if 0 in image.size:
-        raise UserError(f"{name_of(source)}: an image of {image.width}x{image.height} pixels")
-    return as_rgb(image)
+        file.load()
+        ImageOps.exif_transpose(file, in_place=True)
+    if 0 in file.size:
+        raise UserError(f"{name_of(source)}: an image of {file.width}x{file.height} pixels")
+    return as_rgb(file)
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:
@@ -318,4 +318,4 @@ def as_rgb(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         over = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
