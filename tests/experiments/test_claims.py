@@ -36,7 +36,7 @@ class Lab:
         self.runs.append(("method", seed))
         self._maybe_fail("method", seed)
         assert (needs["base"].workdir / "attempts").is_file()
-        return {"loss": np.float32(needs["base"].measured["loss"] - 0.5), "budget": 100, "bytes": 2000}
+        return {"loss": np.float32(needs["base"].measured["loss"] - 0.5), "budget": 2.5, "bytes": 2000}
 
     def _maybe_fail(self, arm: str, seed: int):
         if self.fail == (arm, seed):
@@ -105,11 +105,11 @@ def test_a_claim_runs_and_leaves_its_report(place, monkeypatch, capsys):
     assert record["measured"]["base"]["curve"] == {"values": [[4.0, 3.0], [4.0, 3.0]]}
     assert record["measured"]["method"] == {"loss": {"values": [1.5, 2.5], "mean": 2.0, "spread": 0.5**0.5}}
     arm = record["arms"]["method"]
-    assert (arm["description"], arm["budget"], arm["bytes"]) == ("better", 100, 2000)
+    assert (arm["description"], arm["budget"], arm["bytes"]) == ("better", 2.5, 2000)
     assert arm["seconds"] >= 0
     readme = (place / "runs" / "fake" / "README.md").read_text()
     assert "| arm | loss (nats) | budget (tokens) | bytes | seconds |" in readme
-    assert "| method | 2 ± 0.71 | 100 | 2,000 |" in readme
+    assert "| method | 2 ± 0.71 | 2.50 | 2,000 |" in readme
     assert "python -m experiments.claims fake" in readme
     out = capsys.readouterr().out
     assert "2.5 ± 0.71" in out and out.count("fake holds: yes. The method is 0.50 nats better.") == 1
@@ -137,7 +137,7 @@ def test_what_is_recorded_is_shown_without_a_run(place, monkeypatch, capsys):
     assert [cell.strip() for cell in out.splitlines()[5].split("│")[1:5]] == [
         "method",
         "2 ± 0.71",
-        "100",
+        "2.50",
         "2,000",
     ]
     assert out.endswith("0.50 nats better.\nholds: yes 1; not recorded: other\n")
