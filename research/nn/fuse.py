@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from research.nn import weights
+from research.nn.quantized import Quantized
 
 _GROUPS = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 
 def fuse_projections(params: dict) -> dict:
-    """Replace query, key, value by `qkv` and gate, up by `gate_up` wherever all of them are plain arrays."""
+    """Replace query, key, value by `qkv` and gate, up by `gate_up` wherever all of them are plain arrays, or are
+    quantized alike."""
     if not isinstance(params, dict):
         return params
     fused = dict(params)
@@ -23,10 +25,21 @@ def fuse_projections(params: dict) -> dict:
         kernels = [
             params[part].get("kernel") if isinstance(params.get(part), dict) else None for part in parts
         ]
-        if all(isinstance(kernel, jax.Array) and kernel.ndim == 2 for kernel in kernels):
+        if _alike(kernels):
             group = [fused.pop(part) for part in parts]
             fused[name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *group)
     return {name: fuse_projections(value) for name, value in fused.items()}
+
+
+def _alike(kernels: list[Any]) -> bool:
+    """Whether the outputs of these kernels can stand side by side in one."""
+    if all(isinstance(kernel, jax.Array) and kernel.ndim == 2 for kernel in kernels):
+        return True
+    if not all(isinstance(kernel, Quantized) and len(kernel.shape) == 2 for kernel in kernels):
+        return False
+    leaves = [[(leaf.dtype, leaf.shape[:-1]) for leaf in jax.tree.leaves(kernel)] for kernel in kernels]
+    structures = [jax.tree.structure(kernel) for kernel in kernels]
+    return all(x == leaves[0] for x in leaves) and all(x == structures[0] for x in structures)
 
 
 def unfuse(params: dict[str, Any], heads: int, kv_heads: int) -> dict[str, Any]:

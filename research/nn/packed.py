@@ -3,8 +3,9 @@
 The layout is that of `kernels_pallas.quantized_matmul.packing`, byte planes of a tile of rows. A tile here divides the
 rows, so that nothing is padded: a kernel [in, out] of `bits` bits takes in * bits / 8 * out bytes.
 
-A product of few rows reads the codes block by block: a block becomes floats in the processor's cache and meets the
-activations there. Codes of float size never reach memory.
+On a CPU a product of few rows reads the codes where they lie. One row: codes become floats in registers and are summed
+there. Several rows: blocks of columns become floats in the processor's cache and meet the activations in the library's
+product. A float copy of the kernel never reaches memory.
 """
 
 import math
@@ -17,8 +18,9 @@ from kernels_pallas.quantized_matmul.packing import TILE, pack_codes, unpack_cod
 from research.errors import UserError
 
 BITS = (2, 3, 4, 8)
-FEW = 16  # rows; with more, a whole kernel is made floats and multiplied once
-_BLOCK = 1 << 20  # bytes of floats at a time
+FEW = 128  # rows; with more, a whole kernel is made floats and multiplied once
+# Floats of a plane at a time: what XLA leaves to one core; divided among two it took twice as long.
+_BLOCK = 1 << 16
 
 Decode = Callable[[jax.Array], jax.Array]
 
@@ -109,54 +111,107 @@ def block_dot(
 
     codes uint8[in * bits / 8, out] packed; scale and zero [groups, out]; decode: codes uint8 -> float32.
     """
-    m, rows = x.shape
-    columns, planes = codes.shape[-1], planes_of(bits)
-    plane, group = tile // planes, rows // scale.shape[0]
-    # Rows of a plane that are taken at a time: within one group, and few enough to stay in the cache.
-    height = math.gcd(plane, group)
-    fitting = max(_BLOCK // (4 * columns), 1)
-    height = next(n for n in range(min(height, fitting), 0, -1) if height % n == 0)
-    tiles, blocks = rows // tile, plane // height
+    parts = {"codes": codes, "scale": scale} | ({} if zero is None else {"zero": zero})
+    # Tied to the activations: else XLA takes all unpacking out of a decoding loop and keeps the floats.
+    x, parts = jax.lax.optimization_barrier((x.astype(jnp.float32), parts))
+    multiply = _row_dot if x.shape[0] == 1 else _columns_dot
+    return multiply(x, parts, bits, tile, decode)
 
-    def by_block(values: jax.Array, each: int) -> jax.Array:
-        """[in / height (a row a block), ...] or [in, ...] -> [tiles * blocks, planes, each, ...]."""
-        values = values.reshape(tiles, planes, blocks, each, *values.shape[1:])
-        return values.swapaxes(1, 2).reshape(tiles * blocks, planes, each, *values.shape[4:])
 
-    def of_groups(values: jax.Array) -> jax.Array:
-        each = jnp.repeat(values.astype(jnp.float32), group // height, axis=0)
-        return by_block(each, 1)[:, :, 0]
+def _row_dot(x: jax.Array, parts: dict[str, jax.Array], bits: int, tile: int, decode: Decode) -> jax.Array:
+    """The product of one row, x [1, in]. A reduction would do, but XLA runs it a number at a time; sums that are
+    written out it makes vectors of."""
+    rows, planes = x.shape[1], planes_of(bits)
+    # Rows of a plane that are summed at once, within one group; more need more registers than there are.
+    height = _height(rows, parts, bits, tile)
+    height = next(n for n in range(max(16 // planes, 4), 0, -1) if height % n == 0)
+    codes = _blocks_of_codes(parts["codes"], bits, tile, height)
+    scale, zero = (_of_planes(parts.get(name), rows, bits, tile, height) for name in ("scale", "zero"))
+    xs = x.reshape(-1, planes, tile // planes // height, height).swapaxes(0, 1).reshape(planes, -1, height, 1)
+    total = jnp.zeros_like(scale[0])
+    for j in range(planes):
+        product = sum(xs[j, :, i] * decode(_plane(codes[:, :, i], bits, j)) for i in range(height))
+        if zero is not None:
+            product -= jnp.sum(xs[j], axis=1) * zero[j]
+        total += product * scale[j]
+    return jnp.ones((1, total.shape[0]), jnp.float32) @ total
 
-    xs = {"x": by_block(x.astype(jnp.float32).T, height), "scale": of_groups(scale)}
-    xs["codes"] = _blocks_of_codes(codes, bits, tile, height)
-    if zero is not None:
-        xs["zero"] = of_groups(zero)
 
-    def block(total: jax.Array, part: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        for j in range(planes):  # each is one shift, one mask and one product
-            xj = part["x"][j]
-            product = jax.lax.dot_general(
-                xj, decode(_plane(part["codes"], bits, j)), (((0,), (0,)), ((), ()))
-            )
-            if zero is not None:
-                product -= jnp.sum(xj, axis=0)[:, None] * part["zero"][j]
-            total += product * part["scale"][j]
-        return total, None
+def _columns_dot(
+    x: jax.Array, parts: dict[str, jax.Array], bits: int, tile: int, decode: Decode
+) -> jax.Array:
+    """The product of several rows, x [M, in]."""
+    (m, rows), columns, planes = x.shape, parts["codes"].shape[-1], planes_of(bits)
+    if bits == 8:  # bytes lie in the order of their rows: any tile describes them
+        tile = next(n for n in range(min(TILE // 2, rows), 0, -1) if rows % n == 0)
+    plane, tiles, height = tile // planes, rows // tile, _height(rows, parts, bits, tile)
+    width, taken = min(max(_BLOCK // plane, 1), columns), tile * bits // 8
+    xs = x.reshape(m, tiles, planes, plane).transpose(1, 2, 0, 3)
 
-    total = jnp.zeros_like(x, shape=(m, columns), dtype=jnp.float32)
-    return jax.lax.scan(block, total, xs)[0]
+    @jax.checkpoint  # for a gradient, too, floats are made a block at a time
+    def of_columns(at: jax.Array | int) -> jax.Array:
+        """The product with `width` columns."""
+        scale, zero = (
+            None if part is None else _of_planes(_columns(part, at, width), rows, bits, tile, height)
+            for part in (parts["scale"], parts.get("zero"))
+        )
+
+        def add_tile(total: jax.Array, number: jax.Array | int) -> tuple[jax.Array, None]:
+            codes = jax.lax.dynamic_slice(parts["codes"], (number * taken, at), (taken, width))
+            codes = _blocks_of_codes(codes, bits, tile, height)
+            blocks = plane // height
+            for j in range(planes):
+                values = decode(_plane(codes, bits, j))
+                if zero is not None:
+                    values -= jax.lax.dynamic_slice_in_dim(zero[j], number * blocks, blocks)[:, None]
+                values *= jax.lax.dynamic_slice_in_dim(scale[j], number * blocks, blocks)[:, None]
+                total += jax.lax.dot(xs[number, j], values.reshape(plane, width))
+            return total, None
+
+        total = jnp.zeros_like(x, shape=(m, width))
+        if tiles == 1:
+            return add_tile(total, 0)[0]
+        return jax.lax.scan(add_tile, total, jnp.arange(tiles, dtype=jnp.int32))[0]
+
+    if width == columns:
+        return of_columns(0)
+
+    def block(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        at = jnp.minimum(number * width, columns - width)  # the last two blocks may share columns
+        return jax.lax.dynamic_update_slice_in_dim(total, of_columns(at), at, 1), None
+
+    total = jnp.zeros_like(x, shape=(m, columns))
+    return jax.lax.scan(block, total, jnp.arange(-(-columns // width), dtype=jnp.int32))[0]
+
+
+def _columns(values: jax.Array, at: jax.Array | int, width: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(values, at, width, 1)
+
+
+def _height(rows: int, parts: dict[str, jax.Array], bits: int, tile: int) -> int:
+    """The most neighbouring rows of a plane that always share a scale."""
+    return math.gcd(tile // planes_of(bits), rows // parts["scale"].shape[0])
+
+
+def _of_planes(values: jax.Array | None, rows: int, bits: int, tile: int, height: int) -> jax.Array | None:
+    """Values of groups [groups, out] -> float32[planes, blocks of `height` rows of a plane, out]."""
+    if values is None:
+        return None
+    planes, columns = planes_of(bits), values.shape[-1]
+    each = jnp.repeat(values.astype(jnp.float32), rows // height // values.shape[0], axis=0)
+    each = each.reshape(-1, planes, tile // planes // height, columns)
+    return each.swapaxes(0, 1).reshape(planes, -1, columns)
 
 
 def _blocks_of_codes(codes: jax.Array, bits: int, tile: int, height: int) -> jax.Array:
-    """Packed codes -> [blocks, parts, height, out]: one part, of 3 bits the two halves of the low bits and the high."""
+    """Packed codes -> [parts, blocks, height, out]: one part, of 3 bits the two halves of the low bits and the high."""
     parts = 3 if bits == 3 else 1
-    plane, columns = tile // planes_of(bits), codes.shape[-1]
-    blocks = codes.reshape(-1, parts, plane // height, height, columns).swapaxes(1, 2)
-    return blocks.reshape(-1, parts, height, columns)
+    blocks = codes.reshape(-1, parts, tile // planes_of(bits) // height, height, codes.shape[-1])
+    return blocks.swapaxes(0, 1).reshape(parts, -1, height, codes.shape[-1])
 
 
 def _plane(parts: jax.Array, bits: int, j: int) -> jax.Array:
-    """The codes of plane j of a block [parts, height, out] -> uint8[height, out]."""
+    """The codes of plane j of the parts [parts, ...] of some blocks -> uint8[...]."""
     if bits != 3:
         return (parts[0] >> (bits * j)) & (2**bits - 1)
     return (parts[j % 2] >> (2 * (j // 2))) & 3 | ((parts[2] >> j) & 1) << 2

@@ -6,6 +6,7 @@ import numpy as np
 
 from research.nn.attention import Attention, Context
 from research.nn.fuse import fuse_projections, unfuse
+from research.nn.quantized import quantize
 from research.nn.weights import LowRank
 
 
@@ -33,6 +34,18 @@ def test_structured_kernels_are_left_alone():
     low = {"kernel": LowRank(jnp.ones((2, 1)), jnp.ones((1, 3)))}
     mlp = {"gate": low, "up": {"kernel": jnp.ones((2, 3))}, "down": {"kernel": jnp.ones((3, 2))}}
     assert fuse_projections({"mlp": mlp})["mlp"].keys() == mlp.keys()
+
+
+def test_kernels_quantized_alike_are_joined():
+    values = np.arange(48.0, dtype="f").reshape(2, 8, 3) - 20
+    gate, up, other = quantize(values[0], 4, 4), quantize(values[1], 4, 4), quantize(values[1], 8, 4)
+    mlp = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": other}}
+    joined = fuse_projections({"mlp": mlp})["mlp"]["gate_up"]["kernel"]
+    parts = [kernel.materialize() for kernel in (gate, up)]
+    np.testing.assert_array_equal(joined.materialize(), np.concatenate(parts, -1), strict=True)
+    assert joined.stored_bits() == gate.stored_bits() + up.stored_bits()
+    mixed = mlp | {"up": {"kernel": other}}  # of other bits
+    assert fuse_projections({"mlp": mixed})["mlp"].keys() == mixed.keys()
 
 
 def test_grouped_attention_is_the_same():

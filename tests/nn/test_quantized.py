@@ -7,6 +7,7 @@ import pytest
 
 from kernels_pallas.quantized_matmul.packing import unpack_codes
 from research.errors import UserError
+from research.nn import packed
 from research.nn.accounting import count_bytes, count_parameters
 from research.nn.normal_float import code_book, quantize_normal
 from research.nn.quantized import PallasProduct, Quantized, quantize, quantize_kernels
@@ -69,7 +70,7 @@ def test_products_gradients_and_cuts():
 
             floating = [leaf for f, leaf in zip(real, leaves, strict=True) if f]
             few, pull = jax.vjp(product, x, floating)
-            many = dot(jnp.concatenate([x] * 9), kernel)
+            many = dot(jnp.concatenate([x] * 65), kernel)
             return few, many, kernel.materialize(), *pull(jnp.ones_like(few))
 
         return {name: of(kernel) for name, kernel in kernels.items()}
@@ -81,7 +82,7 @@ def test_products_gradients_and_cuts():
         np.testing.assert_allclose(whole, expected, rtol=1e-6)
         # Sums of 32 terms of order 1 in float32.
         np.testing.assert_allclose(few, X @ expected, atol=2e-5)
-        np.testing.assert_allclose(many[16:], X @ expected, atol=2e-5)
+        np.testing.assert_allclose(many[128:], X @ expected, atol=2e-5)
         np.testing.assert_allclose(dx, np.broadcast_to(expected.sum(1), X.shape), atol=2e-5)
         if not hasattr(kernel.scale, "step"):  # dy/dscale = sum of (x dy) over the group's unscaled values
             unit = expected / np.repeat(np.float32(kernel.scale), kernel.group, 0)
@@ -104,6 +105,42 @@ def test_products_gradients_and_cuts():
         narrow(KERNELS["4 bits, groups of 16"], inputs=8)
     with pytest.raises(UserError, match="cuts a block of 3 scales"):
         narrow(KERNELS["NF4"], outputs=4)
+
+
+def test_one_row_and_blocks(monkeypatch):
+    """One row is summed in registers; three are multiplied tile by tile, four columns at a time (of 3 bits sixteen) and
+    the last block sharing columns with the one before."""
+    monkeypatch.setattr(packed, "TILE", 16)
+    monkeypatch.setattr(packed, "_BLOCK", 32)
+
+    def kernel(bits, groups, zero_dtype):
+        codes = RNG.integers(0, 2**bits, (32, 18)).astype(np.uint8)
+        scale, zero = RNG.uniform(0.5, 1.0, (groups, 18)), RNG.uniform(0, 2**bits, (groups, 18))
+        zero = None if zero_dtype is None else zero.astype(zero_dtype)
+        return Quantized.from_codes(codes, scale.astype("f"), zero, bits)
+
+    kernels = [kernel(8, 1, None), kernel(4, 4, "uint8"), kernel(3, 8, "f")]
+    kernels.append(quantize_normal(RNG.normal(size=(64, 18)).astype("f"), 4, 8))
+
+    def everything(x, kernels):
+        def product(x, scale, kernel):
+            return dot(x[:, : kernel.shape[0]], kernel.replace(scale=scale))
+
+        def of(x, kernel):
+            y, pull = jax.vjp(lambda x, scale: product(x, scale, kernel), x, kernel.scale)
+            return y, *pull(jnp.ones_like(y))
+
+        return [[of(x[:rows], kernel) for kernel in kernels] for rows in (1, 3)]
+
+    x = RNG.normal(size=(3, 64)).astype("f")
+    for rows, results in zip((1, 3), jax.jit(everything)(x, kernels), strict=True):
+        for kernel, (y, dx, d_scale) in zip(kernels, results, strict=True):
+            expected, k = np.float64(reference(kernel)), kernel.shape[0]
+            np.testing.assert_allclose(y, x[:rows, :k] @ expected, atol=1e-6 * 2**kernel.bits * k)
+            np.testing.assert_allclose(dx[:, :k], np.tile(expected.sum(1), (rows, 1)), rtol=1e-4, atol=1e-4)
+            unit = expected / np.repeat(kernel.scale, kernel.group, 0)
+            unit = (x[:rows, :k].sum(0)[:, None] * unit).reshape(-1, kernel.group, 18).sum(1)
+            np.testing.assert_allclose(d_scale, unit, rtol=1e-4, atol=1e-6 * 2**kernel.bits * k)
 
 
 def test_rounding():
