@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+BLOCK = 64  # chunks between which states move by one product
+
 
 def ssd(
     x: jax.Array,
@@ -24,49 +26,91 @@ def ssd(
     x, log_decay, b, c = (
         jnp.pad(y, ((0, 0), (0, pad), *[(0, 0)] * (y.ndim - 2))) for y in (x, log_decay, b, c)
     )
-    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
+    segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(batch, -1, chunk)
 
+    # Heads before tokens, so that every product is one of the last two dimensions as they lie in memory: with heads
+    # among the channels XLA turns decays, states and outputs around each product. K chunks of Q tokens.
     def chunked(y: jax.Array) -> jax.Array:
-        return y.reshape(batch, -1, chunk, *y.shape[2:])
+        """[b, T, n, *] -> [b, n, K, Q, *]."""
+        return jnp.moveaxis(y.reshape(batch, -1, chunk, *y.shape[2:]), 3, 1)
 
-    # Of two operands that share a dimension the second stays as it lies in memory and the first is turned: so the
-    # larger one is second, and states are [N, r, P] here.
-    xs = chunked(x).reshape(batch, -1, chunk, groups, heads // groups, channels)
-    b, c, segments = chunked(b), chunked(c), chunked(segments)
-    decays = chunked(log_decay.astype(jnp.float32)).reshape(*xs.shape[:-1])
-    # To and with each token, [b, K, G, r, Q]: a product, as a cumulative sum is computed anew by all that reads it.
-    before_and_with = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
-    total = jnp.einsum("bkjgr,ij->bkgri", decays, before_and_with, precision="highest")
+    xs = chunked(x).reshape(batch, groups, heads // groups, -1, chunk, channels)
+    turned, c = chunked(b).swapaxes(-1, -2), chunked(c)  # [b, G, K, N, Q], [b, G, K, Q, N]
+    decays = chunked(log_decay.astype(jnp.float32)).reshape(xs.shape[:-1])
+    # To and with each token, [b, G, r, K, Q]: a product, as a cumulative sum is computed anew by all that reads it.
+    up_to = jnp.triu(jnp.ones((chunk, chunk), jnp.float32))
+    total = jnp.matmul(decays.reshape(-1, chunk), up_to, precision="highest").reshape(decays.shape)
 
     # Inside a chunk: y_i = sum_{j <= i} exp(total_i - total_j) (C_i B_j) x_j.
-    scores = jnp.einsum("bkign,bkjgn->bkgij", c, b, preferred_element_type=jnp.float32)
+    scores = jnp.matmul(c, turned, preferred_element_type=jnp.float32)[:, :, None]
     seen = jnp.tril(jnp.ones((chunk, chunk), bool)) & (segments[..., :, None] == segments[..., None, :])
-    weights = _decay(total, seen[:, :, None, None]) * scores[:, :, :, None]
-    y = jnp.einsum("bkgrij,bkjgrp->bkigrp", weights.astype(x.dtype), xs, preferred_element_type=jnp.float32)
+    weights = _decay(total, seen[:, None, None]) * scores
+    y = jnp.matmul(weights.astype(x.dtype), xs, preferred_element_type=jnp.float32)
 
-    # What each chunk adds to the state at its end, and how much of the state before it is left there.
+    # What each chunk adds to the state at its end, [b, G, r, K, N, P], and how much of the state before it is left.
     last = total[..., -1:]
-    to_end = jnp.exp(last - total) * (segments == segments[..., -1:])[:, :, None, None]
-    added = jnp.einsum(
-        "bkjgn,bkjgrp->bkgnrp",
-        b,
-        (xs * jnp.moveaxis(to_end, -1, 2)[..., None]).astype(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    to_end = _once(jnp.exp(last - total) * (segments == segments[..., -1:])[:, None, None])
+    inputs = (turned[:, :, None] * to_end[..., None, :]).astype(x.dtype)
+    added = jnp.matmul(inputs, xs, preferred_element_type=jnp.float32)
     before = jnp.concatenate([segments[:, :1, 0], segments[:, :-1, -1]], axis=1)  # the segment of the state
-    kept = jnp.exp(last[..., 0]) * (before == segments[..., -1])[..., None, None]  # [b, K, G, r]
+    anew = before != segments[..., -1]
+    state = state.astype(jnp.float32).reshape(batch, groups, -1, channels, size).swapaxes(-1, -2)
+    states, final = _states(state, last[..., 0], anew, added)
 
-    def step(state: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        kept, added = chunk
-        return kept[:, :, None, :, None] * state + added, state
+    from_start = jnp.exp(total) * (segments == before[..., None])[:, None, None]
+    y = y + jnp.matmul(c.astype(jnp.float32)[:, :, None] * from_start[..., None], states)
+    y = jnp.moveaxis(y.reshape(batch, heads, -1, channels), 1, 2)[:, :length].astype(x.dtype)
+    return y, final.swapaxes(-1, -2).reshape(batch, heads, channels, size)
 
-    state = jnp.moveaxis(state.astype(jnp.float32).reshape(batch, groups, -1, channels, size), -1, 2)
-    final, states = jax.lax.scan(step, state, (kept.swapaxes(0, 1), added.swapaxes(0, 1)))
-    from_start = jnp.exp(total) * (segments == before[..., None])[:, :, None, None]
-    carried = jnp.einsum("bkign,kbgnrp->bkigrp", c.astype(jnp.float32), states)
-    y = y + jnp.moveaxis(from_start, -1, 2)[..., None] * carried
-    y = y.reshape(batch, -1, heads, channels)[:, :length].astype(x.dtype)
-    return y, jnp.moveaxis(final, 2, -1).reshape(batch, heads, channels, size)
+
+def _states(
+    state: jax.Array, last: jax.Array, anew: jax.Array, added: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The states in front of each chunk [b, G, r, K, N, P] and behind the last one.
+
+    state [b, G, r, N, P]; last [b, G, r, K], log decays of a whole chunk; anew bool[b, K]: nothing older passes
+    through the chunk; added [b, G, r, K, N, P]. One product for up to `BLOCK` chunks, then the next.
+    """
+    count = last.shape[-1]
+    block = min(BLOCK, count)
+    pad = -count % block
+    if pad:
+        last, anew = jnp.pad(last, ((0, 0),) * 3 + ((0, pad),)), jnp.pad(anew, ((0, 0), (0, pad)))
+        added = jnp.pad(added, ((0, 0),) * 3 + ((0, pad), (0, 0), (0, 0)))
+    place = jnp.arange(block)
+    older = place[:, None] > place
+
+    def step(state: jax.Array, chunks: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        last, anew, added = chunks
+        # Log decays between chunk j and chunk k: sums of those between, not differences of sums from the start, whose
+        # roundings grow with the length.
+        between = jnp.where(older, last[..., :, None], 0)
+        between = jnp.einsum("km,bgrmj->bgrkj", older.astype(jnp.float32), between, precision="highest")
+        starts = jnp.cumsum(anew, axis=-1)
+        before = starts - anew
+        passed = older & (before[:, :, None] == starts[:, None, :])
+        carry = jnp.exp(jnp.where(passed[:, None, None], between, -jnp.inf))
+        flat = added.reshape(*added.shape[:-2], -1)
+        states = jnp.matmul(carry, flat, precision="highest").reshape(added.shape)
+        kept = jnp.einsum("km,bgrm->bgrk", older.astype(jnp.float32), last, precision="highest")
+        kept = jnp.exp(kept) * (before == 0)[:, None, None]
+        states = states + kept[..., None, None] * state[:, :, :, None]
+        through = jnp.exp(last[..., -1]) * ~anew[:, -1, None, None]
+        return through[..., None, None] * states[:, :, :, -1] + added[:, :, :, -1], states
+
+    def blocks(y: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(y.reshape(*y.shape[:axis], -1, block, *y.shape[axis + 1 :]), axis, 0)
+
+    final, states = jax.lax.scan(step, state, (blocks(last, 3), blocks(anew, 1), blocks(added, 3)))
+    states = jnp.moveaxis(states, 0, 3)
+    return states.reshape(*states.shape[:3], -1, *states.shape[5:])[:, :, :, :count], final
+
+
+def _once(x: jax.Array) -> jax.Array:
+    """x [..., n] as a product with the identity: XLA:CPU computes anew, for each element of a larger array, whatever
+    is not the result of a product."""
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), identity, precision="highest").reshape(x.shape)
 
 
 def ssd_step(

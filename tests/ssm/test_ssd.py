@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.ssd import reference
 from research.errors import UserError
 from research.ssm import ssd as forms
 
@@ -86,6 +87,28 @@ def test_segments_do_not_meet():
         expected, last = ssd_sequential(*part)
         close(y[:, start:stop], expected)
     close(final, last)
+
+
+def test_blocks_of_chunks_are_the_recurrence(monkeypatch):
+    """11 chunks in blocks of 4, the last of which is padded; a state in front, which segments cut off in a block."""
+    monkeypatch.setattr(reference, "BLOCK", 4)
+    in_blocks = jax.jit(lambda *a: forms.ssd(*a[:4], chunk=1, state=a[4], segments=a[5]))
+    x, log_decay, b, c, state = inputs()
+    whole, cut = (
+        np.zeros((BATCH, LENGTH), np.int32),
+        np.repeat([[0, 1]], (6, 5), axis=1).repeat(BATCH, axis=0),
+    )
+    for got, expected in zip(
+        in_blocks(x, log_decay, b, c, state, whole), ssd_sequential(x, log_decay, b, c, state), strict=True
+    ):
+        close(got, expected)
+    y, final = in_blocks(x, log_decay, b, c, state, cut)
+    head, tail = (
+        [np.asarray(value)[:, part] for value in (x, log_decay, b, c)] for part in (slice(6), slice(6, None))
+    )
+    close(y[:, :6], ssd_sequential(*head, state)[0])
+    for got, expected in zip((y[:, 6:], final), ssd_sequential(*tail), strict=True):
+        close(got, expected)
 
 
 def test_a_tree_is_the_recurrence_along_every_path():
