@@ -95,7 +95,7 @@ def feed_forward(
     """Buffer [..., width] through its experts' FFNs {gate, up, down}/{kernel, bias} -> buffer [..., width]."""
     plain = all(isinstance(leaf, jax.Array) for part in params.values() for leaf in part.values())
     if plain and isinstance(dispatch, SortedDispatch) and dispatch.in_pieces:
-        return grouped_feed_forward(buffer, params, dispatch.sizes, dispatch.tile, activation)
+        return grouped_feed_forward(buffer, params, dispatch.groups, dispatch.tile, activation)
     up, act = affine(dispatch, buffer, params["up"]), ACTIVATIONS[activation]
     hidden = act(affine(dispatch, buffer, params["gate"])) * up if "gate" in params else act(up)
     return affine(dispatch, hidden, params["down"])

@@ -3,8 +3,10 @@
 `lax.ragged_dot` is this product on TPU and GPU. On CPU it computes every group for every row, and the loops below
 take its place. What they are made for was measured, on two cores:
 
-- Many rows (training): experts one after the other, each over its rows in pieces of `PIECE` and then of `tile`. A
-  loop over tiles alone, which fetches the kernel every time, takes 1.4 times as long.
+- Equally many rows of every expert, in blocks: one batched product of all experts, as fast as a dense layer's. The
+  products of one expert are too small for two cores, and what copies rows in and out of loops is a fifth of the time.
+- Many rows otherwise (training): experts one after the other, each over its rows in pieces of `PIECE` and then of
+  `tile`. A loop over tiles alone, which fetches the kernel every time, takes 1.4 times as long.
 - Few rows (decoding): only the experts that have rows, their kernels in blocks of 128 KiB. Such a block is copied
   within the processor's cache, so that a kernel is read from memory once, at the speed of a dense product; copied
   as a whole it takes twice as long. Time does not depend on the number of experts.
@@ -15,10 +17,12 @@ next one's turn, so groups need not begin at a multiple of anything.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
@@ -26,20 +30,60 @@ from research.errors import UserError
 from research.nn import weights
 from research.nn.weights import Kernel
 
-PIECE = 256  # rows
+PIECE = 512  # rows
 BLOCK = 128 * 1024  # bytes
 
 
-def grouped_dot(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int = 1) -> jax.Array:
-    """rows [S, in] times kernel [E, in, out] -> [S, out] in the dtype of rows, accumulated in float32.
+class Groups(struct.PyTreeNode):
+    """Which rows of a buffer belong to which expert.
 
-    The first sizes[0] rows belong to expert 0, the next sizes[1] to expert 1, and so on; sizes int32[E]. The rest,
-    at least the last tile - 1 rows, belongs to none; it must be 0, and so must its cotangent, and becomes 0.
+    The buffer has R regions, and each expert a run of consecutive rows in each: start, size int32[R, E], from the
+    beginning of the region. What belongs to no expert, at least the last tile - 1 rows of a region that is not `even`,
+    must be 0, and so must its cotangent.
+
+    R is 1, or 2 where there is a `block`. Then the first region has E * block rows. Where `even`, bool[], the run of
+    expert e begins there at e * block, a multiple of the tile; what an expert has beyond `block` rows is in the second.
+    Otherwise that is empty.
     """
+
+    start: jax.Array
+    size: jax.Array
+    even: jax.Array | None = None
+    block: int = struct.field(pytree_node=False, default=0)
+
+    @classmethod
+    def sorted(cls, size: jax.Array) -> "Groups":
+        """The first size[0] rows belong to expert 0, the next size[1] to expert 1, and so on; size int32[E]."""
+        return cls((jnp.cumsum(size) - size)[None], size[None])
+
+    @property
+    def num_experts(self) -> int:
+        return self.size.shape[1]
+
+    def regions(self, x: jax.Array) -> list[jax.Array]:
+        """x [S, ...] cut into its regions."""
+        behind = self.num_experts * self.block
+        return [x[:behind], x[behind:]] if self.block else [x]
+
+    def blocks(self, x: jax.Array) -> jax.Array:
+        """The first region [E * block, ...] -> [E, block, ...]."""
+        return x.reshape(self.num_experts, self.block, *x.shape[1:])
+
+    def experts(self, rows: int) -> jax.Array:
+        """The expert of each of `rows` rows, int32[rows]; E for those of none."""
+        behind = jnp.asarray([[0], [self.num_experts * self.block]][: len(self.start)])
+        start, row = self.start + behind, jnp.arange(rows)[:, None, None]
+        mine = (start <= row) & (row < start + self.size)  # [S, R, E]
+        return jnp.min(jnp.where(mine, jnp.arange(self.num_experts), self.num_experts), axis=(1, 2))
+
+
+def grouped_dot(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int = 1) -> jax.Array:
+    """rows [S, in] times kernel [E, in, out] -> [S, out] in the dtype of rows, accumulated in float32. Rows of no
+    expert become 0."""
     if target_platform() != "cpu" and isinstance(kernel, jax.Array):
-        kernel = kernel.astype(rows.dtype)
+        kernel, sizes = kernel.astype(rows.dtype), groups.size[0]
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
-    return _product(rows, kernel, sizes, tile)
+    return _product(rows, kernel, groups, tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,50 +113,78 @@ class PallasGroupedDot:
             raise UserError(f"grouped_dot={self} cannot run: {error}; None runs everywhere") from error
 
 
-def row_experts(sizes: jax.Array, rows: int) -> jax.Array:
-    """The expert of every row, int32[rows]; E for those of none."""
-    # How many end before it; jnp.searchsorted fails inside shard_map (jax 0.10).
-    return jnp.sum(jnp.cumsum(sizes) <= jnp.arange(rows)[:, None], axis=1, dtype=jnp.int32)
-
-
-def every_expert(rows: int, experts: int, tile: int) -> bool:
-    """Whether there are rows enough that all experts will have some."""
-    return rows > 2 * tile * experts
+def every_expert(rows: int, groups: Groups, tile: int) -> bool:
+    """Whether there are rows enough that all experts will have some. With blocks, tiles are a quarter as large."""
+    return rows > (8 if groups.block else 2) * tile * groups.num_experts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
-    by = _by_experts if every_expert(rows.shape[0], sizes.shape[0], tile) else _by_tiles
-    return by(rows, kernel, sizes, tile)
+def _product(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int) -> jax.Array:
+    by = _by_experts if every_expert(rows.shape[0], groups, tile) else _by_tiles
+
+    def first(x: jax.Array) -> jax.Array:
+        def batched(x: jax.Array) -> jax.Array:
+            return jax.vmap(weights.dot)(groups.blocks(x), kernel).reshape(x.shape[0], -1)
+
+        return if_even(
+            groups, kernel, batched, lambda x: by(x, kernel, groups.start[0], groups.size[0], tile), x
+        )
+
+    parts = groups.regions(rows)
+    out = [first(parts[0]), *(by(x, kernel, groups.start[1], groups.size[1], tile) for x in parts[1:])]
+    return jnp.concatenate(out) if len(out) > 1 else out[0]
 
 
-def _product_forward(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> tuple[jax.Array, Any]:
-    return _product(rows, kernel, sizes, tile), (rows, kernel, sizes)
+def if_even(
+    groups: Groups, kernels: Any, blocks: Callable[..., Any], others: Callable[..., Any], *operands: Any
+) -> Any:
+    """`blocks` of the operands where the first region has blocks of equal size, else `others` of them. Kernels that are
+    structured go expert by expert, so that no more than one has to be unpacked at a time."""
+    leaves = jax.tree.leaves(kernels, is_leaf=lambda leaf: isinstance(leaf, weights.Weight))
+    if not groups.block or any(isinstance(leaf, weights.Weight) for leaf in leaves):
+        return others(*operands)
+    return jax.lax.cond(groups.even, blocks, others, *operands)
+
+
+def _product_forward(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int) -> tuple[jax.Array, Any]:
+    return _product(rows, kernel, groups, tile), (rows, kernel, groups)
 
 
 def _product_backward(tile: int, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, Any, None]:
     """Both gradients of a piece of rows at a time. That of the kernel is added up in float32."""
-    rows, kernel, sizes = saved
+    rows, kernel, groups = saved
     floating, codes, rebuild = _split(kernel)
 
-    def expert(d_rows: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-        mine, codes, size, start = xs
+    def by_pieces(rows: jax.Array, cotangent: jax.Array, run: int, totals: Any) -> tuple[jax.Array, Any]:
+        def expert(mine: Any, start: jax.Array, size: jax.Array, d_rows: jax.Array, total: Any) -> Any:
+            def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
+                d_rows, total = carry
+                x = jax.lax.dynamic_slice_in_dim(rows, at, count)
+                if own is not None:  # rows of the next expert have no part in this one's gradient
+                    x = jnp.where(jnp.arange(count)[:, None] < own, x, 0)
+                dy = jax.lax.dynamic_slice_in_dim(cotangent, at, count)
+                dx, parts = _dot_gradient(x, *mine, rebuild, dy)
+                total = [a + b.astype(jnp.float32) for a, b in zip(total, parts, strict=True)]
+                return jax.lax.dynamic_update_slice_in_dim(d_rows, dx, at, 0), total
 
-        def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
-            d_rows, total = carry
-            x = jax.lax.dynamic_slice_in_dim(rows, at, count)
-            if own is not None:  # rows of the next expert have no part in this one's gradient
-                x = jnp.where(jnp.arange(count)[:, None] < own, x, 0)
-            dy = jax.lax.dynamic_slice_in_dim(cotangent, at, count)
-            dx, parts = _dot_gradient(x, mine, codes, rebuild, dy)
-            total = [a + b.astype(jnp.float32) for a, b in zip(total, parts, strict=True)]
-            return jax.lax.dynamic_update_slice_in_dim(d_rows, dx, at, 0), total
+            return pieces(start, size, rows.shape[0], tile, piece, (d_rows, total))
 
-        zeros = [jnp.zeros_like(leaf, dtype=jnp.float32) for leaf in mine]
-        return pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
+        start, size = groups.start[run], groups.size[run]
+        return each_expert(start, size, (floating, codes), expert, jnp.zeros_like(rows), totals)
 
-    start = jnp.cumsum(sizes) - sizes
-    d_rows, totals = jax.lax.scan(expert, jnp.zeros_like(rows), (floating, codes, sizes, start))
+    def batched(rows: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, Any]:
+        gradient = functools.partial(_dot_gradient, codes=codes, rebuild=rebuild)
+        dx, totals = jax.vmap(lambda x, mine, dy: gradient(x, mine, dy=dy))(
+            groups.blocks(rows), floating, groups.blocks(cotangent)
+        )
+        return dx.reshape(rows.shape), [total.astype(jnp.float32) for total in totals]
+
+    zeros = [jnp.zeros_like(leaf, dtype=jnp.float32) for leaf in floating]
+    parts = list(zip(groups.regions(rows), groups.regions(cotangent), strict=True))
+    d_rows, totals = if_even(groups, kernel, batched, lambda x, dy: by_pieces(x, dy, 0, zeros), *parts[0])
+    if groups.block:
+        d_others, totals = by_pieces(*parts[1], 1, totals)
+        d_rows = jnp.concatenate([d_rows, d_others])
     cast = [total.astype(leaf.dtype) for total, leaf in zip(totals, floating, strict=True)]
     nothing = [jnp.zeros(leaf.shape, jax.dtypes.float0) for leaf in codes]
     return d_rows, rebuild(cast, nothing), None
@@ -121,10 +193,8 @@ def _product_backward(tile: int, saved: Any, cotangent: jax.Array) -> tuple[jax.
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _by_experts(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
-    def expert(out: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-        mine, size, start = xs
-
+def _by_experts(rows: jax.Array, kernel: Kernel, start: jax.Array, size: jax.Array, tile: int) -> jax.Array:
+    def expert(mine: Kernel, start: jax.Array, size: jax.Array, out: jax.Array, total: None) -> Any:
         def piece(at: jax.Array, count: int, own: jax.Array | None, out: jax.Array) -> jax.Array:
             y = weights.dot(jax.lax.dynamic_slice_in_dim(rows, at, count), mine)
             return jax.lax.dynamic_update_slice_in_dim(out, y, at, 0)
@@ -133,7 +203,27 @@ def _by_experts(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) ->
 
     # Like the rows: inside shard_map, of the mesh axes that they differ over.
     out = jnp.zeros_like(rows, shape=(rows.shape[0], kernel.shape[-1]))
-    return jax.lax.scan(expert, out, (kernel, sizes, jnp.cumsum(sizes) - sizes))[0]
+    return each_expert(start, size, kernel, expert, out, None)[0]
+
+
+def each_expert(
+    start: jax.Array, size: jax.Array, kernels: Any, body: Any, carry: Any, totals: Any
+) -> tuple[Any, Any]:
+    """`body(its kernels, start, size, carry, its totals) -> carry, its totals`, of one expert after the other that has
+    rows; leaves of kernels and totals [E, ...]."""
+    some = jnp.argsort(size == 0, stable=True)  # these first, in their order
+
+    def expert(i: jax.Array, state: Any) -> Any:
+        carry, totals = state
+        e = some[i]
+        mine, total = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, e, keepdims=False), (kernels, totals)
+        )
+        carry, total = body(mine, start[e], size[e], carry, total)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=e, axis=0)
+        return carry, jax.tree.map(put, totals, total)
+
+    return jax.lax.fori_loop(0, jnp.sum(size > 0), expert, (carry, totals))
 
 
 def pieces(start: jax.Array, size: jax.Array, most: int, tile: int, body: Any, carry: Any) -> Any:
@@ -152,11 +242,10 @@ def pieces(start: jax.Array, size: jax.Array, most: int, tile: int, body: Any, c
     return jax.lax.fori_loop(0, tiles, rest, carry)
 
 
-def _by_tiles(rows: jax.Array, kernel: Kernel, sizes: jax.Array, tile: int) -> jax.Array:
+def _by_tiles(rows: jax.Array, kernel: Kernel, start: jax.Array, size: jax.Array, tile: int) -> jax.Array:
     features = kernel.shape[-1]
-    used = -(-sizes // tile)  # tiles of each expert
+    used = -(-size // tile)  # tiles of each expert
     end = jnp.cumsum(used)
-    start = jnp.cumsum(sizes) - sizes
     blocks = _block_count(kernel) if isinstance(kernel, jax.Array) else 1
     width = kernel.shape[-2] // blocks
     if blocks > 1:

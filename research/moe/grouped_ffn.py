@@ -1,5 +1,6 @@
-"""The whole FFN of an expert over a piece of its rows, for CPUs.
+"""The whole FFN of every expert over its rows, for CPUs.
 
+Blocks of equally many rows are batched products of all experts. Otherwise an expert goes over its rows piece by piece:
 `grouped_dot` three times would write what lies between the products to memory and read it again, four times forward
 and backward; here a piece's hidden states stay in the processor's cache. Backward needs what the activation got, which
 is kept, so nothing is computed twice.
@@ -12,86 +13,113 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.moe.grouped import pieces, varying_like
+from research.moe.grouped import Groups, each_expert, if_even, pieces, varying_like
 from research.nn import weights
 from research.nn.mlp import ACTIVATIONS, Activation
 
 Params = Mapping[str, Mapping[str, jax.Array]]
+Kept = list[jax.Array]  # the inputs of the activation
 
 
 def grouped_feed_forward(
-    rows: jax.Array, params: Params, sizes: jax.Array, tile: int, activation: Activation
+    rows: jax.Array, params: Params, groups: Groups, tile: int, activation: Activation
 ) -> jax.Array:
     """rows [S, width] grouped by expert as in `grouped_dot` -> [S, width], each through its expert's FFN.
 
     params: {gate, up, down}/kernel [E, in, out] and, where there are biases, /bias [E, out]; arrays all of them.
-    Without `gate` the FFN is not gated. Rows of no expert become 0.
+    Without `gate` the FFN is not gated. What rows of no expert become means nothing.
     """
-    return _forward(rows, params, sizes, tile, activation)
+    return _forward(rows, params, groups, tile, activation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _forward(
-    rows: jax.Array, params: Params, sizes: jax.Array, tile: int, activation: Activation
-) -> jax.Array:
-    return _run(rows, params, sizes, tile, activation, keep=False)[0]
+def _forward(rows: jax.Array, params: Params, groups: Groups, tile: int, activation: Activation) -> jax.Array:
+    return _run(rows, params, groups, tile, activation, keep=False)[0]
 
 
-def _forward_keeping(rows, params, sizes, tile, activation):
-    out, kept = _run(rows, params, sizes, tile, activation, keep=True)
-    return out, (rows, params, sizes, kept)
+def _forward_keeping(rows, params, groups, tile, activation):
+    out, kept = _run(rows, params, groups, tile, activation, keep=True)
+    return out, (rows, params, groups, kept)
 
 
-def _run(rows, params, sizes, tile, activation, keep: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """-> the output, and the inputs of the activation if they are to be kept."""
+def _run(rows, params, groups, tile, activation, keep: bool) -> tuple[jax.Array, list[Kept]]:
+    """-> the output, and of every region the inputs of the activation if they are to be kept."""
 
-    def expert(carry: Any, xs: Any) -> tuple[Any, None]:
-        mine, size, start = xs
+    def through(mine: Params, x: jax.Array) -> tuple[jax.Array, Kept]:
+        inputs = [_affine(x, mine[name]) for name in _inner(params)]
+        return _affine(_activate(activation, *inputs), mine["down"]), inputs if keep else []
 
-        def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
-            out, kept = carry
-            x = jax.lax.dynamic_slice_in_dim(rows, at, count)
-            inputs = [_affine(x, mine[name]) for name in _inner(params)]
-            y = _affine(_activate(activation, *inputs), mine["down"])
-            kept = [_write(buffer, new, at) for buffer, new in zip(kept, inputs, strict=bool(kept))]
-            return _write(out, y, at), kept
+    def by_pieces(rows: jax.Array, run: int = 0) -> tuple[jax.Array, Kept]:
+        def expert(mine: Params, start: jax.Array, size: jax.Array, carry: Any, total: None) -> Any:
+            def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
+                new = through(mine, jax.lax.dynamic_slice_in_dim(rows, at, count))
+                return jax.tree.map(functools.partial(_write, at=at), carry, new)
 
-        return pieces(start, size, rows.shape[0], tile, piece, carry), None
+            return pieces(start, size, rows.shape[0], tile, piece, carry), None
 
-    count, dtype = rows.shape[0], rows.dtype
-    hidden = params["up"]["kernel"].shape[-1]
-    # Not filled: backward reads exactly the rows that are written here.
-    kept = [varying_like(jax.lax.empty((count, hidden), dtype), rows) for _ in _inner(params)] if keep else []
-    out = jnp.zeros_like(rows, shape=(count, params["down"]["kernel"].shape[-1]))
-    (out, kept), _ = jax.lax.scan(expert, (out, kept), (params, sizes, jnp.cumsum(sizes) - sizes))
-    return out, tuple(kept)
+        count, dtype = rows.shape[0], rows.dtype
+        hidden = params["up"]["kernel"].shape[-1]
+        # Not filled: backward reads exactly the rows that are written here.
+        empty = lambda: varying_like(jax.lax.empty((count, hidden), dtype), rows)  # noqa: E731
+        kept = [empty() for _ in _inner(params)] if keep else []
+        out = jnp.zeros_like(rows, shape=(count, params["down"]["kernel"].shape[-1]))
+        start, size = groups.start[run], groups.size[run]
+        return each_expert(start, size, dict(params), expert, (out, kept), None)[0]
+
+    def blocks(rows: jax.Array) -> tuple[jax.Array, Kept]:
+        flat = lambda y: y.reshape(rows.shape[0], -1)  # noqa: E731
+        return jax.tree.map(flat, jax.vmap(through)(dict(params), groups.blocks(rows)))
+
+    first, *others = groups.regions(rows)
+    done = [if_even(groups, params, blocks, by_pieces, first), *(by_pieces(x, 1) for x in others)]
+    out, kept = zip(*done, strict=True)
+    return jnp.concatenate(out) if others else out[0], list(kept)
 
 
 def _backward(tile: int, activation: Activation, saved: Any, cotangent: jax.Array) -> tuple[Any, Any, None]:
-    rows, params, sizes, kept = saved
+    rows, params, groups, kept = saved
 
-    def expert(d_rows: jax.Array, xs: Any) -> tuple[jax.Array, Params]:
-        mine, size, start = xs
+    def through(mine: Params, x: jax.Array, dy: jax.Array, inputs: Kept) -> tuple[jax.Array, Params]:
+        """The cotangents of an expert's rows x and, in float32, of its parameters."""
+        hidden, pull = jax.vjp(functools.partial(_activate, activation), *inputs)
+        d_hidden = _transposed(dy, mine["down"]["kernel"])
+        parts = {"down": _parameter_gradient(mine["down"], hidden, dy)}
+        dx = 0.0
+        for name, d_input in zip(_inner(params), pull(d_hidden.astype(hidden.dtype)), strict=True):
+            parts[name] = _parameter_gradient(mine[name], x, d_input)
+            dx = dx + _transposed(d_input, mine[name]["kernel"])
+        return dx.astype(x.dtype), parts
 
-        def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
-            d_rows, total = carry
-            x, dy, *inputs = (jax.lax.dynamic_slice_in_dim(y, at, count) for y in (rows, cotangent, *kept))
-            if own is not None:  # rows of the next expert have no part in this one's gradient
-                dy = jnp.where(jnp.arange(count)[:, None] < own, dy, 0)
-            hidden, pull = jax.vjp(functools.partial(_activate, activation), *inputs)
-            d_hidden = _transposed(dy, mine["down"]["kernel"])
-            parts = {"down": _parameter_gradient(mine["down"], hidden, dy)}
-            dx = 0.0
-            for name, d_input in zip(_inner(params), pull(d_hidden.astype(hidden.dtype)), strict=True):
-                parts[name] = _parameter_gradient(mine[name], x, d_input)
-                dx = dx + _transposed(d_input, mine[name]["kernel"])
-            return _write(d_rows, dx.astype(x.dtype), at), jax.tree.map(jnp.add, total, parts)
+    def by_pieces(rows: jax.Array, cotangent: jax.Array, kept: Kept, run: int, totals: Params) -> Any:
+        def expert(mine: Params, start: jax.Array, size: jax.Array, d_rows: jax.Array, total: Params) -> Any:
+            def piece(at: jax.Array, count: int, own: jax.Array | None, carry: Any) -> Any:
+                d_rows, total = carry
+                x, dy, *inputs = (
+                    jax.lax.dynamic_slice_in_dim(y, at, count) for y in (rows, cotangent, *kept)
+                )
+                if own is not None:  # rows of the next expert have no part in this one's gradient
+                    dy = jnp.where(jnp.arange(count)[:, None] < own, dy, 0)
+                dx, parts = through(mine, x, dy, inputs)
+                return _write(d_rows, dx, at), jax.tree.map(jnp.add, total, parts)
 
-        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), dict(mine))
-        return pieces(start, size, rows.shape[0], tile, piece, (d_rows, zeros))
+            return pieces(start, size, rows.shape[0], tile, piece, (d_rows, total))
 
-    start = jnp.cumsum(sizes) - sizes
-    d_rows, totals = jax.lax.scan(expert, jnp.zeros_like(rows), (params, sizes, start))
+        start, size = groups.start[run], groups.size[run]
+        return each_expert(start, size, dict(params), expert, jnp.zeros_like(rows), totals)
+
+    def blocks(*operands: Any) -> tuple[jax.Array, Params]:
+        dx, totals = jax.vmap(through)(dict(params), *jax.tree.map(groups.blocks, operands))
+        return dx.reshape(operands[0].shape), totals
+
+    def sorted_pieces(*operands: Any) -> tuple[jax.Array, Params]:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=jnp.float32), dict(params))
+        return by_pieces(*operands, 0, zeros)
+
+    parts = list(zip(groups.regions(rows), groups.regions(cotangent), kept, strict=True))
+    d_rows, totals = if_even(groups, params, blocks, sorted_pieces, *parts[0])
+    if groups.block:
+        d_others, totals = by_pieces(*parts[1], 1, totals)
+        d_rows = jnp.concatenate([d_rows, d_others])
     return d_rows, jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), totals, dict(params)), None
 
 

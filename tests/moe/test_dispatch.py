@@ -25,6 +25,8 @@ BACKENDS = {
     "sorted": SortedDispatch.make,  # 48 pairs in tiles of 8: by tiles
     "sorted, tiles of 1": lambda r: SortedDispatch.make(r, 1),
     "sorted, tiles of 5": lambda r: SortedDispatch.make(r, 5),  # 52 rows > 2 * 5 * 4: expert by expert
+    "blocks": SortedDispatch.make_blocks,  # of 16 rows, three of the first expert's 19 left over: product by product
+    "blocks, tiles of 1": lambda r: SortedDispatch.make_blocks(r, 1),  # of 12, seven left over: the whole FFN
 }
 
 
@@ -71,9 +73,18 @@ def close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
-@pytest.mark.parametrize("name, piece", [*((name, 256) for name in BACKENDS), ("sorted, tiles of 5", 3)])
-def test_equals_the_oracle_forward_and_backward(name, piece, oracle, monkeypatch):
+@pytest.mark.parametrize(
+    "name, piece, left_over",
+    [
+        *((name, 256, 0.25) for name in BACKENDS),
+        ("sorted, tiles of 5", 3, 0.25),
+        ("blocks", 256, 0.05),  # two rows may be left over, so these loads are sorted
+        ("blocks, tiles of 1", 3, 0.05),
+    ],
+)
+def test_equals_the_oracle_forward_and_backward(name, piece, left_over, oracle, monkeypatch):
     monkeypatch.setattr(grouped, "PIECE", piece)
+    monkeypatch.setattr("research.moe.dispatch.LEFT_OVER", left_over)
     ours = value_and_gradients(BACKENDS[name], inputs())
     close(ours, oracle)
     y, gradients = ours
@@ -106,7 +117,7 @@ def test_half_precision_rounds_what_it_must_and_no_more(oracle):
     close(gradients["logits"], dense_gradients["logits"], 6e-2)
 
 
-@pytest.mark.parametrize("name", ["sorted, tiles of 1", "sorted, tiles of 5"])
+@pytest.mark.parametrize("name", ["sorted, tiles of 1", "sorted, tiles of 5", "blocks", "blocks, tiles of 1"])
 def test_structured_kernels(name):
     """A sum of an array and a low-rank product, stacked by experts, multiplies as its matrices do."""
     shapes = (E, D, 2), (E, 2, F), (E, D, F)
@@ -165,7 +176,8 @@ def test_blocks_of_a_large_kernel_add_up(monkeypatch):
     kernel = inputs()["params"]["up"]["kernel"]
     rows[4] = 0
     assert grouped._block_count(kernel) == 4  # the first divisor of 8 from 3 on
-    y = jax.jit(lambda *args: grouped.grouped_dot(*args, 2))(rows, kernel, np.asarray([0, 3, 0, 1]))
+    groups = grouped.Groups.sorted(np.asarray([0, 3, 0, 1]))
+    y = jax.jit(lambda *args: grouped.grouped_dot(*args, 2))(rows, kernel, groups)
     close(y, np.stack([*(rows[i] @ kernel[1] for i in range(3)), rows[3] @ kernel[3], np.zeros(F)]))
 
 
@@ -174,8 +186,8 @@ def test_blocks_of_a_large_kernel_add_up(monkeypatch):
 CHOICES = np.asarray([[1, 0], [0, 1], [0, 1]])
 
 
-def chosen(index, mask) -> Routing:
-    logits = np.zeros((len(index), index.max() + 1), np.float32)
+def chosen(index, mask, experts=None) -> Routing:
+    logits = np.zeros((len(index), experts or index.max() + 1), np.float32)
     return Routing(logits, logits + 1 / logits.shape[1], index, np.ones(index.shape), np.asarray(mask))
 
 
@@ -219,6 +231,30 @@ def test_capacity_sweep():
 
     dropped = sweep(inputs()["logits"]).tolist()
     assert dropped == sorted(dropped, reverse=True) and dropped[0] > 0 and dropped[-3:] == [0, 0, 0]
+
+
+def test_loads_that_differ_too_much_are_sorted():
+    """10 rows in tiles of 2: blocks of 4. At most 10 / 4 rows may be left over, and one expert of four without any."""
+
+    @jax.jit
+    def layout(index):
+        groups = SortedDispatch.make_blocks(chosen(index, [True] * 10, experts=4), 2).groups
+        return groups.start, groups.size
+
+    def laid_out(loads):
+        start, size = layout(np.repeat(np.arange(4), loads)[:, None])
+        return start.tolist(), size.tolist()
+
+    blocks = [0, 4, 8, 12]
+    assert laid_out([6, 2, 1, 1]) == ([blocks, [0, 2, 2, 2]], [[4, 2, 1, 1], [2, 0, 0, 0]])
+    assert laid_out([6, 3, 1, 0]) == ([blocks, [0, 2, 2, 2]], [[4, 3, 1, 0], [2, 0, 0, 0]])
+    assert laid_out([7, 1, 1, 1]) == ([[0, 7, 8, 9], [0] * 4], [[7, 1, 1, 1], [0] * 4])
+    assert laid_out([6, 4, 0, 0]) == ([[0, 6, 10, 10], [0] * 4], [[6, 4, 0, 0], [0] * 4])
+
+    def block(tokens):
+        return jax.eval_shape(lambda: make_dispatch(route(jnp.zeros((tokens, E)), K))).groups.block
+
+    assert (block(127), block(128)) == (0, 72)  # a mean of 64 rows in tiles of 8, and one tile
 
 
 @pytest.mark.parametrize(
