@@ -9,8 +9,9 @@ Twins of units lie side by side, so that the first half of the grown units is th
 (MatFormer) stay nested, and the grown submodel says what the submodel said. `deepen` (Net2DeeperNet, section 2.3)
 appends layers that add nothing: copies of the last ones whose output projections are zero.
 
-Logits differ by the order of sums alone. Twins are equal, and an optimizer would keep them so: who trains on
-has to break that by noise first (the paper's section 2.4), which nothing here does.
+Logits differ by the order of sums, and by the rounding of such a scale where it is stored minus one. Twins are equal,
+and an optimizer would keep them so: who trains on has to break that by noise first (the paper's section 2.4), which
+nothing here does.
 """
 
 import re
@@ -43,8 +44,7 @@ def widen(model: DecoderLM, params: PyTree) -> tuple[DecoderLM, PyTree]:
     offset = isinstance(norm, RMSNorm) and norm.unit_offset
 
     def double(path: str, leaf: Any) -> np.ndarray:
-        if "/kernel/" in path:
-            raise UserError(f"{path} is part of a structured kernel: grow a model before it is compressed")
+        _refuse_structured(path)
         array = np.asarray(leaf)
         *_, part, name = path.split("/")
         if path == "embedding/table":
@@ -83,19 +83,27 @@ def deepen(model: DecoderLM, params: PyTree, num_layers: int) -> tuple[DecoderLM
     """The decoder of `num_layers` layers, of which those behind its own add nothing; params as in `widen`.
 
     Raises:
-        UserError: fewer layers than the model has, or a model as in `widen`.
+        UserError: fewer layers than the model has, a model as in `widen`, or structured parameters.
     """
     _check(model)
     period, count = len(model.blocks), model.num_layers
     if num_layers < count or count < period:
         raise UserError(f"a model of {count} layers in patterns of {period} does not grow to {num_layers}")
+
+    def silent(path: str, leaf: Any) -> Any:
+        _refuse_structured(path)
+        return np.zeros_like(leaf) if _ADDS.search(path) else leaf
+
     grown = dict(params)
     for layer in range(count, num_layers):
         like = f"layer_{layer - period}"  # of the same kind in the pattern
-        grown[f"layer_{layer}"] = map_named(
-            lambda path, leaf: np.zeros_like(leaf) if _ADDS.search(path) else leaf, grown[like]
-        )
+        grown[f"layer_{layer}"] = map_named(silent, grown[like])
     return model.clone(num_layers=num_layers), grown
+
+
+def _refuse_structured(path: str) -> None:
+    if "/kernel/" in path:
+        raise UserError(f"{path} is part of a structured kernel: grow a model before it is compressed")
 
 
 def _tile(array: np.ndarray, axis: int) -> np.ndarray:

@@ -100,8 +100,9 @@ def test_parameters_that_do_not_grow():
     model = llama()
     params = drawn(model, TOKENS)
     packed = quantize_kernels(params, lambda kernel: quantize(kernel, 8, 4))
-    with pytest.raises(UserError, match="grow a model before it is compressed"):
-        widen(model, packed)
+    for grow in (widen, lambda model, params: deepen(model, params, 3)):
+        with pytest.raises(UserError, match="grow a model before it is compressed"):
+            grow(model, packed)
     with pytest.raises(UserError, match="(qkv|gate_up)/kernel is no parameter that can be widened"):
         widen(model, fuse_projections(params))
     with pytest.raises(UserError, match="a model of 2 layers in patterns of 1 does not grow to 1"):
