@@ -63,7 +63,8 @@ def test_the_states_are_those_of_transformers(tmp_path):
     written(tmp_path)
     encoder, variables = load_clip(tmp_path)
     vision = transformers.CLIPVisionConfig(**VISION, image_size=8, patch_size=4)
-    theirs = transformers.CLIPVisionModel(vision).vision_model.encoder
+    whole = transformers.CLIPVisionModel(vision)
+    theirs = getattr(whole, "vision_model", whole).encoder  # of transformers 4, and of 5
     made = written(tmp_path)
     prefix = "vision_model.encoder."
     theirs.load_state_dict(
