@@ -144,8 +144,8 @@ def _read_weights(path: Path, model: nn.Module) -> tuple[tuple[jax.ShapeDtypeStr
                 arrays.append(jnp.asarray(array if name in exact else array.astype(np.float32)))
             if metadata.get(CHECKSUM, f"{summed:08x}") != f"{summed:08x}":
                 raise UserError(
-                    f"{path} is damaged: its bytes have the checksum {summed:08x}, and {metadata[CHECKSUM]!r:.20} were "
-                    "saved; copy it again from where it came from"
+                    f"{path} is damaged: its bytes have the checksum '{summed:08x}', and "
+                    f"{metadata[CHECKSUM]!r:.20} was saved; copy it again from where it came from"
                 )
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
