@@ -3,6 +3,7 @@
 import dataclasses
 
 from kernels_pallas.catalogue import Case, Cost
+from research.training.topologies import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +24,7 @@ class Accelerator:
         return "memory" if self.roofline(cost, case) <= cost.bytes / self.bandwidth else "compute"
 
 
-def _tpu(name: str, bfloat16: float, bandwidth: float) -> Accelerator:
-    # A product in float32 is six in bfloat16, of parts of the operands.
-    return Accelerator(name, bfloat16, bfloat16 / 6, bandwidth)
-
-
 # By `device_kind`, as JAX gives it.
 ACCELERATORS = {
-    "TPU v5 lite": _tpu("TPU v5e", 197e12, 819e9),
-    "TPU v5": _tpu("TPU v5p", 459e12, 2765e9),
-    "TPU v6 lite": _tpu("TPU v6e", 918e12, 1640e9),
-    "NVIDIA A100-SXM4-80GB": Accelerator("A100 SXM 80 GB", 312e12, 19.5e12, 2039e9),
-    "NVIDIA H100 80GB HBM3": Accelerator("H100 SXM", 989e12, 67e12, 3352e9),
-    "NVIDIA H200": Accelerator("H200", 989e12, 67e12, 4800e9),
+    chip.kind: Accelerator(chip.name, chip.bfloat16, chip.float32, chip.bandwidth) for chip in CHIPS.values()
 }
