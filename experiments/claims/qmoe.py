@@ -183,8 +183,9 @@ CLAIM = Claim(
     "loss of accuracy; rounding to nearest at ternary precision is far worse.",
     setting=f"A decoder of bytes of Python's standard library, width {WIDTH}, a dense and a switch layer of {NUMBER} "
     f"experts of {HIDDEN} units, trained for {STEPS} updates of {BATCH} x {LENGTH}; calibrated on {CALIBRATION} rows "
-    f"of training text, measured on {HELD_OUT} held-out. GPTQ at 2 bits has the same damping and a grid a row; two "
-    "draws of that text. Speed is not claimed: a CPU decodes more slowly than it reads.",
+    f"of training text, measured on {HELD_OUT} held-out. GPTQ at 2 bits has the same damping and a grid a row. "
+    "There is one trained model; what observes text is the mean over two draws of it. Speed is not claimed: a CPU "
+    "decodes more slowly than it reads.",
     measures={
         "loss": "nats/byte",
         "loss by draw": "nats/byte",
