@@ -218,6 +218,9 @@ def measure(part: str, shapes: list[Any]) -> Any:
             settings = {"machine": machine(), "versions": versions()}
             settings |= {"target": TARGET.value, "dtype": DTYPE.value, "prompts of a kind": PER_KIND.value}
             settings["updates of a drafter"] = UPDATES.value or "as in its config"
+            settings["turns of each"] = ROUNDS.value
+            if PROMPTS.value is not None:
+                settings["more prompts"] = Path(PROMPTS.value).name
             print(f"page: {drafters_page.write(found, settings)}")
         return found.as_dict()
     if part == "startup":

@@ -121,6 +121,7 @@ def run(
     kinds = {kind: drafting.prompts(kind, count, loaded.tokenizer) for kind in drafting.KINDS}
     if prompts is not None:
         kinds |= read_prompts(prompts, loaded, count, new_tokens, report)
+    named = find_all(names, loaded, target, runs, report, updates)
     rows: list[Row] = []
     differences: dict[str, list[Difference]] = {}
     options = dict(max_new_tokens=new_tokens)
@@ -128,7 +129,7 @@ def run(
     expected = {kind: drafting.outputs(plain, tokens, options) for kind, tokens in kinds.items()}
     others = unequal(drafting.prompts("code", held_out, loaded.tokenizer))
     plainly = in_batches(plain, others, new_tokens)
-    for name, drafter in find_all(names, loaded, target, runs, report, updates):
+    for name, drafter in named:
         params = drafter.target_params(loaded)
         fields = dict(proposer=drafter.proposer, proposer_params=drafter.params, dtype=dtype)
         drafted = Generator(loaded.model, params, loaded.tokenizer, **fields)
