@@ -23,11 +23,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from research.data.tokenizer import Tokenizer
 from research.errors import UserError
-from research.multimodal.scaling import scaled, shrunk
+from research.multimodal.scaling import Colour, in_square, scaled, squared
 from research.nn.patch import patchify
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-Colour = tuple[float, float, float]
 
 
 class Media(struct.PyTreeNode):
@@ -221,7 +220,7 @@ class Square(Planner):
     def pad(self, image: np.ndarray) -> np.ndarray:
         if not self.padded:
             return image
-        return in_square(image if self.exact else shrunk(image, self.side), self.mean)
+        return in_square(image, self.mean) if self.exact else squared(image, self.side, self.mean)
 
     def plan(self, width: int, height: int) -> tuple[Crop, ...]:
         return (Crop.whole(self.side, self.side),)
@@ -236,16 +235,6 @@ def check_pixels(image: np.ndarray) -> None:
         raise UserError(
             f"an image is uint8[height, width, 3], with pixels; not {image.dtype}{[*image.shape]}"
         )
-
-
-def in_square(image: np.ndarray, colour: Colour) -> np.ndarray:
-    """uint8[h, w, 3] -> the image in the middle of a square of a colour in [0, 1]."""
-    height, width = image.shape[:2]
-    side = max(height, width)
-    square = np.broadcast_to(np.uint8(np.float32(colour) * 255), (side, side, 3)).copy()
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = image
-    return square
 
 
 def cut(image: np.ndarray, crops: Sequence[Crop], exact: bool = False) -> list[np.ndarray]:

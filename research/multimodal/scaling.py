@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
+from research.errors import UserError
+
 Size = tuple[int, int]  # width, height
+Colour = tuple[float, float, float]  # in [0, 1]
 
 _LARGE = 2**22  # pixels
 _GAP = 1.4
@@ -40,17 +43,55 @@ def scaled(image: np.ndarray, sizes: Iterable[Size], exact: bool = False) -> dic
     }
 
 
-def shrunk(image: np.ndarray, side: int) -> np.ndarray:
-    """A large image uint8[h, w, 3] averaged by a whole factor, to a long side of `_GAP` * side or more; others as
-    they are."""
-    factor = int(max(image.shape) / (_GAP * side))
-    if image.shape[0] * image.shape[1] <= _LARGE or factor < 2:
-        return image
+def squared(image: np.ndarray, side: int, colour: Colour) -> np.ndarray:
+    """uint8[h, w, 3] -> `in_square` of it; where that would be over 4 megapixels, and more than 2.8 * side wide, in its
+    size uint8[side, side, 3] already: averaged by one whole factor, as far as leaves it 1.4 times the size."""
+    longest = max(image.shape[:2])
+    factor = int(longest / (_GAP * side))
+    if longest**2 <= _LARGE or factor < 2:
+        return in_square(image, colour)
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = pool.map(
             lambda strip: np.asarray(Image.fromarray(strip).reduce(factor)), _strips(image, factor)
         )
-        return np.concatenate(list(parts))
+        averaged = np.concatenate(list(parts))
+    filling, starts, places, ends = _bytes(colour), [], [], []
+    for axis, length in enumerate(image.shape[:2]):
+        begin = (longest - length) // 2
+        place = -(-begin // factor)
+        # The image's first pixel stands at a whole place, and the square begins where that puts it.
+        starts.append((place * factor - begin) / factor)
+        ends.append((place * factor - begin + longest) / factor)
+        places.append(slice(place, place + averaged.shape[axis]))
+        share = length % factor / factor
+        if share and length < longest:  # of the last pixel; what is left of it is the square's
+            last = averaged[(slice(None),) * axis + (-1,)]
+            last[...] = np.round(last * share + filling * (1 - share))
+    height, width = (max(math.ceil(end), place.stop) for end, place in zip(ends, places, strict=True))
+    canvas = np.broadcast_to(filling, (height, width, 3)).copy()
+    canvas[tuple(places)] = averaged
+    extent = (*starts[::-1], *ends[::-1])
+    return np.asarray(Image.fromarray(canvas).resize((side, side), Image.Resampling.BICUBIC, extent))
+
+
+def in_square(image: np.ndarray, colour: Colour) -> np.ndarray:
+    """uint8[h, w, 3] -> the image in the middle of a square of a colour in [0, 1]. Raises UserError where that
+    would take over 3 GB."""
+    height, width = image.shape[:2]
+    side = max(height, width)
+    if side > 2**15:
+        raise UserError(
+            f"an image of {width}x{height} pixels: a square around it would be over {2**15} pixels wide"
+        )
+    square = np.broadcast_to(_bytes(colour), (side, side, 3)).copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
+
+
+def _bytes(colour: Colour) -> np.ndarray:
+    """uint8[3]."""
+    return np.uint8(np.float32(colour) * 255)
 
 
 def _in_strips(image: np.ndarray, sizes: list[Size]) -> dict[Size, np.ndarray]:
