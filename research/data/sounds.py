@@ -35,12 +35,15 @@ def read_wav(source: str | os.PathLike | bytes) -> tuple[int, np.ndarray]:
             # Chunks of notes and the like.
             warnings.filterwarnings("ignore", "Chunk .* not understood", wavfile.WavFileWarning)
             return wavfile.read(io.BytesIO(data))
+    except UnboundLocalError as error:  # what scipy does then
+        raise UserError(f"{where}: not a readable WAV file: no samples are in it") from error
     except (OSError, ValueError, ArithmeticError, struct.error, wavfile.WavFileWarning) as error:
         raise UserError(f"{where}: not a readable WAV file: {error}") from error
 
 
 def read_wave(source: str | os.PathLike | bytes, rate: int) -> np.ndarray:
-    """A WAV file of so many samples a second, or its bytes -> f32[N] in [-1, 1], the mean of its channels.
+    """A WAV file of so many samples a second, or its bytes -> f32[N], the mean of its channels: whole numbers in
+    [-1, 1], floats as they are.
 
     Raises:
         UserError: as `read_wav`; another rate, or no samples.

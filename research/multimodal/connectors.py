@@ -61,7 +61,9 @@ class StepProjection(nn.Module):
 
     @nn.compact
     def __call__(self, seen: Seen, media: Media) -> jax.Array:
-        *leading, _, _, dim = seen.tokens.shape
+        *leading, _, patches, dim = seen.tokens.shape
+        if patches % self.bands:
+            raise UserError(f"StepProjection: {patches} windows are no steps of bands={self.bands}")
         # Steps behind a sound's last share a row with it, so they are nothing.
         tokens = jnp.where(seen.mask[..., None], seen.tokens, 0)
         steps = jnp.mean(tokens.reshape(*leading, -1, self.bands, dim), axis=-2)

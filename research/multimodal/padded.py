@@ -54,11 +54,11 @@ class Padded:
         tokenizer: of the tokens, for planners that keep what is said about an image (EMMA).
 
         Raises:
-            UserError: shapes that differ, a row without tokens or with padding inside, or placeholders that are not
-                those of the images.
+            UserError: shapes that differ or are empty, a row without tokens or with padding inside, or placeholders
+                that are not those of the images.
         """
         tokens, there = np.asarray(tokens), np.asarray(mask) != 0
-        if tokens.ndim != 2 or tokens.shape != there.shape:
+        if tokens.ndim != 2 or tokens.shape != there.shape or not tokens.size:
             raise UserError(
                 f"tokens {list(tokens.shape)} and mask {list(there.shape)}: [batch, length] is expected of both"
             )

@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from research.data.sounds import name_of, read_wave
-from research.data.spoken import RATE, log_mel
+from research.data.spoken import RATE, log_mel, mel_filters
 from research.errors import UserError
 from research.multimodal.media import Media, MediaPlanner
 from research.nn.patch import window_counts
@@ -47,8 +47,10 @@ class Spectrogram(MediaPlanner):
 
     def __post_init__(self):
         window_counts((self.frames, self.bins), self.size, self.stride)  # raises where none fits
-        if self.merge < 1:
-            raise UserError(f"Spectrogram: merge={self.merge}: at least 1 is expected")
+        for name, least in (("merge", 1), ("rate", 100)):
+            if getattr(self, name) < least:
+                raise UserError(f"Spectrogram: {name}={getattr(self, name)}: at least {least} is expected")
+        mel_filters(self.bins, self.rate)  # raises where there are too many
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 
 import jax
 import numpy as np
@@ -88,6 +89,8 @@ def test_a_spectrogram_is_cut_as_ast_cuts_it():
         (dict(size=(41, 16)), "does not fit into a grid"),
         (dict(stride=(0, 10)), "as many positive numbers"),
         (dict(merge=0), "merge=0: at least 1"),
+        (dict(rate=0), "rate=0: at least 100"),
+        (dict(bins=128), "128 mel bins: some lie between two of the 129 frequencies of 8000 Hz"),
     ):
         with pytest.raises(UserError, match=message):
             Spectrogram(frames=40, **wrong)
@@ -113,6 +116,8 @@ def test_a_tower_hears_what_is_there():
     rows = np.asarray(call(connector, own, seen, both))
     assert rows.shape == (1, 2, 5, WIDTH)
     np.testing.assert_array_equal(call(connector, own, other, louder_behind), rows)
+    with pytest.raises(UserError, match="StepProjection: 18 windows are no steps of bands=4"):
+        jax.eval_shape(StepProjection(WIDTH, bands=4).init, jax.random.key(0), seen, both)
     with pytest.raises(UserError, match="steps=9 of bands=2 are 18 positions, and sounds have 20 windows"):
         jax.eval_shape(
             module.init,
@@ -249,7 +254,14 @@ def folder(toy, tmp_path_factory):
     ):
         wavfile.write(path / f"{name}.wav", rate, samples)
     whole = (path / "good.wav").read_bytes()
-    files = {"cut.wav": whole[:-600], "text.wav": b"some text", "empty.wav": b"", "head.wav": whole[:20]}
+    hollow = b"RIFF" + struct.pack("<I", 28) + whole[8:36]  # no chunk of samples
+    files = {
+        "hollow.wav": hollow,
+        "cut.wav": whole[:-600],
+        "text.wav": b"some text",
+        "empty.wav": b"",
+        "head.wav": whole[:20],
+    }
     for name, data in files.items():
         (path / name).write_bytes(data)
     Image.fromarray(image()).save(path / "a.png")
@@ -267,6 +279,7 @@ def run(folder, *flags, model="model"):
         (["empty.wav"], "said", "empty.wav: an empty file"),
         (["text.wav"], "said", "text.wav: not a readable WAV file: "),
         (["head.wav"], "said", "head.wav: not a readable WAV file: "),
+        (["hollow.wav"], "said", "hollow.wav: not a readable WAV file: no samples are in it"),
         (["cut.wav"], "said", "cut.wav: not a readable WAV file: Reached EOF prematurely"),
         (["rate.wav"], "said", "rate.wav: 16000 Hz; 8000 Hz is expected"),
         (["none.wav"], "said", "none.wav: a sound without samples"),

@@ -101,6 +101,7 @@ def test_what_is_handed_over_is_what_prompts_say(planner):
     ("change", "message"),
     [
         (dict(mask=np.zeros((3, 4))), r"tokens \[3, 14\] and mask \[3, 4\]: \[batch, length\] is expected"),
+        ("empty", r"tokens \[3, 0\] and mask \[3, 0\]: \[batch, length\] is expected"),
         (dict(images=IMAGES[:2]), "row 3 of the batch: there is no image for 4 of its 4 placeholders"),
         (dict(images=[*IMAGES, image()]), "4 images are given, and the batch has places for 3"),
         ("hole", "row 1 of the batch has padding between its tokens"),
@@ -111,6 +112,8 @@ def test_what_is_handed_over_is_what_prompts_say(planner):
 def test_what_no_batch_of_prompts_is_is_told(change, message):
     planner = Square(patch=4, side=8)
     tokens, mask = handed(planner)
+    if change == "empty":
+        tokens, mask = tokens[:, :0], mask[:, :0]
     if change == "hole":
         mask[0, 5] = 0
     if change == "nothing":
