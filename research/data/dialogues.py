@@ -77,7 +77,8 @@ class LlavaFiles:
         if said is not None or not turns:
             raise UserError(f"{where}: the last question has no answer")
         asked = "".join(question for question, _ in turns)
-        marks = re.findall("<audio>" if sounds else "<image>|<video>" if videos else "<image>", asked)
+        counted = "<image>|<audio>" if sounds else "<image>|<video>" if videos else "<image>"
+        marks = re.findall(counted, asked)
         if videos:
             marks = marks if images else ["<video>"] * len(marks)
             turns = [(question.replace("<video>", "<image>"), answer) for question, answer in turns]

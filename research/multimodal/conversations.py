@@ -155,6 +155,11 @@ class Conversations(RecordDataset):
             end = [] if self.text.eos_id is None else [self.text.eos_id]
             to.say([*self.text.encode(answer), *end])
             answers += [True] * (len(to.tokens) - start - len(answers))
+        if images:
+            raise UserError(
+                f"Conversations: a dialogue shows {len(dialogue.images)}, and its questions have {self.planner.mark} "
+                f"for {len(dialogue.images) - len(images)}: {dialogue.turns[0][0][:60]!r}"
+            )
         return answers
 
     def _step_ends(self, row: Written, segments: list[int], answers: list[bool]) -> np.ndarray:

@@ -22,6 +22,7 @@ from research.decoding.generator import Generator
 from research.errors import UserError
 from research.multimodal.connectors import StepProjection
 from research.multimodal.conversations import Conversations
+from research.multimodal.media import Square
 from research.multimodal.padded import Padded
 from research.multimodal.prompts import Prompts
 from research.multimodal.sound import Spectrogram
@@ -210,6 +211,8 @@ def test_sounds_in_llavas_format(tmp_path):
         entry("<audio>\nwhich digits were said", audio="a.wav"),
         entry("<audio> or <audio>", audio="a.wav"),
         entry("<audio> <image>", audio="a.wav", image="b.png"),
+        entry("<image> and <audio>", audio="a.wav"),
+        entry("<audio>\nwhich digits were said"),
     ]
     (tmp_path / "some.json").write_text(json.dumps(entries))
     source = LlavaFiles(str(tmp_path / "some.json"))
@@ -220,6 +223,15 @@ def test_sounds_in_llavas_format(tmp_path):
         source[1]
     with pytest.raises(UserError, match="entry 2: a sound beside images or videos"):
         source[2]
+    with pytest.raises(UserError, match="entry 3: 1 <image> in the questions, but 0 images"):
+        source[3]
+    with pytest.raises(UserError, match="1 <audio> in the text, but 0 sounds are given"):
+        batch.take(np.arange(4, 5))
+    seeing = Conversations(
+        source, Square(patch=4, side=8), 24, str(tmp_path / "tokenizer.json"), shuffle=False
+    )
+    with pytest.raises(UserError, match="a dialogue shows 1, and its questions have <image> for 0: '<audio>"):
+        seeing.take(np.arange(1))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, "stereo"])
