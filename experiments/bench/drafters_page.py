@@ -32,8 +32,8 @@ def page(report: Report, settings: dict[str, Any]) -> str:
     names = sorted(
         dict.fromkeys(row.drafter for row in report.rows), key=lambda name: -_mean(report.rows, name)
     )
-    told = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
-    machine = ", ".join(f"{key} {value}" for key, value in settings["machine"].items())
+    told = "; ".join(f"{key}: {value}" for key, value in settings.items() if not isinstance(value, dict))
+    machine = "; ".join(f"{key}: {value}" for key, value in settings["machine"].items())
     lines = ["# All drafters on one target", "", f"{told}.", "", f"Measured on: {machine}.", ""]
     lines += ["Tokens a call after prefill, the target's own included (plain decoding: 1):", ""]
     lines += _table(names, kinds, rows, lambda row: row.tokens_per_call)

@@ -346,7 +346,7 @@ def test_the_page_of_drafters(tmp_path):
     assert text.index("| b | **2.50** | 1.12 |") < text.index("| a | 1.50 | **1.25** |")
     assert "| a | **1.20** | 0.50 |" in text and "| b | 0.90 | **0.70** |" in text
     assert (
-        "| *loopiness of the text* | 0.25 | 0.25 |" in text and "updates 75." in text and "load 2.5" in text
+        "| *loopiness of the text* | 0.25 | 0.25 |" in text and "updates: 75." in text and "load: 2.5" in text
     )
     assert "| a | 25% | 100.0% | 0 | - |" in text and "| b | 25% | 75.0% | 2 | 0.5 |" in text
     found = json.loads((tmp_path / "result.json").read_text())
