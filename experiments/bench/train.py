@@ -217,7 +217,7 @@ class Ours:
         return {path: np.array(leaf) for path, leaf in named_leaves(self._state.params).items()}
 
     def matrix_elements(self) -> int:
-        from research.training.loop import matrix_elements
+        from research.training.clock import matrix_elements
 
         return matrix_elements(self._state.params)
 
