@@ -20,10 +20,13 @@ from research.compression.chain import Chain
 from research.config import build, from_json, load_config, of, to_json
 from research.decoding.generator import Generator
 from research.decoding.speculative.loading import find_drafter
+from research.errors import UserError
 from research.nn.weights import stored_bits
 from research.training.loop import Trainer
 from research.training.model_directory import save_model
 from research.training.optimizers import constant
+from research.training.partitioning import make_mesh, parameter_shardings
+from research.training.paths import named_leaves
 from research.training.task import LanguageModelling
 from research.training.workdir import load_model
 from tests.programs import drawn_like
@@ -34,6 +37,8 @@ STEPS = 3
 NAME_LAYERS = ("arcana", "ep_alm", "gad", "iaa")
 # And those whose paper's config pairs the layers of two models, or has another number for each kind.
 PAIR_LAYERS = ("eve", "mmmamba_vlm", "zipper")
+# Their papers' vocabularies, widths or classes are no multiples of 4 and 2: whoever divides them adds rules.
+ODD_SIZES = ("gad", "morpmamba", "sjd", "uoe", "zipper")
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +160,12 @@ def test_the_papers_config_builds(system: System, monkeypatch):
         shorten(config.task)
     params = jax.eval_shape(build(config).task.init, jax.random.key(0))
     assert jax.tree.leaves(params)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    if system.name in ODD_SIZES:
+        with pytest.raises(UserError, match="cannot be divided by"):
+            parameter_shardings(params, mesh)
+        return
+    # Every large parameter has a rule, or this raises, and one that divides it.
+    found = named_leaves(parameter_shardings(params, mesh))
+    large = [path for path, leaf in named_leaves(params).items() if leaf.ndim > 1 and leaf.size >= 1 << 22]
+    assert [path for path in large if found[path].is_fully_replicated] == []

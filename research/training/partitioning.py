@@ -41,6 +41,13 @@ DEFAULT_RULES: Rules = (
     (r"(^|/)experts/(output|down)/kernel$", ("expert", "tensor", "fsdp")),
     (r"(^|/)experts/\w+/bias$", ("expert", None)),
     (r"(^|/)router/kernel$", ("fsdp", None)),
+    # Heads of a few numbers: their outputs are not divided.
+    (r"(^drafter/head|(^|/)(image|text)_predictor)/output/kernel$", ("fsdp", None)),
+    (r"^\w+/head/out/kernel$", ("fsdp", None)),
+    (r"^drafter/head/block_\d+/kernel$", ("fsdp", "tensor")),
+    (r"(^|/)(image|text)_predictor/\w+/kernel$", ("fsdp", "tensor")),
+    (r"^projector$", ("fsdp", "tensor")),
+    (r"^\w+/tokenizer/projection/kernel$", (None, "fsdp")),  # as many rows as a patch has numbers
     # Of state-space mixers: step sizes a head, and parts of unlike sizes in one product.
     (r"(^|/)attention/(dt|input)/kernel$", ("fsdp", None)),
     (r"(^|/)(query|key|value|gate|up|head|projection)/kernel", ("fsdp", "tensor")),
@@ -50,10 +57,10 @@ DEFAULT_RULES: Rules = (
     # change into a divided batch, for which XLA copies the whole activation to every device.
     (r"(^|/)embedding/table", (("tensor", "fsdp"), None)),
     # As many rows as positions, often an odd number: only the width is divided.
-    (r"(^|/)(patch_embedding|tower(/\w+)?|teacher)/positions$", (None, "fsdp")),
+    (r"(^|/)\w+/positions$", (None, "fsdp")),
     (r"^connector/mix/kernel$", ()),  # over tokens, of which there are as many as there are
     # What stands between a tower and a decoder, and tables of its learned rows.
-    (r"^(tower|connector|align|hooks_\d+)/(.*/)?\w+/kernel$", ("fsdp", "tensor")),
+    (r"^(teacher/)?(tower|connector|align|hooks_\d+)/(.*/)?\w+/kernel$", ("fsdp", "tensor")),
     (r"^connector/((pool|ladder)/)?(queries|prompt|columns_\d+)$", ()),
     (r"(^|/)(scale|bias|class_token)$", ()),
 )

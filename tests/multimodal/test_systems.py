@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.config import build, load_config
 from research.data.shapes import vocabulary
 from research.errors import UserError
 from research.multimodal import dragonfly, inf_llava, llava_uhd
@@ -22,8 +21,6 @@ from research.multimodal.mousi import ExpertFusion, Experts, Panel
 from research.multimodal.prompts import Prompts, pictures, write
 from research.multimodal.tower import Seen
 from research.nn.reports import apply_reporting
-from research.training.partitioning import make_mesh, parameter_shardings
-from research.training.paths import named_leaves
 from tests.multimodal.test_model import PROMPTS, decoded_as_read, louder
 from tests.multimodal.toys import WIDTH, decoder, image, media, tower, vlm
 from tests.programs import call, drawn
@@ -449,28 +446,3 @@ def test_dual_perspective_makes_the_tokens_of_one_view():
     params = drawn(model, TOKENS)
     _, rows = call(model, params, seen.media, method="see")
     assert rows.shape == (1, 2 * 4, WIDTH)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llava",
-        "eve",
-        "ep_alm",
-        "llava_uhd",
-        "dragonfly",
-        "inf_llava",
-        "mousi",
-        "iaa",
-        "mplug_video",
-        "hovle",
-        "arcana",
-        "emma",
-    ],
-)
-def test_every_large_parameter_of_the_papers_size_has_a_rule(name):
-    task = build(load_config(f"configs/{name}.py:paper")).task
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    found = named_leaves(parameter_shardings(shapes, make_mesh({"fsdp": 4, "tensor": 2})))
-    kernels = [path for path, leaf in named_leaves(shapes).items() if leaf.ndim > 1 and leaf.size >= 1 << 22]
-    assert kernels and not any(found[path].is_fully_replicated for path in kernels)
