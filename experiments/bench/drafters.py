@@ -340,12 +340,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     drafters = list(dict.fromkeys(row.drafter for row in rows))
     kinds = list(dict.fromkeys(row.kind for row in rows))
     marks = "os^Dv<>PX*hpd8"
+    colours = dict(zip(drafters, plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(drafters))), strict=True))
     for row in rows:
-        colour, mark = f"C{drafters.index(row.drafter) % 10}", marks[kinds.index(row.kind) % len(marks)]
+        colour, mark = colours[row.drafter], marks[kinds.index(row.kind) % len(marks)]
         filled = colour if row.equal == 1 else "none"
         panel.plot(row.tokens_per_call, row.speed, mark, color=colour, markerfacecolor=filled)
     for name in drafters:
-        panel.plot([], [], "o", color=f"C{drafters.index(name) % 10}", label=name)
+        panel.plot([], [], "o", color=colours[name], label=name)
     for kind in kinds:
         panel.plot([], [], marks[kinds.index(kind) % len(marks)], color="0.4", label=kind)
     panel.axhline(1, color="0.7", linewidth=1)
