@@ -27,8 +27,8 @@ from research.decoding.sampling import argmax
 from research.decoding.speculative.loading import LoadedDrafter, find_drafter
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.verify import Accept, Draft
-from research.elastic.grow import deepen, widen
 from research.errors import UserError
+from research.language.grow import deepen, widen
 from research.training.loop import Trainer
 from research.training.model_directory import Loaded
 from research.training.workdir import load_model, open_workdir
@@ -158,7 +158,7 @@ def run(
 
 def open_target(name: str) -> Loaded:
     """The model at a path; "grown:40M", the model that ships, grown to that size: it says the same, and a call costs
-    what one of the size costs (`research/elastic/grow.py`).
+    what one of the size costs (`research/language/grow.py`).
 
     Raises:
         UserError: no such model, or a size that it does not grow to.

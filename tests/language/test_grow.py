@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from research.elastic.grow import deepen, widen
 from research.elastic.matformer import nest
 from research.errors import UserError
 from research.language.decoder import DecoderLM
+from research.language.grow import deepen, widen
 from research.moe.layer import MoE
 from research.nn.attention import Attention
 from research.nn.fuse import fuse_projections
