@@ -126,7 +126,7 @@ def _row_dot(x: jax.Array, parts: dict[str, jax.Array], bits: int, tile: int, de
     height = _height(rows, parts, bits, tile)
     height = next(n for n in range(max(16 // planes, 4), 0, -1) if height % n == 0)
     codes = _blocks_of_codes(parts["codes"], bits, tile, height)
-    scale, zero = (_of_planes(parts.get(name), rows, bits, tile, height) for name in ("scale", "zero"))
+    scale, zero = _scale_and_zero(parts, rows, bits, tile, height)
     xs = x.reshape(-1, planes, tile // planes // height, height).swapaxes(0, 1).reshape(planes, -1, height, 1)
     total = jnp.zeros_like(scale[0])
     for j in range(planes):
@@ -151,10 +151,10 @@ def _columns_dot(
     @jax.checkpoint  # for a gradient, too, floats are made a block at a time
     def of_columns(at: jax.Array | int) -> jax.Array:
         """The product with `width` columns."""
-        scale, zero = (
-            None if part is None else _of_planes(_columns(part, at, width), rows, bits, tile, height)
-            for part in (parts["scale"], parts.get("zero"))
-        )
+        own = {
+            name: jax.lax.dynamic_slice_in_dim(parts[name], at, width, 1) for name in parts if name != "codes"
+        }
+        scale, zero = _scale_and_zero(own, rows, bits, tile, height)
 
         def add_tile(total: jax.Array, number: jax.Array | int) -> tuple[jax.Array, None]:
             codes = jax.lax.dynamic_slice(parts["codes"], (number * taken, at), (taken, width))
@@ -184,23 +184,24 @@ def _columns_dot(
     return jax.lax.scan(block, total, jnp.arange(-(-columns // width), dtype=jnp.int32))[0]
 
 
-def _columns(values: jax.Array, at: jax.Array | int, width: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(values, at, width, 1)
-
-
 def _height(rows: int, parts: dict[str, jax.Array], bits: int, tile: int) -> int:
     """The most neighbouring rows of a plane that always share a scale."""
     return math.gcd(tile // planes_of(bits), rows // parts["scale"].shape[0])
 
 
-def _of_planes(values: jax.Array | None, rows: int, bits: int, tile: int, height: int) -> jax.Array | None:
-    """Values of groups [groups, out] -> float32[planes, blocks of `height` rows of a plane, out]."""
-    if values is None:
-        return None
-    planes, columns = planes_of(bits), values.shape[-1]
-    each = jnp.repeat(values.astype(jnp.float32), rows // height // values.shape[0], axis=0)
-    each = each.reshape(-1, planes, tile // planes // height, columns)
-    return each.swapaxes(0, 1).reshape(planes, -1, columns)
+def _scale_and_zero(
+    parts: dict[str, jax.Array], rows: int, bits: int, tile: int, height: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scales and zeros of groups [groups, out] -> float32[planes, blocks of `height` rows of a plane, out]."""
+    planes = planes_of(bits)
+
+    def of_planes(values: jax.Array) -> jax.Array:
+        columns = values.shape[-1]
+        each = jnp.repeat(values.astype(jnp.float32), rows // height // values.shape[0], axis=0)
+        each = each.reshape(-1, planes, tile // planes // height, columns)
+        return each.swapaxes(0, 1).reshape(planes, -1, columns)
+
+    return of_planes(parts["scale"]), of_planes(parts["zero"]) if "zero" in parts else None
 
 
 def _blocks_of_codes(codes: jax.Array, bits: int, tile: int, height: int) -> jax.Array:

@@ -34,8 +34,8 @@ from research.nn.norm import LayerNorm
 from research.nn.patch import windows
 from research.nn.transformer import Block
 from research.training.model_directory import save_model
-from tests.multimodal.test_model import louder, reread
-from tests.multimodal.toys import WIDTH, decoder, image, media, vlm
+from tests.multimodal.test_model import is_the_decoder_without_media, louder, reread
+from tests.multimodal.toys import WIDTH, decoder, entry, image, media, vlm
 from tests.programs import call, drawn
 from tests.test_catalogue import few_steps, keep_their_bits
 
@@ -128,11 +128,7 @@ def test_a_tower_hears_what_is_there():
 
 
 def test_without_a_sound_it_is_the_decoder_bit_for_bit(toy):
-    model, params = toy
-    tokens = np.asarray([[1, 5, 9, 2, 7, 3]])
-    plain = call(model.decoder, params["decoder"], tokens)
-    np.testing.assert_array_equal(call(model, params, tokens), plain)
-    np.testing.assert_array_equal(call(model, params, tokens, model.blank(1, 6)), plain)
+    is_the_decoder_without_media(*toy)
 
 
 def test_prompts_with_sounds_decode_as_they_are_read(toy):
@@ -203,16 +199,12 @@ def test_questions_have_the_truth_as_their_answers():
 def test_sounds_in_llavas_format(tmp_path):
     wavfile.write(tmp_path / "a.wav", 8000, sound())
 
-    def entry(question, **files):
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "3 1"}]
-        return files | {"conversations": turns}
-
     entries = [
-        entry("<audio>\nwhich digits were said", audio="a.wav"),
-        entry("<audio> or <audio>", audio="a.wav"),
-        entry("<audio> <image>", audio="a.wav", image="b.png"),
-        entry("<image> and <audio>", audio="a.wav"),
-        entry("<audio>\nwhich digits were said"),
+        entry("<audio>\nwhich digits were said", "3 1", audio="a.wav"),
+        entry("<audio> or <audio>", "3 1", audio="a.wav"),
+        entry("<audio> <image>", "3 1", audio="a.wav", image="b.png"),
+        entry("<image> and <audio>", "3 1", audio="a.wav"),
+        entry("<audio>\nwhich digits were said", "3 1"),
     ]
     (tmp_path / "some.json").write_text(json.dumps(entries))
     source = LlavaFiles(str(tmp_path / "some.json"))

@@ -94,13 +94,16 @@ def test_rows_that_share_a_position_decode_as_they_are_read(toy):
     assert write("<image>", [image()], Square(patch=4, side=8, share="row"), TEXT).positions == [0, 0, 1, 1]
 
 
-def test_without_images_it_is_the_decoder_bit_for_bit(toy):
-    model, params = toy
+def is_the_decoder_without_media(model, params):
+    """Bit for bit, also where it is given media with nothing in it."""
     tokens = np.asarray([[1, 5, 9, 2, 7, 3]])
     plain = call(model.decoder, params["decoder"], tokens)
     np.testing.assert_array_equal(call(model, params, tokens), plain)
-    # Media without an image in it is none.
     np.testing.assert_array_equal(call(model, params, tokens, model.blank(1, 6)), plain)
+
+
+def test_without_images_it_is_the_decoder_bit_for_bit(toy):
+    is_the_decoder_without_media(*toy)
 
 
 @dataclasses.dataclass(frozen=True)

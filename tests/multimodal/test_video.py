@@ -17,6 +17,7 @@ from research.errors import UserError
 from research.multimodal.conversations import Conversations
 from research.multimodal.media import Square
 from research.multimodal.video import Frames, middles, read_video
+from tests.multimodal.toys import entry
 
 CLIP = np.repeat(np.arange(8, dtype=np.uint8) * 30, 32 * 48 * 3).reshape(8, 32, 48, 3)
 CLIP[:, :16, :16, 0] = 255  # red at the left above
@@ -184,16 +185,12 @@ def test_videos_in_llavas_format(tmp_path):
     (tmp_path / "a.gif").write_bytes(animation("GIF"))
     (tmp_path / "b.png").write_bytes(animation("PNG", CLIP[:1]))
 
-    def entry(question, **files):
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
-        return files | {"conversations": turns}
-
     entries = [
-        entry("<video>\nwhat ?", video="a.gif"),
-        entry("<image>\nwhat ?", video="a.gif"),
-        entry("<video> is <image> ?", video="a.gif", image="b.png"),
-        entry("<image> is <image> ?", video="a.gif", image="b.png"),
-        entry("what is <video> ?"),
+        entry("<video>\nwhat ?", "red", video="a.gif"),
+        entry("<image>\nwhat ?", "red", video="a.gif"),
+        entry("<video> is <image> ?", "red", video="a.gif", image="b.png"),
+        entry("<image> is <image> ?", "red", video="a.gif", image="b.png"),
+        entry("what is <video> ?", "red"),
     ]
     (tmp_path / "some.json").write_text(json.dumps(entries))
     source = LlavaFiles(str(tmp_path / "some.json"))

@@ -54,3 +54,9 @@ def media(planner, *images):
     """Of one row, with the axis B."""
     read = [planner.read(x)[0] for x in images]
     return jax.tree.map(lambda *x: np.stack(x)[None], *read)
+
+
+def entry(question, answer, **files):
+    """A dialogue in LLaVA's format."""
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return files | {"conversations": turns}
