@@ -53,7 +53,10 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding: ids int32[...] -> [..., width], times `multiplier` (Gemma: sqrt(width))."""
+    """Token embedding: ids int32[...] -> [..., width], times `multiplier` (Gemma: sqrt(width)).
+
+    Parameters: table [vocab_size, width]; in a model made ready to decode also `head`, its transpose as a kernel.
+    """
 
     vocab_size: int
     width: int
@@ -70,6 +73,8 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Tied output head: x [..., width] -> float32 logits [..., vocab], without the multiplier."""
+        if self.has_variable("params", "head"):
+            return weights.dot(x, self.get_variable("params", "head")).astype(jnp.float32)
         contract = (((x.ndim - 1,), (1,)), ((), ()))
         table = self.table.astype(x.dtype)
         return jax.lax.dot_general(x, table, contract, preferred_element_type=jnp.float32)

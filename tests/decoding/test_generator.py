@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.skinny_matmul import Unsupported
 from research.data.tokenizer import Tokenizer
 from research.decoding import engine as engines
 from research.decoding.generator import Generator
@@ -21,6 +22,7 @@ from research.nn.cache import RingCache
 from research.nn.masks import Window
 from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
+from research.nn.panels import Panels
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from tests.programs import call, drawn
@@ -214,24 +216,52 @@ def test_statistics(plain):
     assert stats.tokens_per_second == pytest.approx(27 / seconds)
 
 
-def test_prepare_fuses_large_models_only(monkeypatch):
+def parts(layer: dict) -> tuple[set[str], set[str]]:
+    return set(layer["attention"]), set(layer["mlp"])
+
+
+SEPARATE = {"query", "key", "value", "output"}, {"gate", "up", "down"}
+FUSED = {"qkv", "output"}, {"gate_up", "down"}
+
+
+def test_prepare_with_the_compilers_products_fuses_large_models_only(monkeypatch):
     model, params = make_model(scan=True)
+    monkeypatch.setenv("LATHE_PRODUCTS", "xla")
     unrolled, small = prepare(model, params)
-    assert not unrolled.scan_layers and set(small["layer_0"]["attention"]) == {
-        "query",
-        "key",
-        "value",
-        "output",
-    }
+    assert not unrolled.scan_layers and parts(small["layer_0"]) == SEPARATE
     monkeypatch.setattr("research.decoding.prepare._FUSE_FROM", 1)
     _, large = prepare(model, params, "bfloat16")
-    assert set(large["layer_1"]["attention"]) == {"qkv", "output"}
-    assert set(large["layer_1"]["mlp"]) == {"gate_up", "down"}
+    assert parts(large["layer_1"]) == FUSED
     assert {leaf.dtype for leaf in jax.tree.leaves(large)} == {jnp.dtype("bfloat16")}
     tokens = np.asarray([PROMPTS[1]])
     _, fused = prepare(model, params)
     ours, theirs = (call(unrolled, p, tokens) for p in (fused, small))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_prepare_lays_kernels_out(monkeypatch):
+    monkeypatch.setattr("research.nn.panels._LARGE", 1)
+    model, params = make_model()
+    _, found = prepare(model, params)
+    assert parts(found["layer_0"]) == FUSED
+    assert isinstance(found["layer_1"]["mlp"]["gate_up"]["kernel"], Panels)
+    assert isinstance(found["head"]["kernel"], Panels)
+    tokens = np.asarray([PROMPTS[1]])
+    np.testing.assert_allclose(call(model, found, tokens), call(model, params, tokens), atol=1e-4)
+
+
+def test_prepare_says_why_it_does_not(monkeypatch):
+    def missing() -> int:
+        raise Unsupported("no such processor")
+
+    monkeypatch.setattr("research.decoding.prepare.panel_columns", missing)
+    model, params = make_model()
+    with pytest.warns(UserWarning, match="XLA's own products, which are slower: no such processor"):
+        _, found = prepare(model, params)
+    assert parts(found["layer_0"]) == SEPARATE
+    monkeypatch.setenv("LATHE_PRODUCTS", "panel")
+    with pytest.raises(UserError, match="LATHE_PRODUCTS=panel: expected panels or xla"):
+        prepare(model, params)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,395 @@
+"""Kernels for a CPU: machine code that LLVM makes for this processor, called by XLA as foreign functions.
+
+Pallas has no CPU path, so a kernel is written in LLVM's intermediate representation (IR): a function that computes one
+piece of the result, and the parts that stand here: threads that share the pieces out, and the reading of XLA's call.
+
+`Kernel` puts them together. XLA's C interface for foreign functions (`xla/ffi/api/c_api.h` in `jax.ffi.include_dir()`)
+is read by the offsets of its structures, which its version 0 keeps.
+
+Threads. Decoding is a chain of products of some ten to a hundred microseconds, each with all cores. Waking a sleeping
+thread takes as long as one of them, so the threads here, unlike XLA's, look for the next job for a while before they
+sleep, and give way meanwhile to whoever wants the core. There is one job at a time: who finds the threads taken
+computes alone. The calling thread always takes part and waits only for pieces that others have begun.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import os
+import platform
+
+import jax
+from llvmlite import binding as llvm
+
+from kernels_pallas.common import Unsupported
+
+_ARM = platform.machine().lower() in ("arm64", "aarch64")
+_MOST_HELPERS = 15
+_LOOKS = 300  # for a job before a thread sleeps: about 0.1 to 0.3 ms
+_PAUSE = ("llvm.aarch64.hint", "i32 1", "i32") if _ARM else ("llvm.x86.sse2.pause", "", "")
+
+# Work that threads share: 0 next piece, 1 pieces done, 2 pieces, 3 pieces taken at once, 4 helpers wanted, 5 the
+# function of a piece, then its operands.
+_JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, ptr, ptr, i64, i64, i64, i64, i64 }"
+
+# The threads, one module for all kernels.
+_POOL = f"""
+{_JOB}
+
+@slot = internal global %job zeroinitializer, align 64
+@epoch = internal global i64 0, align 64   ; odd while the job in the slot is open
+@inside = internal global i64 0, align 64  ; helpers that look at the slot
+@busy = internal global i64 0, align 64
+@sleepers = internal global i64 0, align 64
+@mutex = internal global [32 x i64] zeroinitializer, align 64
+@wake = internal global [32 x i64] zeroinitializer, align 64
+
+declare i32 @pthread_create(ptr, ptr, ptr, ptr)
+declare i32 @pthread_detach(i64)
+declare i32 @pthread_mutex_init(ptr, ptr)
+declare i32 @pthread_mutex_lock(ptr)
+declare i32 @pthread_mutex_unlock(ptr)
+declare i32 @pthread_cond_init(ptr, ptr)
+declare i32 @pthread_cond_wait(ptr, ptr)
+declare i32 @pthread_cond_signal(ptr)
+declare i32 @sched_yield()
+declare void @{_PAUSE[0]}({_PAUSE[2]})
+declare i64 @llvm.smin.i64(i64, i64)
+
+; Takes pieces until none is left.
+define internal void @work(ptr %job) {{
+entry:
+  %next = getelementptr %job, ptr %job, i64 0, i32 0
+  %done = getelementptr %job, ptr %job, i64 0, i32 1
+  %count.at = getelementptr %job, ptr %job, i64 0, i32 2
+  %count = load i64, ptr %count.at
+  %at.once.at = getelementptr %job, ptr %job, i64 0, i32 3
+  %at.once = load i64, ptr %at.once.at
+  %function.at = getelementptr %job, ptr %job, i64 0, i32 5
+  %function = load ptr, ptr %function.at
+  br label %claim
+claim:
+  %first = atomicrmw add ptr %next, i64 %at.once monotonic
+  %after = add i64 %first, %at.once
+  %last = call i64 @llvm.smin.i64(i64 %after, i64 %count)
+  %any = icmp slt i64 %first, %last
+  br i1 %any, label %take, label %end
+take:
+  %index = phi i64 [ %first, %claim ], [ %index.next, %take ]
+  call void %function(ptr %job, i64 %index)
+  %index.next = add i64 %index, 1
+  %more = icmp slt i64 %index.next, %last
+  br i1 %more, label %take, label %finished
+finished:
+  %taken = sub i64 %last, %first
+  atomicrmw add ptr %done, i64 %taken release
+  br label %claim
+end:
+  ret void
+}}
+
+; Computes a job, whose fields 2 to 5 and operands are set, with as many helpers as are wanted and free.
+define void @lathe_run(ptr %job) {{
+entry:
+  %wanted.at = getelementptr %job, ptr %job, i64 0, i32 4
+  %wanted = load i64, ptr %wanted.at
+  %some = icmp sgt i64 %wanted, 0
+  br i1 %some, label %take, label %alone
+take:
+  %pair = cmpxchg ptr @busy, i64 0, i64 1 acquire monotonic
+  %mine = extractvalue {{ i64, i1 }} %pair, 1
+  br i1 %mine, label %publish, label %alone
+alone:
+  call void @work(ptr %job)
+  ret void
+publish:
+  %content = load %job, ptr %job
+  store %job %content, ptr @slot
+  atomicrmw add ptr @epoch, i64 1 seq_cst
+  %sleepers = load atomic i64, ptr @sleepers seq_cst, align 8
+  %wakes = call i64 @llvm.smin.i64(i64 %sleepers, i64 %wanted)
+  %any = icmp sgt i64 %wakes, 0
+  br i1 %any, label %lock, label %own
+lock:
+  call i32 @pthread_mutex_lock(ptr @mutex)
+  br label %signal
+signal:
+  %signals = phi i64 [ 0, %lock ], [ %signals.next, %signal ]
+  call i32 @pthread_cond_signal(ptr @wake)
+  %signals.next = add i64 %signals, 1
+  %signals.more = icmp slt i64 %signals.next, %wakes
+  br i1 %signals.more, label %signal, label %unlock
+unlock:
+  call i32 @pthread_mutex_unlock(ptr @mutex)
+  br label %own
+own:
+  call void @work(ptr @slot)
+  %done.at = getelementptr %job, ptr @slot, i64 0, i32 1
+  %count.at = getelementptr %job, ptr @slot, i64 0, i32 2
+  %count = load i64, ptr %count.at
+  br label %wait
+wait:
+  %done = load atomic i64, ptr %done.at acquire, align 8
+  %all = icmp eq i64 %done, %count
+  br i1 %all, label %close, label %pause
+pause:
+  call void @{_PAUSE[0]}({_PAUSE[1]})
+  br label %wait
+close:  ; who still looks at the slot finds no piece, and leaves
+  atomicrmw add ptr @epoch, i64 1 seq_cst
+  br label %leaving
+leaving:
+  %inside = load atomic i64, ptr @inside seq_cst, align 8
+  %none = icmp eq i64 %inside, 0
+  br i1 %none, label %free, label %leaving.pause
+leaving.pause:
+  call void @{_PAUSE[0]}({_PAUSE[1]})
+  br label %leaving
+free:
+  store atomic i64 0, ptr @busy release, align 8
+  ret void
+}}
+
+; What a helping thread does for ever.
+define internal ptr @help(ptr %nothing) {{
+entry:
+  br label %look
+look:
+  %seen = phi i64 [ 0, %entry ], [ %seen.after, %again ]
+  %looks = phi i64 [ 0, %entry ], [ %looks.after, %again ]
+  %epoch = load atomic i64, ptr @epoch seq_cst, align 8
+  %bit = and i64 %epoch, 1
+  %open = icmp eq i64 %bit, 1
+  %new = icmp ne i64 %epoch, %seen
+  %job = and i1 %open, %new
+  br i1 %job, label %enter, label %idle
+enter:
+  atomicrmw add ptr @inside, i64 1 seq_cst
+  %still = load atomic i64, ptr @epoch seq_cst, align 8
+  %same = icmp eq i64 %still, %epoch
+  br i1 %same, label %ticket, label %leave
+ticket:
+  %wanted.at = getelementptr %job, ptr @slot, i64 0, i32 4
+  %wanted = atomicrmw sub ptr %wanted.at, i64 1 monotonic
+  %welcome = icmp sgt i64 %wanted, 0
+  br i1 %welcome, label %work, label %leave
+work:
+  call void @work(ptr @slot)
+  br label %leave
+leave:
+  atomicrmw sub ptr @inside, i64 1 seq_cst
+  br label %again
+idle:
+  %looks.next = add i64 %looks, 1
+  %tired = icmp sge i64 %looks.next, {_LOOKS}
+  br i1 %tired, label %sleep, label %yield
+yield:
+  call i32 @sched_yield()
+  br label %again
+sleep:
+  call i32 @pthread_mutex_lock(ptr @mutex)
+  atomicrmw add ptr @sleepers, i64 1 seq_cst
+  br label %check
+check:
+  %now = load atomic i64, ptr @epoch seq_cst, align 8
+  %nothing.new = icmp eq i64 %now, %epoch
+  br i1 %nothing.new, label %wait, label %awake
+wait:
+  call i32 @pthread_cond_wait(ptr @wake, ptr @mutex)
+  br label %check
+awake:
+  atomicrmw sub ptr @sleepers, i64 1 seq_cst
+  call i32 @pthread_mutex_unlock(ptr @mutex)
+  br label %again
+again:
+  %seen.after = phi i64 [ %epoch, %leave ], [ %seen, %yield ], [ %seen, %awake ]
+  %looks.after = phi i64 [ 0, %leave ], [ %looks.next, %yield ], [ 0, %awake ]
+  br label %look
+}}
+
+; Starts helping threads; returns how many there are.
+define i64 @lathe_start(i64 %count) {{
+entry:
+  %thread = alloca i64
+  call i32 @pthread_mutex_init(ptr @mutex, ptr null)
+  call i32 @pthread_cond_init(ptr @wake, ptr null)
+  br label %more
+more:
+  %made = phi i64 [ 0, %entry ], [ %made.next, %detach ]
+  %enough = icmp sge i64 %made, %count
+  br i1 %enough, label %end, label %create
+create:
+  %error = call i32 @pthread_create(ptr %thread, ptr null, ptr @help, ptr null)
+  %failed = icmp ne i32 %error, 0
+  br i1 %failed, label %end, label %detach
+detach:
+  %id = load i64, ptr %thread
+  call i32 @pthread_detach(i64 %id)
+  %made.next = add i64 %made, 1
+  br label %more
+end:
+  ret i64 %made
+}}
+"""
+
+# What stands beside the code of every kernel.
+_CALL = f"""
+{_JOB}
+
+declare void @lathe_run(ptr)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare i64 @llvm.smin.i64(i64, i64)
+
+; Answers XLA's question which version of the interface this code was written for: true where it was one.
+define internal i1 @describe(ptr %frame) {{
+entry:
+  %extension.at = getelementptr i8, ptr %frame, i64 8
+  %extension = load ptr, ptr %extension.at
+  %any = icmp ne ptr %extension, null
+  br i1 %any, label %which, label %no
+which:
+  %type.at = getelementptr i8, ptr %extension, i64 8
+  %type = load i32, ptr %type.at
+  %asked = icmp eq i32 %type, 1
+  br i1 %asked, label %answer, label %no
+answer:
+  %metadata.at = getelementptr i8, ptr %extension, i64 24
+  %metadata = load ptr, ptr %metadata.at
+  %major = getelementptr i8, ptr %metadata, i64 24
+  store i32 0, ptr %major
+  %minor = getelementptr i8, ptr %metadata, i64 28
+  store i32 3, ptr %minor
+  %traits = getelementptr i8, ptr %metadata, i64 32
+  store i32 0, ptr %traits
+  ret i1 true
+no:
+  ret i1 false
+}}
+
+; Operand or result `number` of a call: arguments 0, 1, ..., results -1, -2, ...
+define internal ptr @buffer(ptr %frame, i64 %number) {{
+  %result = icmp slt i64 %number, 0
+  %offset = select i1 %result, i64 112, i64 72
+  %not = xor i64 %number, -1
+  %index = select i1 %result, i64 %not, i64 %number
+  %list.at = getelementptr i8, ptr %frame, i64 %offset
+  %list = load ptr, ptr %list.at
+  %at = getelementptr ptr, ptr %list, i64 %index
+  %buffer = load ptr, ptr %at
+  ret ptr %buffer
+}}
+
+define internal ptr @data(ptr %buffer) {{
+  %at = getelementptr i8, ptr %buffer, i64 24
+  %data = load ptr, ptr %at
+  ret ptr %data
+}}
+
+define internal i64 @dim(ptr %buffer, i64 %axis) {{
+  %at = getelementptr i8, ptr %buffer, i64 40
+  %dims = load ptr, ptr %at
+  %dim.at = getelementptr i64, ptr %dims, i64 %axis
+  %dim = load i64, ptr %dim.at
+  ret i64 %dim
+}}
+
+; XLA_FFI_Handler: nothing to do but in the stage of execution (3)
+define ptr @handler(ptr %frame) {{
+entry:
+  %asked = call i1 @describe(ptr %frame)
+  %stage.at = getelementptr i8, ptr %frame, i64 32
+  br i1 %asked, label %end, label %stage
+stage:
+  %stage.is = load i32, ptr %stage.at
+  %execute = icmp eq i32 %stage.is, 3
+  br i1 %execute, label %call, label %end
+call:
+  call void @execute(ptr %frame)
+  br label %end
+end:
+  ret ptr null
+}}
+"""
+
+
+@functools.cache
+def lanes() -> int:
+    """Floats of a vector register of this processor.
+
+    Raises Unsupported for one without fused multiply-add of vectors, and on systems without POSIX threads.
+    """
+    if os.name != "posix":
+        raise Unsupported("kernels for a CPU need POSIX threads")
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16
+    if features.get("avx2") and features.get("fma"):
+        return 8
+    if _ARM:
+        return 4
+    raise Unsupported(f"{llvm.get_host_cpu_name()} has neither AVX2 with FMA nor AVX-512 nor NEON")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One foreign function.
+
+    name: XLA's name of it.
+    code: IR that defines `void @execute(ptr %frame)`, which reads its buffers with `@buffer`, `@data` and `@dim`, fills
+        a %job and calls `@lathe_run`; and the function of a piece, `void @...(ptr %job, i64 %index)`.
+    """
+
+    name: str
+    code: str
+
+    @functools.cached_property
+    def engine(self) -> llvm.ExecutionEngine:
+        """The machine code, which lives as long as this."""
+        _start_threads()
+        return _compile(_CALL + self.code)
+
+    def register(self) -> str:
+        """Makes the code known to XLA; returns `name`. Call it once, and keep the kernel for good.
+
+        Raises Unsupported where XLA refuses it.
+        """
+        new_capsule = ctypes.pythonapi.PyCapsule_New
+        new_capsule.restype = ctypes.py_object
+        new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        capsule = new_capsule(self.engine.get_function_address("handler"), None, None)
+        try:
+            jax.ffi.register_ffi_target(self.name, capsule, platform="cpu")
+        except Exception as error:  # whatever XLA's registry raises: its interface has changed
+            raise Unsupported(f"XLA refuses a function written for its interface 0.3: {error}") from error
+        return self.name
+
+
+@functools.cache
+def _start_threads() -> llvm.ExecutionEngine:
+    """Starts threads for all cores that this process may use, one less than those; returns their code, to be kept."""
+    engine = _compile(_POOL)
+    llvm.add_symbol("lathe_run", engine.get_function_address("lathe_run"))
+    start = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("lathe_start"))
+    start(min(cores() - 1, _MOST_HELPERS))
+    return engine
+
+
+def _compile(code: str) -> llvm.ExecutionEngine:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True
+    )
+    module = llvm.parse_assembly(code)
+    module.verify()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
