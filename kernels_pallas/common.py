@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["reference", "tpu", "gpu"]
+Implementation = Literal["reference", "tpu", "gpu", "cpu"]
 
 
 def target_platform() -> str:
@@ -24,21 +24,25 @@ class Unsupported(ValueError):
     """The implementation asked for cannot compute these shapes or dtypes, or not on this backend."""
 
 
-def choose(kernel: str, implementation: Implementation | None) -> Implementation:
-    """The implementation that runs: the one asked for, by default the kernel of the target platform.
+def choose(
+    kernel: str, implementation: Implementation | None, kernels: tuple[Implementation, ...] = ("tpu", "gpu")
+) -> Implementation:
+    """The implementation that runs: the one asked for, by default the kernel of the target platform, one of `kernels`.
 
     Raises `Unsupported` for a platform without a kernel and for a name that there is not.
     """
+    *others, last = kernels
     if implementation is None:
         platform = target_platform()
-        if platform not in ("tpu", "gpu"):
+        if platform not in kernels:
             raise Unsupported(
-                f"no {kernel} kernel for the backend {platform!r}: there are tpu and gpu; "
+                f"no {kernel} kernel for the backend {platform!r}: there are {', '.join(others)} and {last}; "
                 "implementation='reference' runs everywhere"
             )
         return platform
-    if implementation not in ("reference", "tpu", "gpu"):
-        raise Unsupported(f"no implementation {implementation!r}: there are reference, tpu and gpu")
+    if implementation not in ("reference", *kernels):
+        names = ", ".join(["reference", *others])
+        raise Unsupported(f"no implementation {implementation!r}: there are {names} and {last}")
     return implementation
 
 

@@ -27,10 +27,25 @@ _ARM = platform.machine().lower() in ("arm64", "aarch64")
 _MOST_HELPERS = 15
 _LOOKS = 300  # for a job before a thread sleeps: about 0.1 to 0.3 ms
 _PAUSE = ("llvm.aarch64.hint", "i32 1", "i32") if _ARM else ("llvm.x86.sse2.pause", "", "")
+_PAUSES = 1000  # before who waits gives way
+# How a thread rounds and treats the smallest numbers is a register of its own: XLA's threads flush them to zero.
+_DECLARE_MODE, _READ_MODE, _WRITE_MODE = (
+    (
+        "declare i64 @llvm.aarch64.get.fpcr()\ndeclare void @llvm.aarch64.set.fpcr(i64)",
+        "%mode = call i64 @llvm.aarch64.get.fpcr()\n  store i64 %mode, ptr %mode.at",
+        "%mode = load i64, ptr %mode.at\n  call void @llvm.aarch64.set.fpcr(i64 %mode)",
+    )
+    if _ARM
+    else (
+        "declare void @llvm.x86.sse.stmxcsr(ptr)\ndeclare void @llvm.x86.sse.ldmxcsr(ptr)",
+        "call void @llvm.x86.sse.stmxcsr(ptr %mode.at)",
+        "call void @llvm.x86.sse.ldmxcsr(ptr %mode.at)",
+    )
+)
 
 # Work that threads share: 0 next piece, 1 pieces done, 2 pieces, 3 pieces taken at once, 4 helpers wanted, 5 the
-# function of a piece, then its operands.
-_JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, ptr, ptr, i64, i64, i64, i64, i64 }"
+# function of a piece, 6 to 11 its operands, 12 how the calling thread computes.
+_JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, ptr, ptr, i64, i64, i64, i64 }"
 
 # The threads, one module for all kernels.
 _POOL = f"""
@@ -53,6 +68,7 @@ declare i32 @pthread_cond_init(ptr, ptr)
 declare i32 @pthread_cond_wait(ptr, ptr)
 declare i32 @pthread_cond_signal(ptr)
 declare i32 @sched_yield()
+{_DECLARE_MODE}
 declare void @{_PAUSE[0]}({_PAUSE[2]})
 declare i64 @llvm.smin.i64(i64, i64)
 
@@ -88,6 +104,26 @@ end:
   ret void
 }}
 
+; Waits a moment: the core is left to others where it has lasted long.
+define internal void @give.way(i64 %pauses) {{
+entry:
+  call void @{_PAUSE[0]}({_PAUSE[1]})
+  %rest = urem i64 %pauses, {_PAUSES}
+  %long = icmp eq i64 %rest, 0
+  br i1 %long, label %yield, label %end
+yield:
+  call i32 @sched_yield()
+  br label %end
+end:
+  ret void
+}}
+
+; A forked process has no helping threads: its jobs find them taken for good.
+define void @lathe_forked() {{
+  store atomic i64 1, ptr @busy seq_cst, align 8
+  ret void
+}}
+
 ; Computes a job, whose fields 2 to 5 and operands are set, with as many helpers as are wanted and free.
 define void @lathe_run(ptr %job) {{
 entry:
@@ -103,6 +139,8 @@ alone:
   call void @work(ptr %job)
   ret void
 publish:
+  %mode.at = getelementptr %job, ptr %job, i64 0, i32 12
+  {_READ_MODE}
   %content = load %job, ptr %job
   store %job %content, ptr @slot
   atomicrmw add ptr @epoch, i64 1 seq_cst
@@ -129,21 +167,25 @@ own:
   %count = load i64, ptr %count.at
   br label %wait
 wait:
+  %pauses = phi i64 [ 0, %own ], [ %pauses.next, %pause ]
   %done = load atomic i64, ptr %done.at acquire, align 8
   %all = icmp eq i64 %done, %count
   br i1 %all, label %close, label %pause
 pause:
-  call void @{_PAUSE[0]}({_PAUSE[1]})
+  %pauses.next = add i64 %pauses, 1
+  call void @give.way(i64 %pauses.next)
   br label %wait
 close:  ; who still looks at the slot finds no piece, and leaves
   atomicrmw add ptr @epoch, i64 1 seq_cst
   br label %leaving
 leaving:
+  %more = phi i64 [ 0, %close ], [ %more.next, %leaving.pause ]
   %inside = load atomic i64, ptr @inside seq_cst, align 8
   %none = icmp eq i64 %inside, 0
   br i1 %none, label %free, label %leaving.pause
 leaving.pause:
-  call void @{_PAUSE[0]}({_PAUSE[1]})
+  %more.next = add i64 %more, 1
+  call void @give.way(i64 %more.next)
   br label %leaving
 free:
   store atomic i64 0, ptr @busy release, align 8
@@ -174,6 +216,8 @@ ticket:
   %welcome = icmp sgt i64 %wanted, 0
   br i1 %welcome, label %work, label %leave
 work:
+  %mode.at = getelementptr %job, ptr @slot, i64 0, i32 12
+  {_WRITE_MODE}
   call void @work(ptr @slot)
   br label %leave
 leave:
@@ -344,12 +388,12 @@ class Kernel:
 
     @functools.cached_property
     def engine(self) -> llvm.ExecutionEngine:
-        """The machine code, which lives as long as this."""
+        """The machine code."""
         _start_threads()
         return _compile(_CALL + self.code)
 
     def register(self) -> str:
-        """Makes the code known to XLA; returns `name`. Call it once, and keep the kernel for good.
+        """Makes the code known to XLA; returns `name`. Call it once.
 
         Raises Unsupported where XLA refuses it.
         """
@@ -357,6 +401,9 @@ class Kernel:
         new_capsule.restype = ctypes.py_object
         new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         capsule = new_capsule(self.engine.get_function_address("handler"), None, None)
+        jax.devices(
+            "cpu"
+        )  # before there is a backend, a refusal would come only when it starts, and as its failure
         try:
             jax.ffi.register_ffi_target(self.name, capsule, platform="cpu")
         except Exception as error:  # whatever XLA's registry raises: its interface has changed
@@ -366,11 +413,12 @@ class Kernel:
 
 @functools.cache
 def _start_threads() -> llvm.ExecutionEngine:
-    """Starts threads for all cores that this process may use, one less than those; returns their code, to be kept."""
+    """Starts threads for all cores that this process may use, one less than those; returns their code."""
     engine = _compile(_POOL)
     llvm.add_symbol("lathe_run", engine.get_function_address("lathe_run"))
     start = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("lathe_start"))
     start(min(cores() - 1, _MOST_HELPERS))
+    os.register_at_fork(after_in_child=ctypes.CFUNCTYPE(None)(engine.get_function_address("lathe_forked")))
     return engine
 
 
@@ -387,6 +435,8 @@ def _compile(code: str) -> llvm.ExecutionEngine:
     builder.getModulePassManager().run(module, builder)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
+    # XLA and threads run the code for good, also when the module that made it is loaded again: it is never freed.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
     return engine
 
 

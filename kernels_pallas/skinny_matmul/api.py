@@ -24,6 +24,8 @@ def skinny_matmul(
     count, inputs, width = panels.shape
     if x.shape[-1] != inputs:
         raise Unsupported(f"x has {x.shape[-1]} columns, the weights have {inputs} rows")
+    if not inputs:
+        raise Unsupported("the weights have no rows")
     if not (count - 1) * width < columns <= count * width:
         raise Unsupported(f"{count} panels of {width} columns do not hold {columns} columns")
     flat = x.reshape(-1, inputs)

@@ -214,7 +214,7 @@ def _tile(rows: int, lanes: int) -> str:
 
 @functools.cache
 def kernel(lanes: int) -> Kernel:
-    """The code for vectors of so many floats; it is kept for good, as XLA and threads run it."""
+    """The code for vectors of so many floats."""
     columns, numbers = _VECTORS * lanes, range(1, ROWS + 1)
     calls = [
         f"tile.{n}:\n  call void @tile.{n}(ptr %x.here, i64 %inputs, ptr %panel, ptr %into, i64 %stride)\n"

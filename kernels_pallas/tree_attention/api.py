@@ -32,7 +32,7 @@ def tree_attention(
         scale: factor of the scores, d ** -0.5 by default.
         softcap: tanh soft cap of the scores, or None.
         implementation: None takes the kernel of the default backend.
-        interpret: run the kernel in Pallas' interpreter, on any backend.
+        interpret: run the Pallas kernel in Pallas' interpreter, on any backend.
 
     Returns:
         [B, H, N, d] in the dtype of query; sums in float32.
@@ -41,12 +41,16 @@ def tree_attention(
         Unsupported: there is no such kernel for the backend, or it cannot compute these arguments. Another
             implementation is never taken instead.
     """
-    implementation = choose("tree attention", implementation)
+    implementation = choose("tree attention", implementation, ("tpu", "gpu", "cpu"))
     _check(query, cached, fresh, length, tree, cached_mask, implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, cached, fresh, length, tree, cached_mask)
     if implementation == "reference":
         return reference.tree_attention(*arguments, scale=scale, softcap=softcap)
+    if implementation == "cpu":
+        from kernels_pallas.tree_attention import cpu
+
+        return cpu.tree_attention(*arguments, scale=scale, softcap=softcap)
     # Imported here: Pallas takes half a second to import, and most programs run no kernel.
     if implementation == "tpu":
         from kernels_pallas.tree_attention import tpu as kernel
@@ -78,9 +82,11 @@ def _check(query, cached, fresh, length, tree, cached_mask, implementation: Impl
             raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
     if implementation == "reference":
         return
+    taken = (jnp.float32,) if implementation == "cpu" else (jnp.float32, jnp.bfloat16)
     for name, array in {"query": query, "cached": cached[0], "fresh": fresh[0]}.items():
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            raise Unsupported(f"{name} is {array.dtype}: the kernels take float32 and bfloat16")
+        if array.dtype not in taken:
+            names = " and ".join(jnp.dtype(dtype).name for dtype in taken)
+            raise Unsupported(f"{name} is {array.dtype}: the {implementation} kernel takes {names}")
     if implementation == "tpu" and dim % 8:
         raise Unsupported(f"head_dim={dim}: the tpu kernel takes multiples of 8")
     if implementation == "gpu" and (dim < 16 or dim & (dim - 1)):

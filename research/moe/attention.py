@@ -27,8 +27,8 @@ from research.nn.attention import Context, attend, empty_cache
 from research.nn.attention_kernels import (
     AttentionKernel,
     AutoAttention,
+    AutoCachedAttention,
     CachedKernel,
-    PlainCachedAttention,
 )
 from research.nn.linear import Linear, parameter
 from research.nn.masks import Causal, MaskRule, Window
@@ -85,7 +85,7 @@ class MixtureOfAttention(nn.Module):
     scale: float | None = None
     output_bias: bool = True
     kernel: AttentionKernel = AutoAttention()
-    cached_kernel: CachedKernel = PlainCachedAttention()
+    cached_kernel: CachedKernel = AutoCachedAttention()
     cache_kind: caches.CacheKind | None = None
     norm: Norm = "topk_softmax"
     dispatch: Backend = "auto"

@@ -36,7 +36,7 @@ from research.moe.selection import (
 )
 from research.nn import weights
 from research.nn.attention import Context
-from research.nn.attention_kernels import AttentionKernel, AutoAttention, CachedKernel, PlainCachedAttention
+from research.nn.attention_kernels import AttentionKernel, AutoAttention, AutoCachedAttention, CachedKernel
 from research.nn.compute_once import compute_once
 from research.nn.linear import Linear
 from research.nn.masks import Causal, Full
@@ -142,7 +142,7 @@ class SMHA(nn.Module):
     use_bias: bool = False
     output_bias: bool = False
     kernel: AttentionKernel = AutoAttention()
-    cached_kernel: CachedKernel = PlainCachedAttention()
+    cached_kernel: CachedKernel = AutoCachedAttention()
 
     def __post_init__(self) -> None:
         super().__post_init__()

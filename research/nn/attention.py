@@ -13,8 +13,8 @@ from research.nn import cache as caches
 from research.nn.attention_kernels import (
     AttentionKernel,
     AutoAttention,
+    AutoCachedAttention,
     CachedKernel,
-    PlainCachedAttention,
 )
 from research.nn.compute_once import compute_once
 from research.nn.linear import Linear
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     use_bias: bool = False
     output_bias: bool = False
     kernel: AttentionKernel = AutoAttention()
-    cached_kernel: CachedKernel = PlainCachedAttention()
+    cached_kernel: CachedKernel = AutoCachedAttention()
     cache_kind: caches.CacheKind | None = None
 
     @property

@@ -17,6 +17,7 @@ from kernels_pallas.span_attention import span_attention
 from kernels_pallas.tree_attention import Unsupported, tree_attention
 from research.errors import UserError
 from research.nn.cache import Rows
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.masks import Causal, Full, MaskRule, Window
 
 NEGATIVE = -1e30  # finite, so that a fully masked row gives a uniform distribution instead of NaN
@@ -264,6 +265,9 @@ class SpanAttention:
             raise UserError(f"kernel={self} cannot run: {error}; AutoAttention runs everywhere") from error
 
 
+_FEW_ROWS = 64
+
+
 class CachedKernel(Protocol):
     """Attention of N new tokens over a cached prefix of S slots and over each other.
 
@@ -346,17 +350,17 @@ class PlainCachedAttention:
 
 @dataclasses.dataclass(frozen=True)
 class TreeAttention:
-    """The Pallas kernel: reads a row's prefix in blocks up to its length, and keeps no scores in memory.
+    """The kernel: reads a row's prefix in blocks up to its length, and keeps no scores in memory.
 
     Args:
         implementation: "auto" takes the kernel of the backend; "reference" is plain jnp and runs everywhere.
-        interpret: run the kernel in Pallas' interpreter, anywhere and slowly.
+        interpret: run the Pallas kernel in Pallas' interpreter, anywhere and slowly.
 
     Raises:
         UserError: when called, where the kernel cannot run. Nothing else is run instead.
     """
 
-    implementation: Literal["auto", "reference", "tpu", "gpu"] = "auto"
+    implementation: Literal["auto", "reference", "tpu", "gpu", "cpu"] = "auto"
     interpret: bool = False
 
     def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
@@ -381,3 +385,21 @@ class TreeAttention:
             raise UserError(
                 f"cached_kernel={self} cannot run: {error}; PlainCachedAttention runs everywhere"
             ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoCachedAttention:
+    """`TreeAttention` on a CPU, for up to `_FEW_ROWS` float32 rows a key head; `PlainCachedAttention` elsewhere.
+
+    A longer row, a piece of a prompt, is a product of matrices, which the compiler's library computes faster.
+    """
+
+    def __call__(self, query, cached, fresh, *masks, **numbers):
+        kernel = TreeAttention("cpu") if self._fits(query, cached[0]) else PlainCachedAttention()
+        return kernel(query, cached, fresh, *masks, **numbers)
+
+    def _fits(self, query: jax.Array, key: jax.Array | Rows) -> bool:
+        if isinstance(key, Rows) or not query.dtype == key.dtype == jnp.float32 or query.shape[3] % 4:
+            return False
+        rows = query.shape[1] // key.shape[1] * query.shape[2]
+        return rows <= _FEW_ROWS and use_cpu_kernels()

@@ -4,6 +4,7 @@ Reading weights bounds decoding. `kernels_pallas.skinny_matmul` reads them at th
 eight alike, where XLA's libraries take up to four times as long for eight rows as for one.
 """
 
+import contextlib
 import math
 import mmap
 from typing import Any
@@ -97,7 +98,7 @@ class _Memory:
         if size > len(self._free):
             # Not malloc's, which hands out pages that are in use already.
             block = mmap.mmap(-1, 4 * max(size, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(AttributeError, OSError):  # a system without large pages
                 block.madvise(mmap.MADV_HUGEPAGE)
             self._free = np.frombuffer(block, np.float32)
         array, self._free = self._free[: math.prod(shape)].reshape(shape), self._free[size:]

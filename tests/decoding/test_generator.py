@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.skinny_matmul import Unsupported
 from research.data.tokenizer import Tokenizer
 from research.decoding import engine as engines
 from research.decoding.generator import Generator
@@ -226,7 +225,7 @@ FUSED = {"qkv", "output"}, {"gate_up", "down"}
 
 def test_prepare_with_the_compilers_products_fuses_large_models_only(monkeypatch):
     model, params = make_model(scan=True)
-    monkeypatch.setenv("LATHE_PRODUCTS", "xla")
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
     unrolled, small = prepare(model, params)
     assert not unrolled.scan_layers and parts(small["layer_0"]) == SEPARATE
     monkeypatch.setattr("research.decoding.prepare._FUSE_FROM", 1)
@@ -248,20 +247,8 @@ def test_prepare_lays_kernels_out(monkeypatch):
     assert isinstance(found["head"]["kernel"], Panels)
     tokens = np.asarray([PROMPTS[1]])
     np.testing.assert_allclose(call(model, found, tokens), call(model, params, tokens), atol=1e-4)
-
-
-def test_prepare_says_why_it_does_not(monkeypatch):
-    def missing() -> int:
-        raise Unsupported("no such processor")
-
-    monkeypatch.setattr("research.decoding.prepare.panel_columns", missing)
-    model, params = make_model()
-    with pytest.warns(UserWarning, match="XLA's own products, which are slower: no such processor"):
-        _, found = prepare(model, params)
-    assert parts(found["layer_0"]) == SEPARATE
-    monkeypatch.setenv("LATHE_PRODUCTS", "panel")
-    with pytest.raises(UserError, match="LATHE_PRODUCTS=panel: expected panels or xla"):
-        prepare(model, params)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    assert parts(prepare(model, params)[1]["layer_0"]) == SEPARATE
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def written_out(query, cached, fresh, length, tree, cached_mask, scale=None, sof
     return out
 
 
-IMPLEMENTATIONS = ("reference", "tpu", "gpu")
+IMPLEMENTATIONS = ("reference", "tpu", "gpu", "cpu")
 # N = 1 to 64, lengths 0, full, and between blocks, slots that are no multiple of a block, groups, masks.
 CASES = {
     "one token": dict(batch=2, heads=4, kv_heads=2, count=1, slots=64, dim=32, lengths=[0, 64]),
@@ -88,7 +88,7 @@ def test_scale_and_soft_cap(implementation):
     np.testing.assert_allclose(np.asarray(out), written_out(*arguments, **options), atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ("reference", "tpu", "gpu"))
 def test_bfloat16(implementation):
     arguments = make(2, 4, 2, 6, 100, 32, [0, 99], dtype=jnp.bfloat16)
     out = tree_attention(*arguments, implementation=implementation, interpret=True)
@@ -104,6 +104,60 @@ def test_several_blocks_and_splits(kernel):
     run = jax.jit(functools.partial(kernel.tree_attention, scale=0.25, block=128, interpret=True))
     out = run(*arguments)
     np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
+
+
+def test_several_blocks_and_groups_of_rows_on_a_cpu():
+    """Lengths at, just before and just behind the edges of blocks of 64 keys; 3 x 25 rows a key head, more than 64."""
+    arguments = make(5, 6, 2, 25, 260, 16, [63, 64, 65, 128, 260], tree_heads=6, mask=(5, 1))
+    out = tree_attention(*arguments, implementation="cpu")
+    np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
+
+
+@pytest.mark.parametrize(("lanes", "dim"), [(4, 20), (8, 24), (16, 24), (16, 4)])
+def test_vectors_of_other_processors(lanes, dim, monkeypatch):
+    # Wider vectors than the processor's are cut by LLVM; narrower ones are taken where they do not divide the heads.
+    monkeypatch.setattr("kernels_pallas.cpu.lanes", lambda: lanes)
+    arguments = make(2, 4, 2, 3, 70, dim, [70, 1], mask=(1, 4))
+    out = kernels.tree_attention(*map(as_arrays, arguments), implementation="cpu")
+    np.testing.assert_allclose(np.asarray(out), written_out(*arguments), atol=2e-6)
+
+
+def as_arrays(operand):
+    return jax.tree.map(jnp.asarray, operand)
+
+
+def test_weights_far_apart_on_a_cpu():
+    """Weights that count: of the largest, 80, the new one, 79, and 0; those of -80 and -200 are below e^-87."""
+    scores = np.float32([0.0, -80.0, -200.0, 80.0])
+    cached = (
+        scores[None, None, :, None] * np.eye(4, dtype=np.float32)[0],
+        np.eye(4, dtype=np.float32)[None, None],
+    )
+    fresh = (np.full((1, 1, 1, 4), 79.0, np.float32), np.zeros((1, 1, 1, 4), np.float32))
+    query = np.eye(4, dtype=np.float32)[None, None, :1]
+    out = tree_attention(
+        query, cached, fresh, np.int32([4]), np.ones((1, 1, 1, 1), bool), scale=1.0, implementation="cpu"
+    )
+    total = 1 + np.exp(-1.0) + np.exp(-80.0)
+    np.testing.assert_allclose(out[0, 0, 0], [np.exp(-80.0) / total, 0, 0, 1 / total], rtol=1e-6)
+
+
+def test_gradient_on_a_cpu():
+    query, cached, fresh, length, tree, mask = map(as_arrays, make(2, 4, 2, 3, 40, 16, [40, 40], mask=(1, 1)))
+
+    def gradients(implementation):
+        def loss(query, cached, fresh):
+            out = kernels.tree_attention(
+                query, cached, fresh, length, tree, mask, implementation=implementation
+            )
+            return jnp.sum(out**2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, cached, fresh)
+
+    for ours, theirs in zip(
+        *(jax.tree.leaves(gradients(name)) for name in ("cpu", "reference")), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -156,10 +210,11 @@ def test_lowers_without_the_device(implementation, count, slots, dim, heads, kv_
     assert marker in lowered.as_text()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens where there is no kernel")
-def test_a_backend_without_a_kernel_is_an_error():
-    with pytest.raises(Unsupported, match="no tree attention kernel for the backend 'cpu'"):
-        tree_attention(*make(1, 1, 1, 1, 64, 16, [3]))
+def test_a_backend_without_a_kernel_is_an_error(monkeypatch):
+    monkeypatch.setattr("kernels_pallas.common.target_platform", lambda: "rocm")
+    message = "no tree attention kernel for the backend 'rocm': there are tpu, gpu and cpu"
+    with pytest.raises(Unsupported, match=message):
+        kernels.tree_attention(*make(1, 1, 1, 1, 64, 16, [3]))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +226,9 @@ def test_a_backend_without_a_kernel_is_an_error():
         (dict(kv_heads=3, implementation="reference"), "4 query heads are not a multiple of 3 key heads"),
         (dict(lengths=[1, 2], implementation="reference"), r"length has shape \(2,\), expected \(1,\)"),
         (dict(tree_heads=2, implementation="reference"), "tree is bool"),
-        (dict(implementation="cuda"), "no implementation 'cuda': there are reference, tpu and gpu"),
+        (dict(implementation="cuda"), "no implementation 'cuda': there are reference, tpu, gpu and cpu"),
+        (dict(dim=6, implementation="cpu"), "head_dim=6: the cpu kernel takes multiples of 4"),
+        (dict(dtype=jnp.bfloat16, implementation="cpu"), "query is bfloat16: the cpu kernel takes float32"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(change, message):

@@ -12,6 +12,7 @@ import pytest
 from research.errors import UserError
 from research.nn.attention_kernels import (
     AutoAttention,
+    AutoCachedAttention,
     BlockedAttention,
     DenseAttention,
     PlainCachedAttention,
@@ -212,9 +213,12 @@ def test_vmap_equals_one_at_a_time():
             np.testing.assert_allclose(ours[i], theirs, atol=1e-5)
 
 
-CACHED = {"plain": PlainCachedAttention(), "reference": TreeAttention("reference")} | {
-    name: TreeAttention(name, interpret=True) for name in ("tpu", "gpu")
-}
+CACHED = {
+    "plain": PlainCachedAttention(),
+    "auto": AutoCachedAttention(),
+    "reference": TreeAttention("reference"),
+    "cpu": TreeAttention("cpu"),
+} | {name: TreeAttention(name, interpret=True) for name in ("tpu", "gpu")}
 
 
 @pytest.mark.parametrize("name", CACHED)
@@ -243,3 +247,24 @@ def test_a_kernel_that_cannot_run_is_refused():
     cached, fresh = zip(*parts, strict=True)
     with pytest.raises(UserError, match="PlainCachedAttention runs everywhere"):
         TreeAttention("gpu")(query[:, :, 1:], cached, fresh, one, None, tree, scale=1.0, softcap=None)
+
+
+def test_auto_takes_the_kernel_for_few_float32_rows_only(monkeypatch):
+    query, key, value, _ = inputs(8, dim=16)
+    cached, new = (key[:, :, :4], value[:, :, :4]), 4
+
+    def runs_kernel(query: jax.Array, cached: tuple[jax.Array, jax.Array]) -> bool:
+        count = query.shape[2]
+        fresh = tuple(jnp.zeros((*x.shape[:2], count, 16), query.dtype) for x in cached)
+        tree = jnp.eye(count, dtype=bool)[None, None]
+        length = jnp.full((query.shape[0],), 4)
+        run = jax.jit(
+            lambda q, c: AutoCachedAttention()(q, c, fresh, length, None, tree, scale=1.0, softcap=None)
+        )
+        return "lathe_tree_attention" in run.lower(query, cached).as_text()
+
+    assert runs_kernel(query[:, :, -new:], cached)
+    assert not runs_kernel(jnp.tile(query, (1, 1, 9, 1)), cached)  # 72 rows
+    assert not runs_kernel(query[:, :, -new:].astype(jnp.bfloat16), cached)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    assert not runs_kernel(query[:, :, -new:], cached)

@@ -1,0 +1,644 @@
+"""Tree attention on a CPU: every key head of every row of the batch is a piece, in which keys and values are read once,
+up to the row's length, as one stream.
+
+A piece has the query rows of its heads, G N of them one behind the other. It takes keys in blocks of `_KEYS` and
+computes, for the rows of a tile,
+
+    p[r, s] = scale q[r] . k[s], capped and masked
+    top' = max(top, max_s p);  p = exp(p - top');  old = exp(top - top')
+    total = old total + sum_s p;  sum[r] = old sum[r] + sum_s p[r, s] v[s]
+
+first over the cached tokens and then over the new ones, and at the end sum / total (the softmax of both together).
+Everything is float32.
+"""
+
+import functools
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import cpu
+from kernels_pallas.common import Unsupported
+from kernels_pallas.tree_attention import reference
+from kernels_pallas.tree_attention.common import NEGATIVE
+
+_KEYS = 64  # of a block
+_ROWS = 64  # whose sums are kept at once: more rows read keys and values again
+_SUMS = 16  # registers for the sums of a tile
+_SHARE = 1 << 15  # bytes of keys and values below which another thread does not pay
+_AHEAD = 64  # keys between the announcement of a read and the read
+_LINE = 64  # bytes of a cache line
+
+_CODE = """
+declare {vector} @llvm.fma.{type}({vector}, {vector}, {vector})
+declare {vector} @llvm.nearbyint.{type}({vector})
+declare {vector} @llvm.maxnum.{type}({vector}, {vector})
+declare {vector} @llvm.minnum.{type}({vector}, {vector})
+declare float @llvm.vector.reduce.fadd.{type}(float, {vector})
+declare float @llvm.vector.reduce.fmax.{type}({vector})
+declare float @llvm.maxnum.f32(float, float)
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
+
+; e^x of float32 to two units in the last place, exactly 0 below -87: 2^n times a polynomial of what is left.
+define internal {vector} @exp({vector} %x) {{
+  %low = fcmp olt {vector} %x, {lowest}
+  %x.least = call {vector} @llvm.maxnum.{type}({vector} %x, {vector} {lowest})
+  %x.most = call {vector} @llvm.minnum.{type}({vector} %x.least, {vector} {highest})
+  %n.raw = fmul {vector} %x.most, {log2e}
+  %n = call {vector} @llvm.nearbyint.{type}({vector} %n.raw)
+  %r.high = call {vector} @llvm.fma.{type}({vector} %n, {vector} {ln2high}, {vector} %x.most)
+  %r = call {vector} @llvm.fma.{type}({vector} %n, {vector} {ln2low}, {vector} %r.high)
+{polynomial}
+  %r2 = fmul {vector} %r, %r
+  %y.r = call {vector} @llvm.fma.{type}({vector} %p.5, {vector} %r2, {vector} %r)
+  %y = fadd {vector} %y.r, {one}
+  %n.int = fptosi {vector} %n to {ints}
+  %power.int = add {ints} %n.int, {bias}
+  %power.bits = shl {ints} %power.int, {mantissa}
+  %power = bitcast {ints} %power.bits to {vector}
+  %scaled = fmul {vector} %y, %power
+  %result = select {bools} %low, {vector} zeroinitializer, {vector} %scaled
+  ret {vector} %result
+}}
+
+{tiles}
+
+; A row of raw products p [{keys}], of which `count` are there, becomes weights; top, total and sum [{dim}] are moved to
+; the new maximum. mask: a byte a key, or null. cap: of the scores, or 0.
+define internal void @soften(ptr %p, i64 %count, ptr %mask, float %scale, float %cap, ptr %top, ptr %total, ptr %sum) {{
+entry:
+  %bytes = alloca [{keys} x i8], align 64
+  %masked = icmp ne ptr %mask, null
+  br i1 %masked, label %copy, label %begin
+copy:
+  call void @llvm.memcpy.p0.p0.i64(ptr %bytes, ptr %mask, i64 %count, i1 false)
+  br label %begin
+begin:
+  %capped = fcmp ogt float %cap, 0.0
+  %top.old = load float, ptr %top
+  %scale.1 = insertelement {vector} poison, float %scale, i32 0
+  %scales = shufflevector {vector} %scale.1, {vector} poison, {zeros}
+  %cap.1 = insertelement {vector} poison, float %cap, i32 0
+  %caps = shufflevector {vector} %cap.1, {vector} poison, {zeros}
+  %count.1 = insertelement <{lanes} x i64> poison, i64 %count, i32 0
+  %counts = shufflevector <{lanes} x i64> %count.1, <{lanes} x i64> poison, {zeros}
+  br label %score
+score:
+  %c = phi i64 [ 0, %begin ], [ %c.next, %scored ]
+  %best = phi {vector} [ {negative}, %begin ], [ %best.next, %scored ]
+  %at = getelementptr float, ptr %p, i64 %c
+  %raw = load {vector}, ptr %at, align 4
+  %x.plain = fmul {vector} %raw, %scales
+  br i1 %capped, label %cap.it, label %see
+cap.it:  ; cap tanh(x / cap) = cap (1 - 2 / (exp(2 x / cap) + 1))
+  %ratio = fdiv {vector} %x.plain, %caps
+  %twice = fadd {vector} %ratio, %ratio
+  %e = call {vector} @exp({vector} %twice)
+  %e.1 = fadd {vector} %e, {one}
+  %part = fdiv {vector} {two}, %e.1
+  %tanh = fsub {vector} {one}, %part
+  %x.capped = fmul {vector} %tanh, %caps
+  br label %see
+see:
+  %x = phi {vector} [ %x.plain, %score ], [ %x.capped, %cap.it ]
+  %c.1 = insertelement <{lanes} x i64> poison, i64 %c, i32 0
+  %c.all = shufflevector <{lanes} x i64> %c.1, <{lanes} x i64> poison, {zeros}
+  %places = add <{lanes} x i64> %c.all, {iota}
+  %there = icmp ult <{lanes} x i64> %places, %counts
+  br i1 %masked, label %bytes.read, label %scored
+bytes.read:
+  %byte.at = getelementptr i8, ptr %bytes, i64 %c
+  %byte = load <{lanes} x i8>, ptr %byte.at, align 1
+  %set = icmp ne <{lanes} x i8> %byte, zeroinitializer
+  %both = and {bools} %there, %set
+  br label %scored
+scored:
+  %visible = phi {bools} [ %there, %see ], [ %both, %bytes.read ]
+  %x.seen = select {bools} %visible, {vector} %x, {vector} {negative}
+  store {vector} %x.seen, ptr %at, align 4
+  %best.next = call {vector} @llvm.maxnum.{type}({vector} %best, {vector} %x.seen)
+  %c.next = add i64 %c, {lanes}
+  %c.more = icmp ult i64 %c.next, %count
+  br i1 %c.more, label %score, label %tops
+tops:
+  %best.one = call float @llvm.vector.reduce.fmax.{type}({vector} %best.next)
+  %top.new = call float @llvm.maxnum.f32(float %top.old, float %best.one)
+  store float %top.new, ptr %top
+  %top.1 = insertelement {vector} poison, float %top.new, i32 0
+  %tops.new = shufflevector {vector} %top.1, {vector} poison, {zeros}
+  br label %weigh
+weigh:
+  %w = phi i64 [ 0, %tops ], [ %w.next, %weigh ]
+  %sums = phi {vector} [ zeroinitializer, %tops ], [ %sums.next, %weigh ]
+  %w.at = getelementptr float, ptr %p, i64 %w
+  %w.x = load {vector}, ptr %w.at, align 4
+  %w.less = fsub {vector} %w.x, %tops.new
+  %w.e = call {vector} @exp({vector} %w.less)
+  store {vector} %w.e, ptr %w.at, align 4
+  %sums.next = fadd {vector} %sums, %w.e
+  %w.next = add i64 %w, {lanes}
+  %w.more = icmp ult i64 %w.next, %count
+  br i1 %w.more, label %weigh, label %moved
+moved:
+  %block = call reassoc float @llvm.vector.reduce.fadd.{type}(float 0.0, {vector} %sums.next)
+  %old.1 = insertelement {vector} poison, float %top.old, i32 0
+  %old.all = shufflevector {vector} %old.1, {vector} poison, {zeros}
+  %old.less = fsub {vector} %old.all, %tops.new
+  %old = call {vector} @exp({vector} %old.less)
+  %old.one = extractelement {vector} %old, i32 0
+  %total.old = load float, ptr %total
+  %total.less = fmul float %total.old, %old.one
+  %total.new = fadd float %total.less, %block
+  store float %total.new, ptr %total
+  %same = fcmp oeq float %old.one, 1.0
+  br i1 %same, label %end, label %scale.sum
+scale.sum:
+  %j = phi i64 [ 0, %moved ], [ %j.next, %scale.sum ]
+  %j.at = getelementptr float, ptr %sum, i64 %j
+  %j.old = load {vector}, ptr %j.at, align 4
+  %j.new = fmul {vector} %j.old, %old
+  store {vector} %j.new, ptr %j.at, align 4
+  %j.next = add i64 %j, {lanes}
+  %j.more = icmp ult i64 %j.next, {dim}
+  br i1 %j.more, label %scale.sum, label %end
+end:
+  ret void
+}}
+
+; Rows row.. of a piece, `rows` of them, over `count` keys. mask: bytes [1 or G, N, width] of the piece's heads, or
+; null; heads: N where the heads have masks of their own, else 0.
+define internal void @over(ptr %query, ptr %sum, ptr %top, ptr %total, i64 %row, i64 %rows, ptr %key, ptr %value,
+                           i64 %count, ptr %mask, i64 %n, i64 %heads, i64 %width, float %scale, float %cap) {{
+entry:
+  %p = alloca [{weights} x float], align 64
+  %some = icmp ne i64 %count, 0
+  br i1 %some, label %block, label %end
+block:
+  %s = phi i64 [ 0, %entry ], [ %s.next, %block.end ]
+  %left = sub i64 %count, %s
+  %here = call i64 @llvm.smin.i64(i64 %left, i64 {keys})
+  %s.dim = mul i64 %s, {dim}
+  %k = getelementptr float, ptr %key, i64 %s.dim
+  %v = getelementptr float, ptr %value, i64 %s.dim
+  br label %tile
+tile:
+  %r = phi i64 [ 0, %block ], [ %r.next, %mixed ]
+  %r.left = sub i64 %rows, %r
+  %height = call i64 @llvm.smin.i64(i64 %r.left, i64 {height})
+  %r.dim = mul i64 %r, {dim}
+  %q = getelementptr float, ptr %query, i64 %r.dim
+  %sum.r = getelementptr float, ptr %sum, i64 %r.dim
+  switch i64 %height, label %score.{height} [ {score_cases} ]
+{score_calls}
+soften:
+  %i = phi i64 [ 0, %scored ], [ %i.next, %softened ]
+  %r.i = add i64 %r, %i
+  %absolute = add i64 %row, %r.i
+  %g = udiv i64 %absolute, %n
+  %token = urem i64 %absolute, %n
+  %g.row = mul i64 %g, %heads
+  %mask.row = add i64 %g.row, %token
+  %mask.first = mul i64 %mask.row, %width
+  %mask.at = add i64 %mask.first, %s
+  %masked = icmp ne ptr %mask, null
+  %mask.ptr = getelementptr i8, ptr %mask, i64 %mask.at
+  %mask.here = select i1 %masked, ptr %mask.ptr, ptr null
+  %p.first = mul i64 %i, {keys}
+  %p.i = getelementptr float, ptr %p, i64 %p.first
+  %top.i = getelementptr float, ptr %top, i64 %r.i
+  %total.i = getelementptr float, ptr %total, i64 %r.i
+  %i.dim = mul i64 %i, {dim}
+  %sum.i = getelementptr float, ptr %sum.r, i64 %i.dim
+  call void @soften(ptr %p.i, i64 %here, ptr %mask.here, float %scale, float %cap, ptr %top.i, ptr %total.i, ptr %sum.i)
+  br label %softened
+softened:
+  %i.next = add i64 %i, 1
+  %i.more = icmp ult i64 %i.next, %height
+  br i1 %i.more, label %soften, label %mix
+scored:
+  br label %soften
+mix:
+  switch i64 %height, label %mix.{height} [ {mix_cases} ]
+{mix_calls}
+mixed:
+  %r.next = add i64 %r, {height}
+  %r.more = icmp ult i64 %r.next, %rows
+  br i1 %r.more, label %tile, label %block.end
+block.end:
+  %s.next = add i64 %s, {keys}
+  %s.more = icmp ult i64 %s.next, %count
+  br i1 %s.more, label %block, label %end
+end:
+  ret void
+}}
+
+; Operand 6 of a job is XLA's call. A piece is a key head of a row of the batch.
+define internal void @head(ptr %job, i64 %index) {{
+entry:
+  %sum = alloca [{sums} x float], align 64
+  %top = alloca [{group} x float], align 64
+  %total = alloca [{group} x float], align 64
+  %frame.at = getelementptr %job, ptr %job, i64 0, i32 6
+  %frame = load ptr, ptr %frame.at
+{operands}
+  %heads = call i64 @dim(ptr %query, i64 1)
+  %n = call i64 @dim(ptr %query, i64 2)
+  %kv = call i64 @dim(ptr %key, i64 1)
+  %slots = call i64 @dim(ptr %key, i64 2)
+  %batch.row = udiv i64 %index, %kv
+  %kv.head = urem i64 %index, %kv
+  %groups = udiv i64 %heads, %kv
+  %rows = mul i64 %groups, %n
+  %q.first = mul i64 %index, %rows
+  %q.dim = mul i64 %q.first, {dim}
+  %q = getelementptr float, ptr %query.data, i64 %q.dim
+  %o = getelementptr float, ptr %out.data, i64 %q.dim
+  %k.first = mul i64 %index, %slots
+  %k.dim = mul i64 %k.first, {dim}
+  %k = getelementptr float, ptr %key.data, i64 %k.dim
+  %v = getelementptr float, ptr %value.data, i64 %k.dim
+  %f.first = mul i64 %index, %n
+  %f.dim = mul i64 %f.first, {dim}
+  %fk = getelementptr float, ptr %fresh_key.data, i64 %f.dim
+  %fv = getelementptr float, ptr %fresh_value.data, i64 %f.dim
+  %length.at = getelementptr i32, ptr %length.data, i64 %batch.row
+  %length.32 = load i32, ptr %length.at
+  %length.raw = sext i32 %length.32 to i64
+  %held = call i64 @llvm.smin.i64(i64 %length.raw, i64 %slots)
+  %scale = load float, ptr %numbers.data
+  %cap.at = getelementptr float, ptr %numbers.data, i64 1
+  %cap = load float, ptr %cap.at
+{masks}
+  %head.first = mul i64 %kv.head, %groups
+  br label %group
+group:
+  %row = phi i64 [ 0, %entry ], [ %row.next, %written ]
+  %row.left = sub i64 %rows, %row
+  %here = call i64 @llvm.smin.i64(i64 %row.left, i64 {group})
+  br label %clear
+clear:
+  %c = phi i64 [ 0, %group ], [ %c.next, %cleared ]
+  %top.c = getelementptr float, ptr %top, i64 %c
+  store float {lowest_score}, ptr %top.c
+  %total.c = getelementptr float, ptr %total, i64 %c
+  store float 0.0, ptr %total.c
+  %c.dim = mul i64 %c, {dim}
+  br label %clear.sum
+clear.sum:
+  %z = phi i64 [ 0, %clear ], [ %z.next, %clear.sum ]
+  %z.place = add i64 %c.dim, %z
+  %z.at = getelementptr float, ptr %sum, i64 %z.place
+  store {vector} zeroinitializer, ptr %z.at, align 4
+  %z.next = add i64 %z, {lanes}
+  %z.more = icmp ult i64 %z.next, {dim}
+  br i1 %z.more, label %clear.sum, label %cleared
+cleared:
+  %c.next = add i64 %c, 1
+  %c.more = icmp ult i64 %c.next, %here
+  br i1 %c.more, label %clear, label %attend
+attend:
+  %row.dim = mul i64 %row, {dim}
+  %q.row = getelementptr float, ptr %q, i64 %row.dim
+  %o.row = getelementptr float, ptr %o, i64 %row.dim
+  call void @over(ptr %q.row, ptr %sum, ptr %top, ptr %total, i64 %row, i64 %here, ptr %k, ptr %v, i64 %held,
+                  ptr %cached_mask.here, i64 %n, i64 %cached_mask.heads, i64 %slots, float %scale, float %cap)
+  call void @over(ptr %q.row, ptr %sum, ptr %top, ptr %total, i64 %row, i64 %here, ptr %fk, ptr %fv, i64 %n,
+                  ptr %tree.here, i64 %n, i64 %tree.heads, i64 %n, float %scale, float %cap)
+  br label %write
+write:
+  %w = phi i64 [ 0, %attend ], [ %w.next, %wrote ]
+  %w.total.at = getelementptr float, ptr %total, i64 %w
+  %w.total = load float, ptr %w.total.at
+  %w.1 = insertelement {vector} poison, float %w.total, i32 0
+  %w.all = shufflevector {vector} %w.1, {vector} poison, {zeros}
+  %w.dim = mul i64 %w, {dim}
+  br label %write.sum
+write.sum:
+  %y = phi i64 [ 0, %write ], [ %y.next, %write.sum ]
+  %y.place = add i64 %w.dim, %y
+  %y.from = getelementptr float, ptr %sum, i64 %y.place
+  %y.sum = load {vector}, ptr %y.from, align 4
+  %y.out = fdiv {vector} %y.sum, %w.all
+  %y.to = getelementptr float, ptr %o.row, i64 %y.place
+  store {vector} %y.out, ptr %y.to, align 4
+  %y.next = add i64 %y, {lanes}
+  %y.more = icmp ult i64 %y.next, {dim}
+  br i1 %y.more, label %write.sum, label %wrote
+wrote:
+  %w.next = add i64 %w, 1
+  %w.more = icmp ult i64 %w.next, %here
+  br i1 %w.more, label %write, label %written
+written:
+  %row.next = add i64 %row, {group}
+  %more = icmp ult i64 %row.next, %rows
+  br i1 %more, label %group, label %end
+end:
+  ret void
+}}
+
+define internal void @execute(ptr %frame) {{
+  %job = alloca %job
+  %key = call ptr @buffer(ptr %frame, i64 1)
+  %batch = call i64 @dim(ptr %key, i64 0)
+  %kv = call i64 @dim(ptr %key, i64 1)
+  %slots = call i64 @dim(ptr %key, i64 2)
+  %count = mul i64 %batch, %kv
+  %bytes.head = mul i64 %slots, {key_bytes}
+  %bytes = mul i64 %bytes.head, %count
+  %pay = udiv i64 %bytes, {share}
+  %count.less = sub i64 %count, 1
+  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
+  store %job zeroinitializer, ptr %job
+  %job.count = getelementptr %job, ptr %job, i64 0, i32 2
+  store i64 %count, ptr %job.count
+  %job.at.once = getelementptr %job, ptr %job, i64 0, i32 3
+  store i64 1, ptr %job.at.once
+  %job.helpers = getelementptr %job, ptr %job, i64 0, i32 4
+  store i64 %helpers, ptr %job.helpers
+  %job.function = getelementptr %job, ptr %job, i64 0, i32 5
+  store ptr @head, ptr %job.function
+  %job.frame = getelementptr %job, ptr %job, i64 0, i32 6
+  store ptr %frame, ptr %job.frame
+  call void @lathe_run(ptr %job)
+  ret void
+}}
+"""
+
+_OPERANDS = ("query", "key", "value", "fresh_key", "fresh_value", "length", "tree", "cached_mask", "numbers")
+
+
+def _scores(rows: int, dim: int, lanes: int) -> str:
+    """The function `scores.ROWS`: query [rows, dim], key [count, dim] -> their products p [rows, _KEYS]."""
+    vector, parts = f"<{lanes} x float>", range(0, dim, lanes)
+    lines = [
+        f"define internal void @scores.{rows}(ptr noalias %q, ptr noalias %key, ptr noalias %p, i64 %count) {{",
+        "entry:",
+        *(
+            line
+            for r in range(rows)
+            for j in parts
+            for line in (
+                f"  %q.{r}.{j}.at = getelementptr float, ptr %q, i64 {r * dim + j}",
+                f"  %q.{r}.{j} = load {vector}, ptr %q.{r}.{j}.at, align 4",
+            )
+        ),
+        "  br label %loop",
+        "loop:",
+        "  %s = phi i64 [ 0, %entry ], [ %s.next, %loop ]",
+        f"  %first = mul i64 %s, {dim}",
+        "  %k = getelementptr float, ptr %key, i64 %first",
+        *_announce("%k", dim),
+    ]
+    for j in parts:
+        lines += [
+            f"  %k.{j}.at = getelementptr float, ptr %k, i64 {j}",
+            f"  %k.{j} = load {vector}, ptr %k.{j}.at, align 4",
+        ]
+        for r in range(rows):
+            before = f"%sum.{r}.{j - lanes}" if j else "zeroinitializer"
+            lines.append(
+                f"  %sum.{r}.{j} = call {vector} @llvm.fma.v{lanes}f32({vector} %q.{r}.{j}, {vector} %k.{j}, "
+                f"{vector} {before})"
+            )
+    for r in range(rows):
+        lines += [
+            f"  %dot.{r} = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float 0.0, "
+            f"{vector} %sum.{r}.{parts[-1]})",
+            f"  %p.{r}.at = add i64 %s, {r * _KEYS}",
+            f"  %p.{r} = getelementptr float, ptr %p, i64 %p.{r}.at",
+            f"  store float %dot.{r}, ptr %p.{r}",
+        ]
+    return "\n".join([*lines, *_END_OF_LOOP])
+
+
+def _mix(rows: int, dim: int, lanes: int) -> str:
+    """The function `mix.ROWS`: sum [rows, dim] += p [rows, count] times value [count, dim]."""
+    vector, places = f"<{lanes} x float>", [(r, j) for r in range(rows) for j in range(0, dim, lanes)]
+    lines = [
+        f"define internal void @mix.{rows}(ptr noalias %sum, ptr noalias %value, ptr noalias %p, i64 %count) {{",
+        "entry:",
+    ]
+    for r, j in places:
+        lines += [
+            f"  %at.{r}.{j} = getelementptr float, ptr %sum, i64 {r * dim + j}",
+            f"  %old.{r}.{j} = load {vector}, ptr %at.{r}.{j}, align 4",
+        ]
+    lines += [
+        "  br label %loop",
+        "loop:",
+        "  %s = phi i64 [ 0, %entry ], [ %s.next, %loop ]",
+        *(
+            f"  %sum.{r}.{j} = phi {vector} [ %old.{r}.{j}, %entry ], [ %new.{r}.{j}, %loop ]"
+            for r, j in places
+        ),
+        f"  %first = mul i64 %s, {dim}",
+        "  %v = getelementptr float, ptr %value, i64 %first",
+        *_announce("%v", dim),
+    ]
+    for j in range(0, dim, lanes):
+        lines += [
+            f"  %v.{j}.at = getelementptr float, ptr %v, i64 {j}",
+            f"  %v.{j} = load {vector}, ptr %v.{j}.at, align 4",
+        ]
+    for r in range(rows):
+        lines += [
+            f"  %p.{r}.at = add i64 %s, {r * _KEYS}",
+            f"  %p.{r}.ptr = getelementptr float, ptr %p, i64 %p.{r}.at",
+            f"  %p.{r} = load float, ptr %p.{r}.ptr",
+            f"  %p.{r}.1 = insertelement {vector} poison, float %p.{r}, i32 0",
+            f"  %p.{r}.all = shufflevector {vector} %p.{r}.1, {vector} poison, <{lanes} x i32> zeroinitializer",
+        ]
+    for r, j in places:
+        lines.append(
+            f"  %new.{r}.{j} = call {vector} @llvm.fma.v{lanes}f32({vector} %p.{r}.all, {vector} %v.{j}, "
+            f"{vector} %sum.{r}.{j})"
+        )
+    stores = (f"  store {vector} %new.{r}.{j}, ptr %at.{r}.{j}, align 4" for r, j in places)
+    return "\n".join([*lines, *_END_OF_LOOP[:-2], *stores, *_END_OF_LOOP[-2:]])
+
+
+_END_OF_LOOP = (
+    "  %s.next = add i64 %s, 1",
+    "  %more = icmp ult i64 %s.next, %count",
+    "  br i1 %more, label %loop, label %end",
+    "end:",
+    "  ret void",
+    "}",
+)
+
+
+def _announce(row: str, dim: int) -> list[str]:
+    """Lines that ask for the row of `dim` floats that is `_AHEAD` rows behind this one."""
+    lines = []
+    for offset in range(0, 4 * dim, _LINE):
+        name = f"%ahead.{offset}"
+        lines += [
+            f"  {name} = getelementptr i8, ptr {row}, i64 {4 * dim * _AHEAD + offset}",
+            f"  call void @llvm.prefetch.p0(ptr {name}, i32 0, i32 3, i32 1)",
+        ]
+    return lines
+
+
+def _float(value: float) -> str:
+    """A float constant as LLVM writes it: the bits of the double that it is."""
+    return "0x" + struct.pack(">d", np.float32(value)).hex().upper()
+
+
+def _splat(kind: str, value: str, lanes: int) -> str:
+    return "<" + ", ".join([f"{kind} {value}"] * lanes) + ">"
+
+
+@functools.cache
+def kernel(dim: int, lanes: int) -> cpu.Kernel:
+    """The code for heads of `dim` and vectors of so many floats."""
+    height = max(1, min(8, _SUMS // (dim // lanes)))
+    numbers = range(1, height + 1)
+    # Cephes' expf: (e^r - 1 - r) / r^2, from the highest power on.
+    powers = (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+    vector, kind = f"<{lanes} x float>", f"v{lanes}f32"
+
+    def constant(value: float) -> str:
+        return _splat("float", _float(value), lanes)
+
+    polynomial = [f"  %p.0 = fadd {vector} {constant(powers[0])}, zeroinitializer"] + [
+        f"  %p.{i} = call {vector} @llvm.fma.{kind}({vector} %p.{i - 1}, {vector} %r, {vector} {constant(power)})"
+        for i, power in enumerate(powers[1:], 1)
+    ]
+
+    def calls(name: str, function: str, arguments: str, after: str) -> str:
+        return "\n".join(
+            f"{name}.{n}:\n  call void @{function}.{n}({arguments})\n  br label %{after}" for n in numbers
+        )
+
+    operands = [
+        line
+        for number, name in [*enumerate(_OPERANDS), (-1, "out")]
+        for line in (
+            f"  %{name} = call ptr @buffer(ptr %frame, i64 {number})",
+            f"  %{name}.data = call ptr @data(ptr %{name})",
+        )
+    ]
+    code = _CODE.format(
+        vector=vector,
+        type=kind,
+        lanes=lanes,
+        ints=f"<{lanes} x i32>",
+        bools=f"<{lanes} x i1>",
+        zeros=f"<{lanes} x i32> zeroinitializer",
+        iota="<" + ", ".join(f"i64 {i}" for i in range(lanes)) + ">",
+        lowest=constant(-87.0),
+        highest=constant(88.0),
+        log2e=constant(1.44269504088896341),
+        ln2high=constant(-0.693359375),
+        ln2low=constant(2.12194440e-4),
+        one=constant(1.0),
+        two=constant(2.0),
+        negative=constant(NEGATIVE),
+        lowest_score=_float(NEGATIVE),
+        bias=_splat("i32", "127", lanes),
+        mantissa=_splat("i32", "23", lanes),
+        polynomial="\n".join(polynomial),
+        tiles="\n\n".join(make(n, dim, lanes) for make in (_scores, _mix) for n in numbers),
+        keys=_KEYS,
+        dim=dim,
+        height=height,
+        group=_ROWS,
+        weights=height * _KEYS,
+        sums=_ROWS * dim,
+        key_bytes=8 * dim,
+        share=_SHARE,
+        score_cases=" ".join(f"i64 {n}, label %score.{n}" for n in numbers),
+        score_calls=calls("score", "scores", "ptr %q, ptr %k, ptr %p, i64 %here", "scored"),
+        mix_cases=" ".join(f"i64 {n}, label %mix.{n}" for n in numbers),
+        mix_calls=calls("mix", "mix", "ptr %sum.r, ptr %v, ptr %p, i64 %here", "mixed"),
+        operands="\n".join(operands),
+        masks=_mask("cached_mask", "%slots") + "\n" + _mask("tree", "%n"),
+    )
+    return cpu.Kernel(f"lathe_tree_attention_{dim}_{lanes}", code)
+
+
+def _mask(name: str, width: str) -> str:
+    """Lines that find `%NAME.here`, the mask of a piece or null where its first dimension is 0, and `%NAME.heads`."""
+    return f"""
+  %{name}.batch = call i64 @dim(ptr %{name}, i64 0)
+  %{name}.many = call i64 @dim(ptr %{name}, i64 1)
+  %{name}.none = icmp eq i64 %{name}.batch, 0
+  %{name}.whole = icmp ugt i64 %{name}.batch, 1
+  %{name}.own = icmp ugt i64 %{name}.many, 1
+  %{name}.row = select i1 %{name}.whole, i64 %batch.row, i64 0
+  %{name}.rows = mul i64 %{name}.row, %{name}.many
+  %{name}.kv = mul i64 %kv.head, %groups
+  %{name}.head = select i1 %{name}.own, i64 %{name}.kv, i64 0
+  %{name}.plane = add i64 %{name}.rows, %{name}.head
+  %{name}.line = mul i64 %{name}.plane, %n
+  %{name}.first = mul i64 %{name}.line, {width}
+  %{name}.ptr = getelementptr i8, ptr %{name}.data, i64 %{name}.first
+  %{name}.here = select i1 %{name}.none, ptr null, ptr %{name}.ptr
+  %{name}.heads = select i1 %{name}.own, i64 %n, i64 0"""
+
+
+@functools.cache
+def _register(dim: int, lanes: int) -> str:
+    return kernel(dim, lanes).register()
+
+
+def lanes_for(dim: int) -> int:
+    """Floats of the vectors that heads of `dim` are cut into.
+
+    Raises Unsupported for a processor without a kernel, and where the vectors do not divide the heads.
+    """
+    lanes = cpu.lanes()
+    while dim % lanes:
+        lanes //= 2
+    if lanes < 4:
+        raise Unsupported(f"head_dim={dim}: the cpu kernel takes multiples of 4")
+    return lanes
+
+
+def tree_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, jax.Array],
+    length: jax.Array,
+    tree: jax.Array,
+    cached_mask: jax.Array | None,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """Arguments as in the api, float32. The gradient is that of the reference, which computes everything again."""
+    return _attention(query, cached, fresh, length, tree, cached_mask, scale, softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(query, cached, fresh, length, tree, cached_mask, scale, softcap):
+    dim = query.shape[-1]
+    name = _register(dim, lanes_for(dim))
+    if cached_mask is None:
+        cached_mask = jnp.zeros((0, 1, 1, 1), bool)
+    numbers = jnp.asarray([scale, softcap or 0.0], jnp.float32)
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(query.shape, query.dtype), vmap_method="sequential")
+    return call(query, *cached, *fresh, length, tree, cached_mask, numbers)
+
+
+def _forward(query, cached, fresh, length, tree, cached_mask, scale, softcap):
+    operands = (query, cached, fresh, length, tree, cached_mask)
+    return _attention(*operands, scale, softcap), operands
+
+
+def _backward(scale, softcap, operands, d_out):
+    arrays, masks = operands[:3], operands[3:]
+    _, pull = jax.vjp(lambda *x: reference.tree_attention(*x, *masks, scale=scale, softcap=softcap), *arrays)
+    return *pull(d_out), None, None, None
+
+
+_attention.defvjp(_forward, _backward)
