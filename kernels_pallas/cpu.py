@@ -4,7 +4,7 @@ Pallas has no CPU path, so a kernel is written in LLVM's intermediate representa
 piece of the result, and the parts that stand here: threads that share the pieces out, and the reading of XLA's call.
 
 `Kernel` puts them together. XLA's C interface for foreign functions (`xla/ffi/api/c_api.h` in `jax.ffi.include_dir()`)
-is read by the offsets of its structures, which its version 0 keeps.
+is read by the offsets of a few old fields, the same in its versions 0.3 and 0.5 (jax 0.10 and 0.12).
 
 Threads. Decoding is a chain of products of some ten to a hundred microseconds, each with all cores. Waking a sleeping
 thread takes as long as one of them, so the threads here, unlike XLA's, look for the next job for a while before they
