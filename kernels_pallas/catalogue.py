@@ -22,6 +22,7 @@ FOLDERS = (
     "decode_attention",
     "topk_attention",
     "qmoe_decode",
+    "skinny_matmul",
 )
 
 

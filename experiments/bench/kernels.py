@@ -1,9 +1,9 @@
-"""Pallas kernels against the roofline of the accelerator that is present.
+"""The kernels against the roofline of the accelerator that is present.
 
 Every case of the catalogue is timed as its users call it, and beside it the plain reference where the device can
 compile and hold it. The fraction is the time that the case takes at least, by its FLOPs and bytes and the device's data
-sheet, over the time that it took. A CPU has no kernels: there the references run, at the small sizes of the catalogue,
-against this machine's measured peaks. What cannot run is reported as such.
+sheet, over the time that it took. A CPU has few kernels: there mostly the references run, at the small sizes of the
+catalogue, against this machine's measured peaks. What cannot run is reported as such.
 
 Calls follow one another inside one program, each waiting for the last, so that what the host takes to start one does
 not count.
@@ -12,7 +12,7 @@ not count.
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from experiments.bench.accelerators import ACCELERATORS, Accelerator
 from experiments.bench.peak import matmul_flops, memory_bandwidth
 from kernels_pallas.catalogue import Case, Kernel, kernels
+from kernels_pallas.common import Implementation
 
 TURN = 0.1  # seconds that a turn takes at least
 
@@ -81,19 +82,31 @@ def run(rounds: int = 5, report: Callable[[str], None] = print) -> Report:
     if on_cpu:
         flops, bandwidth = matmul_flops(), memory_bandwidth()
         roof = Accelerator("this CPU, measured", flops, flops, bandwidth)
-        report("a CPU has no Pallas kernels: the plain references, at small sizes")
+        report(
+            "a CPU has no Pallas kernels: its own where there are some, and the plain references, at small sizes"
+        )
     else:
         roof = ACCELERATORS.get(device.device_kind)
         if roof is None:
             report(f"{device.device_kind}: no peaks known, so no rooflines")
     rows = []
     for kernel in kernels():
-        for case in (kernel.small,) if on_cpu else kernel.cases:
-            for implementation in ("reference",) if on_cpu else (device.platform, "reference"):
-                row = _row(kernel, case, implementation, roof, rounds)
-                report("  ".join(row.cells()))
-                rows.append(row)
+        for case, implementation in _runs(kernel, device.platform):
+            row = _row(kernel, case, implementation, roof, rounds)
+            report("  ".join(row.cells()))
+            rows.append(row)
     return Report(device.device_kind, roof, rows)
+
+
+def _runs(kernel: Kernel, platform: str) -> Iterator[tuple[Case, Implementation]]:
+    """What is measured of a kernel on a platform: its own implementation where there is one, and the reference."""
+    for_cpu_alone = kernel.implementations == ("cpu",)
+    if for_cpu_alone and platform != "cpu":
+        return
+    for case in (kernel.small,) if platform == "cpu" and not for_cpu_alone else kernel.cases:
+        if platform in kernel.implementations:
+            yield case, platform
+        yield case, "reference"
 
 
 def _row(kernel: Kernel, case: Case, implementation: str, roof: Accelerator | None, rounds: int) -> Row:
@@ -145,9 +158,10 @@ def page(report: Report, machine: dict[str, Any], versions: dict[str, str]) -> s
     lines = [f"# Kernels on {report.device}", "", command, ""]
     if roof is not None and report.device == "cpu":
         lines += [
-            "**No kernel ran here**: a CPU has none. These are the plain references at small sizes, float32, against",
-            f"this machine's measured {roof.float32 / 1e9:.0f} GFLOP/s and {roof.bandwidth / 1e9:.1f} GB/s. They say",
-            "what a CPU's user gets, nothing about the kernels, whose third tier of verification, a device, is open.",
+            "**No Pallas kernel ran here**: a CPU has none. Rows called cpu are its own kernels, the others the plain",
+            f"references, float32, against this machine's measured {roof.float32 / 1e9:.0f} GFLOP/s and",
+            f"{roof.bandwidth / 1e9:.1f} GB/s. They say what a CPU's user gets, nothing about the Pallas kernels, whose",
+            "third tier of verification, a device, is open.",
             "Operands this small stay in the processor's cache, so a call can be faster than memory; with other",
             "programs running (see the load), times are no better than a hint.",
         ]

@@ -50,4 +50,5 @@ KERNEL = Kernel(
         Case("16 nodes, 8 heads of 64, float32", "decode", _sizes(1, 8, 8, 16, 2048, 64, "float32")),
     ),
     small=Case("8 nodes, 4 heads on 2", "small", _sizes(2, 4, 2, 8, 512, 32, "float32")),
+    implementations=("tpu", "gpu", "cpu"),
 )

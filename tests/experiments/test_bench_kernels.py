@@ -50,7 +50,7 @@ def test_a_row_and_a_failure_on_the_page():
     failed = kernels._row(kernel, kernel.small, "tpu", roof, rounds=1)
     assert failed.error and failed.fraction is None
     text = kernels.page(kernels.Report("cpu", roof, [row, failed]), {"load": 0.5}, {"jax": "1"})
-    assert "load 0.5, jax 1" in text and "No kernel ran here" in text and "**failed**" in text
+    assert "load 0.5, jax 1" in text and "No Pallas kernel ran here" in text and "**failed**" in text
 
 
 def test_the_page_of_what_was_compiled():
@@ -63,6 +63,18 @@ def test_the_page_of_what_was_compiled():
     assert "| 1.0 | 2.0 | 0.0 |" in text and "Nothing here was run" in text
     with pytest.raises(UserError, match="no kernel 'sdd'; did you mean ssd"):
         aot._check(["sdd"], ("ssd", "decoder"), "no kernel")
+
+
+def test_what_runs_where():
+    by_name = {kernel.name: kernel for kernel in catalogue()}
+
+    def runs(name: str, platform: str) -> list[str]:
+        return [implementation for _, implementation in kernels._runs(by_name[name], platform)]
+
+    assert runs("ssd_step", "cpu") == ["reference"]
+    assert runs("tree_attention", "cpu") == ["cpu", "reference"]
+    assert runs("tree_attention", "gpu") == ["gpu", "reference"] * 3
+    assert set(runs("skinny_matmul", "cpu")) == {"cpu", "reference"} and not runs("skinny_matmul", "tpu")
 
 
 def test_what_a_case_runs_with_its_gradient():
