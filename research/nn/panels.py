@@ -1,7 +1,8 @@
 """Kernels in the order in which a CPU's product of few rows reads them, for decoding.
 
 Reading weights bounds decoding. `kernels_pallas.skinny_matmul` reads them at the speed of memory for one row and for
-eight alike, where XLA's libraries take up to four times as long for eight rows as for one.
+eight alike, where XLA's libraries take up to four times as long for eight rows as for one. Kernels of 8 and 4 bits are
+read as they are, and become floats in registers.
 """
 
 import contextlib
@@ -14,11 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from kernels_pallas.skinny_matmul import pack, panel_columns, skinny_matmul, unpack
+from kernels_pallas.skinny_matmul import (
+    dequantize,
+    pack,
+    pack_codes,
+    pack_grid,
+    panel_columns,
+    skinny_code_matmul,
+    skinny_matmul,
+    unpack,
+)
+from research.errors import UserError
+from research.nn.packed import cut_groups
+from research.nn.quantized import Quantized
 
 _LARGE = 1 << 14  # elements; a smaller product takes as long as the call
-_LINE = 16  # floats of a cache line
-_BLOCK = 1 << 23  # floats of a block of memory
+_LINE = 64  # bytes of a cache line
+_BLOCK = 1 << 25  # bytes of a block of memory
 
 
 class Panels(struct.PyTreeNode):
@@ -50,10 +63,51 @@ class Panels(struct.PyTreeNode):
         return Panels(self.panels[:count, :inputs], outputs)
 
 
-def to_panels(params: Any) -> Any:
-    """Every large float32 kernel of a tree as `Panels`, and an embedding table that is the head too has them beside it.
+class CodePanels(struct.PyTreeNode):
+    """A kernel [in, out] of 8 or 4 bits as blocks of columns: the same numbers as the `Quantized` one.
 
-    Structured and stacked kernels, small ones and the taps of convolutions stay as they are.
+    codes: uint8[ceil(out / width), in * bits / 8, width]. grid: float32[ceil(out / width), groups, 2, width], scales and
+    zeros. A `Weight` that lives while a model decodes.
+    """
+
+    codes: jax.Array
+    grid: jax.Array
+    bits: int = struct.field(pytree_node=False)
+    outputs: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.codes.shape[1] * 8 // self.bits, self.outputs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.grid.dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        return skinny_code_matmul(wide, self.codes, self.grid, self.bits, self.outputs).astype(x.dtype)
+
+    def materialize(self) -> jax.Array:
+        return dequantize(self.codes, self.grid, self.bits, self.outputs)
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> "CodePanels":
+        outputs = self.outputs if outputs is None else min(outputs, self.outputs)
+        count = -(-outputs // self.codes.shape[2])
+        inputs = self.shape[0] if inputs is None else inputs
+        groups = cut_groups(self.shape[0], self.grid.shape[1], inputs)
+        if inputs * self.bits % 8:
+            raise UserError(
+                f"a slice of {inputs} inputs cuts a byte of {self.bits} bits: take a multiple of 2"
+            )
+        codes = self.codes[:count, : inputs * self.bits // 8]
+        return self.replace(codes=codes, grid=self.grid[:count, :groups], outputs=outputs)
+
+
+def to_panels(params: Any) -> Any:
+    """Every large float32 kernel of a tree as `Panels`, and an embedding table that is the head too has them beside it;
+    every large `Quantized` one of 8 or 4 bits that XLA multiplies as `CodePanels`.
+
+    Other structured kernels, stacked and small ones and the taps of convolutions stay as they are.
 
     Raises `Unsupported` where this processor has no such product.
     """
@@ -64,8 +118,11 @@ def _to_panels(params: Any, memory: "_Memory") -> Any:
     if not isinstance(params, dict):
         return params
     changed = {name: value if name == "conv" else _to_panels(value, memory) for name, value in params.items()}
-    if _is_large(params.get("kernel")):
-        changed["kernel"] = _panels(np.asarray(params["kernel"]), memory)
+    kernel = params.get("kernel")
+    if _is_large(kernel):
+        changed["kernel"] = _panels(np.asarray(kernel), memory)
+    elif _has_codes(kernel):
+        changed["kernel"] = _code_panels(kernel, memory)
     table = params["embedding"].get("table") if isinstance(params.get("embedding"), dict) else None
     if "head" not in params and _is_large(table):
         changed["embedding"]["head"] = _panels(np.asarray(table).T, memory)
@@ -73,16 +130,40 @@ def _to_panels(params: Any, memory: "_Memory") -> Any:
 
 
 def _is_large(kernel: Any) -> bool:
-    if not isinstance(kernel, jax.Array) or kernel.ndim != 2 or kernel.dtype != jnp.float32:
+    return isinstance(kernel, jax.Array) and kernel.dtype == jnp.float32 and _pays(kernel.shape)
+
+
+def _has_codes(kernel: Any) -> bool:
+    """Whether it is a large kernel of codes that can lie in panels: no group divides a byte."""
+    if not isinstance(kernel, Quantized) or kernel.bits not in (4, 8) or kernel.kernel is not None:
         return False
-    return kernel.size >= _LARGE and kernel.shape[1] >= panel_columns()
+    return _pays(kernel.shape) and kernel.group * kernel.bits % 8 == 0
+
+
+def _pays(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and math.prod(shape) >= _LARGE and shape[1] >= panel_columns()
 
 
 def _panels(kernel: np.ndarray, memory: "_Memory") -> Panels:
     inputs, outputs = kernel.shape
     width = panel_columns()
-    packed = pack(kernel, width, memory.take((-(-outputs // width), inputs, width)))
+    packed = pack(kernel, width, memory.take((-(-outputs // width), inputs, width), np.float32))
     return Panels(jax.device_put(packed), outputs)  # the same memory, as it is aligned
+
+
+def _code_panels(kernel: Quantized, memory: "_Memory") -> CodePanels:
+    bits, (inputs, outputs), groups = kernel.bits, kernel.shape, kernel.scale.shape[0]
+    width = panel_columns()
+    count = -(-outputs // width)
+    codes = memory.take((count, inputs * bits // 8, width), np.uint8)
+    grid = memory.take((count, groups, 2, width), np.float32)
+    scale = np.asarray(kernel.scale, np.float32)
+    zero = (
+        np.full_like(scale, 2 ** (bits - 1)) if kernel.zero is None else np.asarray(kernel.zero, np.float32)
+    )
+    pack_codes(np.asarray(kernel.unpacked()), bits, width, codes)
+    pack_grid(scale, zero, width, grid)
+    return CodePanels(jax.device_put(codes), jax.device_put(grid), bits, outputs)
 
 
 class _Memory:
@@ -90,16 +171,17 @@ class _Memory:
     1.3 to 1.4 times as fast from these as from pages of 4 KiB."""
 
     def __init__(self) -> None:
-        self._free = np.empty(0, np.float32)
+        self._free = np.empty(0, np.uint8)
 
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array of floats that begins a cache line."""
-        size = -(-math.prod(shape) // _LINE) * _LINE
-        if size > len(self._free):
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """An array that begins a cache line."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        taken = -(-size // _LINE) * _LINE
+        if taken > len(self._free):
             # Not malloc's, which hands out pages that are in use already.
-            block = mmap.mmap(-1, 4 * max(size, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            block = mmap.mmap(-1, max(taken, _BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             with contextlib.suppress(AttributeError, OSError):  # a system without large pages
                 block.madvise(mmap.MADV_HUGEPAGE)
-            self._free = np.frombuffer(block, np.float32)
-        array, self._free = self._free[: math.prod(shape)].reshape(shape), self._free[size:]
+            self._free = np.frombuffer(block, np.uint8)
+        array, self._free = self._free[:size].view(dtype).reshape(shape), self._free[taken:]
         return array
