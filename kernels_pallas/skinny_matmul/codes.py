@@ -22,6 +22,7 @@ _AHEAD = 2  # groups between the announcement of their scales and zeros and thei
 _DECODE = """
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare ptr @llvm.ptrmask.p0.i64(ptr, i64)
 
 ; A panel of codes -> floats [inputs, {columns}].
 define internal void @decode(ptr noalias %panel, ptr noalias %grid, i64 %groups, i64 %group, ptr noalias %floats) {{
@@ -47,11 +48,17 @@ fused:
   ret void
 copied:
   %bytes = mul i64 %inputs, {float_bytes}
-  %floats = call ptr @malloc(i64 %bytes)
+  %bytes.more = add i64 %bytes, {line}
+  %memory = call ptr @malloc(i64 %bytes.more)
+  %none = icmp eq ptr %memory, null
+  br i1 %none, label %fused, label %decoded
+decoded:
+  %line = getelementptr i8, ptr %memory, i64 {line}
+  %floats = call ptr @llvm.ptrmask.p0.i64(ptr %line, i64 -{line})  ; rows of floats begin cache lines
   call void @decode(ptr %panel, ptr %grid, i64 %groups, i64 %group, ptr %floats)
   call void @rows.floats(ptr %x, i64 %rows, i64 %inputs, i64 1, i64 %inputs, ptr %floats, ptr null, ptr %y,
                          i64 %outputs, i64 %left)
-  call void @free(ptr %floats)"""
+  call void @free(ptr %memory)"""
 
 
 def _grid(lanes: int) -> list[str]:
@@ -88,7 +95,8 @@ def _decode(bits: int, lanes: int) -> list[str]:
             code = f"%code.{j}"
             if bits == 4:
                 operation, number = ("and", 15) if i == 0 else ("lshr", 4)
-                lines.append(f"  %code.{i}.{j} = {operation} {wide} {code}, splat (i32 {number})")
+                numbers = ", ".join([f"i32 {number}"] * lanes)
+                lines.append(f"  %code.{i}.{j} = {operation} {wide} {code}, <{numbers}>")
                 code = f"%code.{i}.{j}"
             lines += [
                 f"  %float.{i}.{j} = sitofp {wide} {code} to {vector}",
@@ -126,7 +134,7 @@ def kernel(bits: int, lanes: int) -> Kernel:
             columns=columns, loop="\n".join(cpu.loop(layout, lanes, [], _store(layout.inputs, lanes)))
         ),
     ]
-    product = _PRODUCT.format(grid_bytes=8 * columns, float_bytes=4 * columns, rows=cpu.ROWS)
+    product = _PRODUCT.format(grid_bytes=8 * columns, float_bytes=4 * columns, rows=cpu.ROWS, line=_LINE)
     return cpu.make_kernel(
         f"lathe_skinny_code_matmul_{bits}_{lanes}", lanes, columns, "\n\n".join(functions), product
     )

@@ -66,8 +66,8 @@ class Panels(struct.PyTreeNode):
 class CodePanels(struct.PyTreeNode):
     """A kernel [in, out] of 8 or 4 bits as blocks of columns: the same numbers as the `Quantized` one.
 
-    codes: uint8[ceil(out / width), in * bits / 8, width]. grid: float32[ceil(out / width), groups, 2, width], scales and
-    zeros. A `Weight` that lives while a model decodes.
+    codes: uint8[ceil(out / width), in * bits / 8, width]. grid: float32[ceil(out / width), groups, 2, width] of scales
+    and zeros. A `Weight` that lives while a model decodes.
     """
 
     codes: jax.Array
