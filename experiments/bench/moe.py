@@ -6,9 +6,11 @@ the dense FFN has twice an expert's units. Contenders take turns in one process.
 - training: forward and backward with gradients of the input and of all parameters, 4096 tokens, for every dispatch.
   What dispatch costs is the same call with the experts left out.
 - inference: the same weights in `transformers`, at several numbers of tokens; of its implementations of experts the
-  fastest counts. Outputs must be equal to 1e-4 of their largest.
-- decoding: one token through a layer of 4 to 64 experts, the same one in every call, so that the two experts it goes
-  to are as likely to be in the processor's cache at 64 as at 4. The others are not read, so time must not grow.
+  fastest counts. Outputs must be equal to 1e-4 of their largest. On one CPU our experts' kernels are laid out for
+  inference beforehand, as decoding does it (`research.nn.stacked_panels`; not with LATHE_CPU_KERNELS=off).
+- decoding: one token through a layer of 4 to 64 experts, laid out alike, the same token in every call, so that the two
+  experts it goes to are as likely to be in the processor's cache at 64 as at 4. The others are not read, so time must
+  not grow.
 """
 
 import dataclasses
@@ -27,7 +29,9 @@ from research.moe.dispatch import make_dispatch
 from research.moe.layer import MoE
 from research.moe.routing import route
 from research.nn.attention import Context
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.mlp import GatedMLP
+from research.nn.stacked_panels import to_stacked_panels
 
 EXPERTS, K, TOKENS = 8, 2, 4096
 SIZES = ((128, 256), (256, 512), (512, 1024))  # width, units of an expert
@@ -144,9 +148,10 @@ def _inference(
         layer, context = MoE(EXPERTS, K, hidden), _context(tokens)
         x = jax.random.normal(jax.random.key(0), (tokens, width))
         params = {"params": layer.init(jax.random.key(1), x, context)["params"]}
-        ours = _compiled(lambda p, x, layer=layer, context=context: layer.apply(p, x, context), params, x)
+        laid_out = _laid_out(params)
+        ours = _compiled(lambda p, x, layer=layer, context=context: layer.apply(p, x, context), laid_out, x)
         peers, outputs = mixtral_layers(params["params"], np.asarray(x))
-        expected = np.asarray(layer.apply(params, x, context))
+        expected = np.asarray(layer.apply(laid_out, x, context))
         for name, y in outputs.items():
             if not np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max():
                 raise RuntimeError(f"transformers ({name}) computes something else than this layer")
@@ -201,7 +206,7 @@ def _decoding(
     context = _context(1).replace(length=jnp.zeros(1, jnp.int32))
     for count in counts:
         layer = MoE(count, K, hidden)
-        params = {"params": layer.init(jax.random.key(1), x, context)["params"]}
+        params = _laid_out({"params": layer.init(jax.random.key(1), x, context)["params"]})
         calls[count] = _compiled(lambda p, x, layer=layer: layer.apply(p, x, context), params, x)
     seconds = take_turns(calls, rounds, REPEATS)
     rows = []
@@ -209,6 +214,10 @@ def _decoding(
         rows.append(Row("decoding", width, hidden, f"{count} experts", seconds[count], seconds[counts[0]]))
         report(f"{width}x{hidden} decoding, {count} experts: {rows[-1].line(f'{counts[0]} experts')}")
     return rows
+
+
+def _laid_out(params: Any) -> Any:
+    return to_stacked_panels(params) if use_cpu_kernels() else params
 
 
 def _context(tokens: int) -> Context:

@@ -10,6 +10,7 @@ from research.nn.accounting import count_parameters
 from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.fuse import fuse_projections
 from research.nn.panels import to_panels
+from research.nn.stacked_panels import to_stacked_panels
 from research.nn.transformer import LayerStack, unscan_layers
 from research.nn.weights import Weight
 
@@ -21,7 +22,8 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
     """The same model and its parameters in the form that decodes fastest; same logits up to rounding.
 
     Arrays of floats are cast to `dtype`; structured weights keep the precision they were given. On one CPU, in float32,
-    large kernels are laid out in panels (`research.nn.panels`; not with LATHE_CPU_KERNELS=off in the environment).
+    large kernels and those of experts are laid out in panels (`research.nn.panels`, `stacked_panels`; not with
+    LATHE_CPU_KERNELS=off in the environment).
     """
     model, params = unscan_layers(model, params)
 
@@ -34,7 +36,7 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
     panels = dtype == "float32" and use_cpu_kernels() and _on_one_device(params)
     if panels or (target_platform() == "cpu" and count_parameters(params) >= _FUSE_FROM):
         params = fuse_projections(params)
-    return model, to_panels(params) if panels else params
+    return model, to_stacked_panels(to_panels(params)) if panels else params
 
 
 def _on_one_device(params: Any) -> bool:

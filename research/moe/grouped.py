@@ -10,6 +10,7 @@ take its place. What they are made for was measured, on two cores:
 - Few rows (decoding): only the experts that have rows, their kernels in blocks of 128 KiB. Such a block is copied
   within the processor's cache, so that a kernel is read from memory once, at the speed of a dense product; copied
   as a whole it takes twice as long. Time does not depend on the number of experts.
+- Inference: kernels in panels (`research.nn.stacked_panels`), which a kernel for CPUs multiplies at any number of rows.
 
 The last tile of an expert runs into the rows of the next one. What it leaves there is overwritten when it is the
 next one's turn, so groups need not begin at a multiple of anything.
@@ -28,6 +29,7 @@ from kernels_pallas.common import target_platform
 from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
 from research.errors import UserError
 from research.nn import weights
+from research.nn.stacked_panels import StackedPanels
 from research.nn.weights import Kernel
 
 PIECE = 512  # rows
@@ -69,21 +71,35 @@ class Groups(struct.PyTreeNode):
         """The first region [E * block, ...] -> [E, block, ...]."""
         return x.reshape(self.num_experts, self.block, *x.shape[1:])
 
+    def starts(self) -> jax.Array:
+        """`start` from the beginning of the buffer."""
+        return self.start + jnp.asarray([[0], [self.num_experts * self.block]][: len(self.start)])
+
     def experts(self, rows: int) -> jax.Array:
         """The expert of each of `rows` rows, int32[rows]; E for those of none."""
-        behind = jnp.asarray([[0], [self.num_experts * self.block]][: len(self.start)])
-        start, row = self.start + behind, jnp.arange(rows)[:, None, None]
+        start, row = self.starts(), jnp.arange(rows)[:, None, None]
         mine = (start <= row) & (row < start + self.size)  # [S, R, E]
         return jnp.min(jnp.where(mine, jnp.arange(self.num_experts), self.num_experts), axis=(1, 2))
 
 
 def grouped_dot(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int = 1) -> jax.Array:
     """rows [S, in] times kernel [E, in, out] -> [S, out] in the dtype of rows, accumulated in float32. Rows of no
-    expert become 0."""
+    expert become 0. Without gradient for `StackedPanels`."""
+    if isinstance(kernel, StackedPanels):
+        return _panels_product(rows, kernel, groups)
     if target_platform() != "cpu" and isinstance(kernel, jax.Array):
         kernel, sizes = kernel.astype(rows.dtype), groups.size[0]
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
     return _product(rows, kernel, groups, tile)
+
+
+def _panels_product(rows: jax.Array, kernel: StackedPanels, groups: Groups) -> jax.Array:
+    # Imported here: only programs that have panels need LLVM.
+    from kernels_pallas.grouped_matmul.cpu import grouped_panels
+
+    starts, sizes = groups.starts().reshape(-1), groups.size.reshape(-1)
+    x = rows.astype(jnp.float32)
+    return grouped_panels(x, kernel.panels, starts, sizes, kernel.outputs).astype(rows.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
