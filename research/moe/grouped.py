@@ -86,20 +86,30 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int = 1) 
     """rows [S, in] times kernel [E, in, out] -> [S, out] in the dtype of rows, accumulated in float32. Rows of no
     expert become 0. Without gradient for `StackedPanels`."""
     if isinstance(kernel, StackedPanels):
-        return _panels_product(rows, kernel, groups)
+        return panels_dot(rows, kernel, groups)
     if target_platform() != "cpu" and isinstance(kernel, jax.Array):
         kernel, sizes = kernel.astype(rows.dtype), groups.size[0]
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
     return _product(rows, kernel, groups, tile)
 
 
-def _panels_product(rows: jax.Array, kernel: StackedPanels, groups: Groups) -> jax.Array:
+def panels_dot(
+    rows: jax.Array, kernel: StackedPanels, groups: Groups, gate: StackedPanels | None = None
+) -> jax.Array:
+    """`grouped_dot` of kernels in panels; with a gate silu(rows gate) * (rows kernel)."""
     # Imported here: only programs that have panels need LLVM.
     from kernels_pallas.grouped_matmul.cpu import grouped_panels
 
     starts, sizes = groups.starts().reshape(-1), groups.size.reshape(-1)
-    x = rows.astype(jnp.float32)
-    return grouped_panels(x, kernel.panels, starts, sizes, kernel.outputs).astype(rows.dtype)
+    out = grouped_panels(
+        rows.astype(jnp.float32),
+        kernel.panels,
+        starts,
+        sizes,
+        kernel.outputs,
+        None if gate is None else gate.panels,
+    )
+    return out.astype(rows.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

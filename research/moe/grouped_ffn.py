@@ -4,6 +4,8 @@ Blocks of equally many rows are batched products of all experts. Otherwise an ex
 `grouped_dot` three times would write what lies between the products to memory and read it again, four times forward
 and backward; here a piece's hidden states stay in the processor's cache. Backward needs what the activation got, which
 is kept, so nothing is computed twice.
+
+Kernels in panels have no backward, and a kernel of their own for both products before the activation.
 """
 
 import functools
@@ -13,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.moe.grouped import Groups, each_expert, if_even, pieces, varying_like
+from research.moe.grouped import Groups, each_expert, if_even, panels_dot, pieces, varying_like
 from research.nn import weights
 from research.nn.mlp import ACTIVATIONS, Activation
+from research.nn.stacked_panels import StackedPanels
+from research.nn.weights import Kernel
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Kept = list[jax.Array]  # the inputs of the activation
@@ -30,6 +34,25 @@ def grouped_feed_forward(
     Without `gate` the FFN is not gated. What rows of no expert become means nothing.
     """
     return _forward(rows, params, groups, tile, activation)
+
+
+def in_panels(params: Mapping[str, Mapping[str, Kernel]], activation: Activation) -> bool:
+    """Whether `panels_feed_forward` computes the FFN of these parameters: {gate, up, down}/kernel, all in panels,
+    without biases, and silu."""
+    if activation != "silu" or "gate" not in params:
+        return False
+    return all(isinstance(part["kernel"], StackedPanels) and "bias" not in part for part in params.values())
+
+
+def panels_feed_forward(
+    rows: jax.Array, params: Mapping[str, Mapping[str, StackedPanels]], groups: Groups
+) -> jax.Array:
+    """rows [S, width] grouped by expert as in `grouped_dot` -> [S, width], each through its expert's gated SiLU FFN.
+
+    params: as `in_panels` wants them. A row's result has the same bits alone and among others; there is no gradient.
+    """
+    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    return panels_dot(panels_dot(rows, up, groups, gate), down, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

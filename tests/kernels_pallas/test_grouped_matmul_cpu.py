@@ -67,6 +67,46 @@ def test_groups_with_rows_of_nobody_between_them_and_two_groups_of_an_expert():
     assert np.array_equal(product(x, weights, starts, sizes), expected(x, weights, starts, sizes))
 
 
+def silu(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+    "inputs, columns, sizes", [(1, 1, [1]), (7, 5, [1, 0, 3]), (64, 100, [0, 300, 9]), (48, 64, [8, 0, 17])]
+)
+def test_a_gate(inputs: int, columns: int, sizes: list[int]):
+    x = whole((sum(sizes) + 3, inputs))
+    up, gate = (whole((len(sizes), inputs, columns), seed) for seed in (1, 2))
+    gate /= 32  # within what silu bends, and still exact
+    starts = begins(sizes)
+    found = grouped_panels(
+        jnp.asarray(x), packed(up), jnp.asarray(starts), jnp.asarray(sizes), columns, packed(gate)
+    )
+    wanted = silu(expected(x, gate, starts, sizes)) * expected(x, up, starts, sizes)
+    # Both products are exact; silu's reduction, polynomial, sum, quotient and the product round about six times.
+    np.testing.assert_allclose(found, wanted, rtol=6 * 2**-24, atol=0)
+
+
+def test_silu_over_its_whole_range():
+    x = np.linspace(-120, 120, 24001, dtype=np.float32)[:, None]
+    one, start, size = packed(np.ones((1, 1, 1), np.float32)), jnp.zeros(1, int), jnp.full(1, len(x))
+    found = grouped_panels(jnp.asarray(x), one, start, size, 1, one)
+    # Below -87 it is 0 within 120 * e^-87 = 2e-36, here times x.
+    np.testing.assert_allclose(found, silu(x) * x, rtol=6 * 2**-24, atol=3e-34)
+    rest = grouped_panels(jnp.full((1, 1), jnp.nan), one, start, jnp.ones(1, int), 1, one)
+    assert np.isnan(rest).all()
+
+
+def test_a_gated_row_has_the_same_bits_alone_and_among_others():
+    x, up, gate = drawn((30, 128)), packed(drawn((2, 128, 100), 1)), packed(drawn((2, 128, 100), 2))
+    call = jax.jit(grouped_panels, static_argnums=4)
+    together = np.asarray(call(x, up, jnp.asarray([0, 20]), jnp.asarray([20, 10]), 100, gate))
+    for row, sizes in ((0, [1, 0]), (19, [1, 0]), (20, [0, 1]), (29, [0, 1])):
+        alone = call(x[row : row + 1], up, jnp.zeros(2, int), jnp.asarray(sizes), 100, gate)
+        assert np.array_equal(alone[0], together[row])
+
+
 def test_groups_outside_of_the_rows_write_nowhere():
     x, weights = whole((10, 16)), whole((3, 16, 48), 1)
     found = product(x, weights, [0, 4, 12], [4, 100, 5])
@@ -131,6 +171,7 @@ def test_inside_a_loop_under_jit_and_vmap():
         (dict(columns=500), "panels of .* columns do not hold 500 columns"),
         (dict(panels=jnp.zeros((3, 2, 20, 5)), columns=8), "panels of 5 columns: this processor's have"),
         (dict(sizes=jnp.ones(2, int)), "are not of groups of 3 experts"),
+        (dict(gate=jnp.zeros((3, 1, 20, 48))), r"the gate is float32\[3, 1, 20, 48\], the weights"),
         (dict(starts=jnp.ones(4, int), sizes=jnp.ones(4, int)), "are not of groups of 3 experts"),
     ],
 )

@@ -12,6 +12,7 @@ from research.language.decoder import DecoderLM
 from research.moe.dispatch import DenseDispatch, SortedDispatch, make_dispatch
 from research.moe.experts import feed_forward
 from research.moe.grouped import Groups, grouped_dot
+from research.moe.grouped_ffn import grouped_feed_forward, in_panels, panels_feed_forward
 from research.moe.layer import MoE
 from research.moe.routing import route
 from research.nn import weights
@@ -88,36 +89,63 @@ def test_rows_of_no_expert_are_0():
     assert np.array_equal(found, wanted)
 
 
-def experts(num_experts: int = E) -> dict:
+def drawn_experts() -> dict:
+    """{"experts": {gate, up, down}/kernel}."""
     draw = np.random.default_rng(3).normal
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
-    return {
-        "experts": {
-            name: {"kernel": jnp.asarray(draw(size=(num_experts, *shape)) / 8, jnp.float32)}
-            for name, shape in shapes.items()
-        }
+    kernels = {
+        name: jnp.asarray(draw(size=(E, *shape)) / shape[0] ** 0.5, jnp.float32)
+        for name, shape in shapes.items()
     }
+    return {"experts": {name: {"kernel": kernel} for name, kernel in kernels.items()}}
 
 
-def test_a_token_has_the_same_bits_alone_and_among_others():
+@pytest.mark.parametrize("ffn", ["one", "two products"])
+def test_a_token_has_the_same_bits_alone_and_among_others(ffn: str):
     # 400 tokens go in blocks of an expert's rows, few of them sorted.
-    params = to_stacked_panels(experts())["experts"]
+    params = to_stacked_panels(drawn_experts())["experts"]
     draw = np.random.default_rng(0).normal
     logits, x = draw(size=(400, E)).astype(np.float32), draw(size=(400, D)).astype(np.float32)
 
     @jax.jit
     def layer(logits: jax.Array, x: jax.Array) -> jax.Array:
         dispatch = make_dispatch(route(logits, 2))
-        return dispatch.gather_slots(feed_forward(dispatch, dispatch.scatter(x), params, "relu"))
+        rows = dispatch.scatter(x)
+        if ffn == "one":
+            return dispatch.gather_slots(panels_feed_forward(rows, params, dispatch.groups))
+        return dispatch.gather_slots(feed_forward(dispatch, rows, params, "relu"))
 
     together = np.asarray(layer(logits, x))
     for chosen in (slice(7, 8), slice(7, 9), slice(100, 130), slice(390, 400)):
         assert np.array_equal(layer(logits[chosen], x[chosen]), together[chosen])
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 300])
-def test_the_layer_computes_the_same(tokens: int):
-    layer, context = MoE(E, 2, F, use_bias=True), Context(jnp.arange(tokens)[None])
+def test_the_whole_ffn_in_panels():
+    params = drawn_experts()["experts"]
+    panels = to_stacked_panels({"experts": params})["experts"]
+    groups = Groups.sorted(jnp.asarray([5, 0, 1, 30]))
+    rows = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
+    rows[36:] = 0
+    found = panels_feed_forward(jnp.asarray(rows), panels, groups)
+    wanted = grouped_feed_forward(jnp.asarray(rows), params, groups, 4, "silu")
+    # Sums of at most 100 products in another order, of values near 1: 100 * 2**-24 = 6e-6.
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_whose_ffn_is_in_panels():
+    plain = drawn_experts()["experts"]
+    panels = to_stacked_panels({"experts": plain})["experts"]
+    assert in_panels(panels, "silu")
+    assert not in_panels(panels, "relu")
+    assert not in_panels(plain, "silu")
+    assert not in_panels(panels | {"up": plain["up"]}, "silu")
+    assert not in_panels(panels | {"up": panels["up"] | {"bias": jnp.zeros((E, F))}}, "silu")
+    assert not in_panels({"up": panels["up"], "down": panels["down"]}, "silu")
+
+
+@pytest.mark.parametrize("tokens, bias", [(1, True), (5, False), (300, False)])
+def test_the_layer_computes_the_same(tokens: int, bias: bool):
+    layer, context = MoE(E, 2, F, use_bias=bias), Context(jnp.arange(tokens)[None])
     x = jax.random.normal(jax.random.key(0), (1, tokens, D))
     params = layer.init(jax.random.key(1), x, context)["params"]
     wanted, found = (layer.apply({"params": p}, x, context) for p in (params, to_stacked_panels(params)))
