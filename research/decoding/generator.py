@@ -19,7 +19,7 @@ import numpy as np
 
 from research.decoding import engine as engines
 from research.decoding.correction import Correction
-from research.decoding.prepare import prepare
+from research.decoding.prepare import lay_out, prepare
 from research.decoding.proposers import Plain, Proposer
 from research.decoding.sampling import Sampling
 from research.decoding.text import RowText
@@ -139,7 +139,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.proposer = Plain() if proposer is None else proposer
-        self.proposer_params = proposer_params
+        self.proposer_params = lay_out(proposer_params, dtype)
         self.verifier = verifier
         self.correction = correction
         if ends is None:

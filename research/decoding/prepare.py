@@ -33,12 +33,22 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
         return jnp.asarray(leaf, dtype)
 
     params = jax.tree.map(cast, params, is_leaf=lambda x: isinstance(x, Weight))
-    panels = dtype == "float32" and use_cpu_kernels() and _on_one_device(params)
-    if panels or (target_platform() == "cpu" and count_parameters(params) >= _FUSE_FROM):
+    laid_out = _lays_out(params, dtype)
+    if laid_out or (target_platform() == "cpu" and count_parameters(params) >= _FUSE_FROM):
         params = fuse_projections(params)
-    return model, to_stacked_panels(to_panels(params)) if panels else params
+    return model, lay_out(params, dtype)
+
+
+def lay_out(params: Any, dtype: str = "float32") -> Any:
+    """A tree with its large kernels in panels, where those are used; a proposer's parameters, for one."""
+    return to_stacked_panels(to_panels(params)) if _lays_out(params, dtype) else params
+
+
+def _lays_out(params: Any, dtype: str) -> bool:
+    return dtype == "float32" and use_cpu_kernels() and _on_one_device(params)
 
 
 def _on_one_device(params: Any) -> bool:
     """Whether all parameters lie on the device that computes by default, the one that panels are put on."""
-    return {d for leaf in jax.tree.leaves(params) for d in leaf.devices()} <= {jax.devices()[0]}
+    arrays = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    return {device for array in arrays for device in array.devices()} <= {jax.devices()[0]}

@@ -17,7 +17,10 @@ _GROUPS = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 
 def fuse_projections(params: dict) -> dict:
     """Replace query, key, value by `qkv` and gate, up by `gate_up` wherever all of them are plain arrays, or are
-    quantized alike."""
+    quantized alike.
+
+    Connectors are left as they are: what asks there reads keys and values of other rows.
+    """
     if not isinstance(params, dict):
         return params
     fused = dict(params)
@@ -28,7 +31,7 @@ def fuse_projections(params: dict) -> dict:
         if _alike(kernels):
             group = [fused.pop(part) for part in parts]
             fused[name] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *group)
-    return {name: fuse_projections(value) for name, value in fused.items()}
+    return {name: value if name == "connector" else fuse_projections(value) for name, value in fused.items()}
 
 
 def _alike(kernels: list[Any]) -> bool:

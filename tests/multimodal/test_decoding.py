@@ -104,7 +104,7 @@ def test_a_plan_of_the_decoder_is_one_of_the_model(toy):
 @pytest.mark.parametrize("name", ["prompt lookup", "submodel"])
 def test_drafts_of_text_alone_change_nothing(toy, plain, name):
     model, params = toy
-    target = Target(*reversed(prepare(model, params)))
+    target = Target(params, model)
     drafter, own = {
         "prompt lookup": lambda: (PromptLookup(), ()),
         "submodel": lambda: (Submodel(2, 2), Submodel(2, 2).create(jax.random.key(0), target)),

@@ -58,6 +58,14 @@ def test_grouped_attention_is_the_same():
     np.testing.assert_allclose(run(fuse_projections(params)), run(params), atol=1e-6)
 
 
+def test_connectors_are_left_alone():
+    reader = {name: {"kernel": jnp.ones((3, 2))} for name in ("query", "key", "value")}
+    found = fuse_projections({"connector": {"attention": reader}, "tower": {"attention": reader}})
+    assert found["connector"]["attention"].keys() == reader.keys() and found["tower"]["attention"].keys() == {
+        "qkv"
+    }
+
+
 def test_unfuse():
     """Two query heads and one key head of dimension 2: columns 0-3, 4-5, 6-7; gate and up are halves."""
     qkv, gate_up = np.arange(16.0).reshape(2, 8), np.arange(12.0).reshape(2, 6)

@@ -210,7 +210,7 @@ def test_enough_tokens_are_all_and_few_change_only_later_layers():
     few, rows = extend(sparse, params, prefilled())
     for layer in range(3):  # what enters layer 2 is what the full layers 0 and 1 made
         for own, whole in zip(rows[layer], fresh[layer], strict=True):
-            np.testing.assert_allclose(own, whole, atol=1e-6)
+            np.testing.assert_allclose(own, whole, atol=1e-5)  # their attentions add in different orders
     assert not np.allclose(rows[3][0], fresh[3][0], atol=1e-3)
     assert not np.allclose(few, logits, atol=1e-2)
 
