@@ -1,7 +1,7 @@
 """Tree attention on a CPU: every key head of every row of the batch is a piece, in which keys and values are read once,
 up to the row's length, as one stream.
 
-A piece has the query rows of its heads, G N of them one behind the other. It takes keys in blocks of `_KEYS` and
+A piece has the query rows of its heads, G N of them one behind the other. It takes keys in blocks of `KEYS` and
 computes, for the rows of a tile,
 
     p[r, s] = scale q[r] . k[s], capped and masked
@@ -23,13 +23,11 @@ from kernels_pallas import cpu
 from kernels_pallas.common import Unsupported
 from kernels_pallas.tree_attention import reference
 from kernels_pallas.tree_attention.common import NEGATIVE
+from kernels_pallas.tree_attention.cpu_tiles import KEYS, mix, scores
 
-_KEYS = 64  # of a block
 _ROWS = 64  # whose sums are kept at once: more rows read keys and values again
 _SUMS = 16  # registers for the sums of a tile
 _SHARE = 1 << 15  # bytes of keys and values below which another thread does not pay
-_AHEAD = 64  # keys between the announcement of a read and the read
-_LINE = 64  # bytes of a cache line
 
 _CODE = """
 declare {vector} @llvm.fma.{type}({vector}, {vector}, {vector})
@@ -369,118 +367,6 @@ define internal void @execute(ptr %frame) {{
 _OPERANDS = ("query", "key", "value", "fresh_key", "fresh_value", "length", "tree", "cached_mask", "numbers")
 
 
-def _scores(rows: int, dim: int, lanes: int) -> str:
-    """The function `scores.ROWS`: query [rows, dim], key [count, dim] -> their products p [rows, _KEYS]."""
-    vector, parts = f"<{lanes} x float>", range(0, dim, lanes)
-    lines = [
-        f"define internal void @scores.{rows}(ptr noalias %q, ptr noalias %key, ptr noalias %p, i64 %count) {{",
-        "entry:",
-        *(
-            line
-            for r in range(rows)
-            for j in parts
-            for line in (
-                f"  %q.{r}.{j}.at = getelementptr float, ptr %q, i64 {r * dim + j}",
-                f"  %q.{r}.{j} = load {vector}, ptr %q.{r}.{j}.at, align 4",
-            )
-        ),
-        "  br label %loop",
-        "loop:",
-        "  %s = phi i64 [ 0, %entry ], [ %s.next, %loop ]",
-        f"  %first = mul i64 %s, {dim}",
-        "  %k = getelementptr float, ptr %key, i64 %first",
-        *_announce("%k", dim),
-    ]
-    for j in parts:
-        lines += [
-            f"  %k.{j}.at = getelementptr float, ptr %k, i64 {j}",
-            f"  %k.{j} = load {vector}, ptr %k.{j}.at, align 4",
-        ]
-        for r in range(rows):
-            before = f"%sum.{r}.{j - lanes}" if j else "zeroinitializer"
-            lines.append(
-                f"  %sum.{r}.{j} = call {vector} @llvm.fma.v{lanes}f32({vector} %q.{r}.{j}, {vector} %k.{j}, "
-                f"{vector} {before})"
-            )
-    for r in range(rows):
-        lines += [
-            f"  %dot.{r} = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float 0.0, "
-            f"{vector} %sum.{r}.{parts[-1]})",
-            f"  %p.{r}.at = add i64 %s, {r * _KEYS}",
-            f"  %p.{r} = getelementptr float, ptr %p, i64 %p.{r}.at",
-            f"  store float %dot.{r}, ptr %p.{r}",
-        ]
-    return "\n".join([*lines, *_END_OF_LOOP])
-
-
-def _mix(rows: int, dim: int, lanes: int) -> str:
-    """The function `mix.ROWS`: sum [rows, dim] += p [rows, count] times value [count, dim]."""
-    vector, places = f"<{lanes} x float>", [(r, j) for r in range(rows) for j in range(0, dim, lanes)]
-    lines = [
-        f"define internal void @mix.{rows}(ptr noalias %sum, ptr noalias %value, ptr noalias %p, i64 %count) {{",
-        "entry:",
-    ]
-    for r, j in places:
-        lines += [
-            f"  %at.{r}.{j} = getelementptr float, ptr %sum, i64 {r * dim + j}",
-            f"  %old.{r}.{j} = load {vector}, ptr %at.{r}.{j}, align 4",
-        ]
-    lines += [
-        "  br label %loop",
-        "loop:",
-        "  %s = phi i64 [ 0, %entry ], [ %s.next, %loop ]",
-        *(
-            f"  %sum.{r}.{j} = phi {vector} [ %old.{r}.{j}, %entry ], [ %new.{r}.{j}, %loop ]"
-            for r, j in places
-        ),
-        f"  %first = mul i64 %s, {dim}",
-        "  %v = getelementptr float, ptr %value, i64 %first",
-        *_announce("%v", dim),
-    ]
-    for j in range(0, dim, lanes):
-        lines += [
-            f"  %v.{j}.at = getelementptr float, ptr %v, i64 {j}",
-            f"  %v.{j} = load {vector}, ptr %v.{j}.at, align 4",
-        ]
-    for r in range(rows):
-        lines += [
-            f"  %p.{r}.at = add i64 %s, {r * _KEYS}",
-            f"  %p.{r}.ptr = getelementptr float, ptr %p, i64 %p.{r}.at",
-            f"  %p.{r} = load float, ptr %p.{r}.ptr",
-            f"  %p.{r}.1 = insertelement {vector} poison, float %p.{r}, i32 0",
-            f"  %p.{r}.all = shufflevector {vector} %p.{r}.1, {vector} poison, <{lanes} x i32> zeroinitializer",
-        ]
-    for r, j in places:
-        lines.append(
-            f"  %new.{r}.{j} = call {vector} @llvm.fma.v{lanes}f32({vector} %p.{r}.all, {vector} %v.{j}, "
-            f"{vector} %sum.{r}.{j})"
-        )
-    stores = (f"  store {vector} %new.{r}.{j}, ptr %at.{r}.{j}, align 4" for r, j in places)
-    return "\n".join([*lines, *_END_OF_LOOP[:-2], *stores, *_END_OF_LOOP[-2:]])
-
-
-_END_OF_LOOP = (
-    "  %s.next = add i64 %s, 1",
-    "  %more = icmp ult i64 %s.next, %count",
-    "  br i1 %more, label %loop, label %end",
-    "end:",
-    "  ret void",
-    "}",
-)
-
-
-def _announce(row: str, dim: int) -> list[str]:
-    """Lines that ask for the row of `dim` floats that is `_AHEAD` rows behind this one."""
-    lines = []
-    for offset in range(0, 4 * dim, _LINE):
-        name = f"%ahead.{offset}"
-        lines += [
-            f"  {name} = getelementptr i8, ptr {row}, i64 {4 * dim * _AHEAD + offset}",
-            f"  call void @llvm.prefetch.p0(ptr {name}, i32 0, i32 3, i32 1)",
-        ]
-    return lines
-
-
 def _float(value: float) -> str:
     """A float constant as LLVM writes it: the bits of the double that it is."""
     return "0x" + struct.pack(">d", np.float32(value)).hex().upper()
@@ -547,12 +433,12 @@ def kernel(dim: int, lanes: int) -> cpu.Kernel:
         bias=_splat("i32", "127", lanes),
         mantissa=_splat("i32", "23", lanes),
         polynomial="\n".join(polynomial),
-        tiles="\n\n".join(make(n, dim, lanes) for make in (_scores, _mix) for n in numbers),
-        keys=_KEYS,
+        tiles="\n\n".join(make(n, dim, lanes) for make in (scores, mix) for n in numbers),
+        keys=KEYS,
         dim=dim,
         height=height,
         group=_ROWS,
-        weights=height * _KEYS,
+        weights=height * KEYS,
         sums=_ROWS * dim,
         key_bytes=8 * dim,
         share=_SHARE,
