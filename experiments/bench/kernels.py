@@ -160,8 +160,8 @@ def page(report: Report, machine: dict[str, Any], versions: dict[str, str]) -> s
         lines += [
             "**No Pallas kernel ran here**: a CPU has none. Rows called cpu are its own kernels, the others the plain",
             f"references, float32, against this machine's measured {roof.float32 / 1e9:.0f} GFLOP/s and",
-            f"{roof.bandwidth / 1e9:.1f} GB/s. They say what a CPU's user gets, nothing about the Pallas kernels, whose",
-            "third tier of verification, a device, is open.",
+            f"{roof.bandwidth / 1e9:.1f} GB/s. They say what a CPU's user gets, nothing about the Pallas kernels,",
+            "whose third tier of verification, a device, is open.",
             "Operands this small stay in the processor's cache, so a call can be faster than memory; with other",
             "programs running (see the load), times are no better than a hint.",
         ]

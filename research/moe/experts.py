@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.moe.dispatch import Dispatch, SortedDispatch
-from research.moe.grouped_ffn import grouped_feed_forward
+from research.moe.grouped_ffn import grouped_feed_forward, in_panels, panels_feed_forward
 from research.moe.routing import wrong_number
 from research.nn.linear import parameter
 from research.nn.mlp import ACTIVATIONS, Activation
@@ -96,6 +96,12 @@ def feed_forward(
     plain = all(isinstance(leaf, jax.Array) for part in params.values() for leaf in part.values())
     if plain and isinstance(dispatch, SortedDispatch) and dispatch.in_pieces:
         return grouped_feed_forward(buffer, params, dispatch.groups, dispatch.tile, activation)
+    if (
+        isinstance(dispatch, SortedDispatch)
+        and dispatch.grouped_dot is None
+        and in_panels(params, activation)
+    ):
+        return panels_feed_forward(buffer, params, dispatch.groups)
     up, act = affine(dispatch, buffer, params["up"]), ACTIVATIONS[activation]
     hidden = act(affine(dispatch, buffer, params["gate"])) * up if "gate" in params else act(up)
     return affine(dispatch, hidden, params["down"])

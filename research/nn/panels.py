@@ -111,10 +111,10 @@ def to_panels(params: Any) -> Any:
 
     Raises `Unsupported` where this processor has no such product.
     """
-    return _to_panels(params, _Memory())
+    return _to_panels(params, Memory())
 
 
-def _to_panels(params: Any, memory: "_Memory") -> Any:
+def _to_panels(params: Any, memory: "Memory") -> Any:
     if not isinstance(params, dict):
         return params
     changed = {name: value if name == "conv" else _to_panels(value, memory) for name, value in params.items()}
@@ -144,14 +144,14 @@ def _pays(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and math.prod(shape) >= _LARGE and shape[1] >= panel_columns()
 
 
-def _panels(kernel: np.ndarray, memory: "_Memory") -> Panels:
+def _panels(kernel: np.ndarray, memory: "Memory") -> Panels:
     inputs, outputs = kernel.shape
     width = panel_columns()
     packed = pack(kernel, width, memory.take((-(-outputs // width), inputs, width), np.float32))
     return Panels(jax.device_put(packed), outputs)  # the same memory, as it is aligned
 
 
-def _code_panels(kernel: Quantized, memory: "_Memory") -> CodePanels:
+def _code_panels(kernel: Quantized, memory: "Memory") -> CodePanels:
     bits, (inputs, outputs), groups = kernel.bits, kernel.shape, kernel.scale.shape[0]
     width = panel_columns()
     count = -(-outputs // width)
@@ -166,7 +166,7 @@ def _code_panels(kernel: Quantized, memory: "_Memory") -> CodePanels:
     return CodePanels(jax.device_put(codes), jax.device_put(grid), bits, outputs)
 
 
-class _Memory:
+class Memory:
     """Arrays beside each other in large blocks that the system is asked to back with large pages: kernels were read
     1.3 to 1.4 times as fast from these as from pages of 4 KiB."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 
 from kernels_pallas.skinny_matmul import pack, panel_columns, unpack
-from research.nn.panels import Panels, _Memory
+from research.nn.panels import Memory, Panels
 
 
 class StackedPanels(struct.PyTreeNode):
@@ -48,10 +48,10 @@ def to_stacked_panels(params: Any) -> Any:
 
     Raises `Unsupported` where this processor has no such product.
     """
-    return _to_stacked_panels(params, False, _Memory())
+    return _to_stacked_panels(params, False, Memory())
 
 
-def _to_stacked_panels(params: Any, of_experts: bool, memory: _Memory) -> Any:
+def _to_stacked_panels(params: Any, of_experts: bool, memory: Memory) -> Any:
     if not isinstance(params, dict):
         return params
     changed = {
@@ -64,7 +64,7 @@ def _to_stacked_panels(params: Any, of_experts: bool, memory: _Memory) -> Any:
     return changed
 
 
-def _stacked(kernels: np.ndarray, memory: _Memory) -> StackedPanels:
+def _stacked(kernels: np.ndarray, memory: Memory) -> StackedPanels:
     experts, inputs, outputs = kernels.shape
     width = panel_columns()
     panels = memory.take((experts, -(-outputs // width), inputs, width), np.float32)
