@@ -9,29 +9,24 @@ has the same bits alone and among others.
 
 import functools
 import itertools
-import math
-import struct
 
 import jax
-import numpy as np
 
 from kernels_pallas.common import Unsupported
 from kernels_pallas.cpu import Kernel, cores
+from kernels_pallas.cpu_math import constant, exponential
 from kernels_pallas.skinny_matmul import panel_columns
 
 _ROWS = 8  # of a tile, whose sums stay in registers
 _VECTORS = 3  # of a row of a panel
-_AHEAD = {
-    1: 24,
-    2: 128,
-}  # rows of a panel from the announcement of a read to the read, by level of the caches
+# Rows of a panel from the announcement of a read to the read, by level of the caches.
+_AHEAD = {1: 24, 2: 128}
 _LINE = 64  # bytes of a cache line
 _BLOCK = 256  # rows of a piece at most: they stay in the processor's second cache while the panels pass
 _PIECES = 4  # that a thread takes, where reading the weights is all the work
 _SHARE = 1 << 16  # bytes of weights, once for every tile of rows, below which another thread does not pay
 
 _CODE = """
-declare {vector} @llvm.fma.v{lanes}f32({vector}, {vector}, {vector})
 declare i64 @llvm.smax.i64(i64, i64)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
@@ -344,62 +339,30 @@ def _tile(rows: int, vectors: int, lanes: int) -> str:
 
 
 def _silu(lanes: int) -> str:
-    """The function `activate`: silu(gate) * up of a tile, gate and up [rows, columns] -> y of that stride.
-
-    silu(g) = g / (1 + e^-g), and e^z = 2^n e^r with n = round(z / ln 2), r in +-ln 2 / 2. ln 2 is taken off in two
-    parts and Taylor's polynomial of degree 7 is within 1e-8 of e^r. Beyond +-87 e^-g is that of 87: silu is then g, or
-    0 within 1e-36.
-    """
-    vector, whole, columns = f"<{lanes} x float>", f"<{lanes} x i32>", _VECTORS * lanes
-
-    def number(value: float) -> str:
-        digits = struct.pack(">d", np.float32(value)).hex()
-        return f"splat (float 0x{digits.upper()})"
-
-    lines = [
-        f"declare {vector} @llvm.minnum.v{lanes}f32({vector}, {vector})",
-        f"declare {vector} @llvm.maxnum.v{lanes}f32({vector}, {vector})",
-        f"declare {vector} @llvm.rint.v{lanes}f32({vector})",
-        "define internal void @activate(i64 %rows, i64 %vectors, ptr %gate, ptr %up, ptr %y, i64 %stride) {",
-        "entry:",
-        "  br label %row",
-        "row:",
-        "  %r = phi i64 [ 0, %entry ], [ %r.next, %row.end ]",
-        f"  %from.row = mul i64 %r, {columns}",
-        "  %to.row = mul i64 %r, %stride",
-        "  br label %vector",
-        "vector:",
-        "  %v = phi i64 [ 0, %row ], [ %v.next, %vector ]",
-        f"  %column = mul i64 %v, {lanes}",
-        "  %from = add i64 %from.row, %column",
-        "  %to = add i64 %to.row, %column",
-        "  %g.at = getelementptr float, ptr %gate, i64 %from",
-        f"  %g = load {vector}, ptr %g.at, align 4",
-        "  %u.at = getelementptr float, ptr %up, i64 %from",
-        f"  %u = load {vector}, ptr %u.at, align 4",
-        f"  %minus = fneg {vector} %g",
-        f"  %low = call {vector} @llvm.maxnum.v{lanes}f32({vector} %minus, {vector} {number(-87)})",
-        f"  %z = call {vector} @llvm.minnum.v{lanes}f32({vector} %low, {vector} {number(87)})",
-        f"  %scaled = fmul {vector} %z, {number(1 / math.log(2))}",
-        f"  %n = call {vector} @llvm.rint.v{lanes}f32({vector} %scaled)",
-        f"  %r.high = call {vector} @llvm.fma.v{lanes}f32({vector} %n, {vector} {number(-0.693359375)}, {vector} %z)",
-        f"  %p.8 = call {vector} @llvm.fma.v{lanes}f32({vector} %n, {vector} {number(0.693359375 - math.log(2))}, "
-        f"{vector} %r.high)",
-        f"  %p.7 = fadd {vector} zeroinitializer, {number(1 / math.factorial(7))}",
-    ]
-    lines += [
-        f"  %p.{power} = call {vector} @llvm.fma.v{lanes}f32({vector} %p.{power + 1}, {vector} %p.8, "
-        f"{vector} {number(1 / math.factorial(power))})"
-        for power in reversed(range(7))
-    ]
+    """The function `activate`: silu(gate) * up of a tile, gate and up [rows, columns] -> y of that stride."""
+    vector, columns = f"<{lanes} x float>", _VECTORS * lanes
     return "\n".join(
         [
-            *lines,
-            f"  %n.whole = fptosi {vector} %n to {whole}",
-            f"  %biased = add {whole} %n.whole, splat (i32 127)",
-            f"  %bits = shl {whole} %biased, splat (i32 23)",
-            f"  %power = bitcast {whole} %bits to {vector}",
-            f"  %below = call {vector} @llvm.fma.v{lanes}f32({vector} %p.0, {vector} %power, {vector} {number(1)})",
+            "define internal void @activate(i64 %rows, i64 %vectors, ptr %gate, ptr %up, ptr %y, i64 %stride) {",
+            "entry:",
+            "  br label %row",
+            "row:",
+            "  %r = phi i64 [ 0, %entry ], [ %r.next, %row.end ]",
+            f"  %from.row = mul i64 %r, {columns}",
+            "  %to.row = mul i64 %r, %stride",
+            "  br label %vector",
+            "vector:",
+            "  %v = phi i64 [ 0, %row ], [ %v.next, %vector ]",
+            f"  %column = mul i64 %v, {lanes}",
+            "  %from = add i64 %from.row, %column",
+            "  %to = add i64 %to.row, %column",
+            "  %g.at = getelementptr float, ptr %gate, i64 %from",
+            f"  %g = load {vector}, ptr %g.at, align 4",
+            "  %u.at = getelementptr float, ptr %up, i64 %from",
+            f"  %u = load {vector}, ptr %u.at, align 4",
+            f"  %minus = fneg {vector} %g",
+            f"  %e = call {vector} @exp({vector} %minus)",
+            f"  %below = fadd {vector} %e, {constant(1)}",
             f"  %silu = fdiv {vector} %g, %below",
             f"  %product = fmul {vector} %silu, %u",
             "  %y.at = getelementptr float, ptr %y, i64 %to",
@@ -437,7 +400,7 @@ def kernel(lanes: int) -> Kernel:
         panel_bytes=4 * columns,
         rows=_ROWS,
         rows_less=_ROWS - 1,
-        activation=_silu(lanes),
+        activation=exponential(lanes) + "\n\n" + _silu(lanes),
         edge=_ROWS * columns,
         block=_BLOCK,
         share=_SHARE,

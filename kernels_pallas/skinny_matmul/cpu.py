@@ -29,9 +29,8 @@ VECTORS = 3  # of a row of a tile: 8 x 3 sums, 3 columns and a row's value fill 
 # first has places for few reads that are under way, not enough to keep memory busy.
 _AHEAD = {1: 24, 2: 128}
 _LINE = 64  # bytes of a cache line
-_PIECES = (
-    4  # that a thread takes, one after the other: few, so that reads ahead reach into its own next panel
-)
+# Panels that a thread takes at once are a fourth of its share: few takes, so that reads ahead reach into its own next one.
+_PIECES = 4
 _SHARE = 1 << 14  # weights below which another thread does not pay
 
 # What a tile's function takes: x [rows, inputs], whose inputs are groups of `group`, a panel with its scales and zeros,

@@ -13,14 +13,13 @@ Everything is float32.
 """
 
 import functools
-import struct
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas import cpu
 from kernels_pallas.common import Unsupported
+from kernels_pallas.cpu_math import constant, exponential, number
 from kernels_pallas.tree_attention import reference
 from kernels_pallas.tree_attention.common import NEGATIVE
 from kernels_pallas.tree_attention.cpu_tiles import KEYS, mix, scores
@@ -30,36 +29,12 @@ _SUMS = 16  # registers for the sums of a tile
 _SHARE = 1 << 15  # bytes of keys and values below which another thread does not pay
 
 _CODE = """
-declare {vector} @llvm.fma.{type}({vector}, {vector}, {vector})
-declare {vector} @llvm.nearbyint.{type}({vector})
-declare {vector} @llvm.maxnum.{type}({vector}, {vector})
-declare {vector} @llvm.minnum.{type}({vector}, {vector})
 declare float @llvm.vector.reduce.fadd.{type}(float, {vector})
 declare float @llvm.vector.reduce.fmax.{type}({vector})
 declare float @llvm.maxnum.f32(float, float)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
-; e^x of float32 to two units in the last place, exactly 0 below -87: 2^n times a polynomial of what is left.
-define internal {vector} @exp({vector} %x) {{
-  %low = fcmp olt {vector} %x, {lowest}
-  %x.least = call {vector} @llvm.maxnum.{type}({vector} %x, {vector} {lowest})
-  %x.most = call {vector} @llvm.minnum.{type}({vector} %x.least, {vector} {highest})
-  %n.raw = fmul {vector} %x.most, {log2e}
-  %n = call {vector} @llvm.nearbyint.{type}({vector} %n.raw)
-  %r.high = call {vector} @llvm.fma.{type}({vector} %n, {vector} {ln2high}, {vector} %x.most)
-  %r = call {vector} @llvm.fma.{type}({vector} %n, {vector} {ln2low}, {vector} %r.high)
-{polynomial}
-  %r2 = fmul {vector} %r, %r
-  %y.r = call {vector} @llvm.fma.{type}({vector} %p.5, {vector} %r2, {vector} %r)
-  %y = fadd {vector} %y.r, {one}
-  %n.int = fptosi {vector} %n to {ints}
-  %power.int = add {ints} %n.int, {bias}
-  %power.bits = shl {ints} %power.int, {mantissa}
-  %power = bitcast {ints} %power.bits to {vector}
-  %scaled = fmul {vector} %y, %power
-  %result = select {bools} %low, {vector} zeroinitializer, {vector} %scaled
-  ret {vector} %result
-}}
+{exponential}
 
 {tiles}
 
@@ -367,38 +342,12 @@ define internal void @execute(ptr %frame) {{
 _OPERANDS = ("query", "key", "value", "fresh_key", "fresh_value", "length", "tree", "cached_mask", "numbers")
 
 
-def _float(value: float) -> str:
-    """A float constant as LLVM writes it: the bits of the double that it is."""
-    return "0x" + struct.pack(">d", np.float32(value)).hex().upper()
-
-
-def _splat(kind: str, value: str, lanes: int) -> str:
-    return "<" + ", ".join([f"{kind} {value}"] * lanes) + ">"
-
-
 @functools.cache
 def kernel(dim: int, lanes: int) -> cpu.Kernel:
     """The code for heads of `dim` and vectors of so many floats."""
     height = max(1, min(8, _SUMS // (dim // lanes)))
     numbers = range(1, height + 1)
-    # Cephes' expf: (e^r - 1 - r) / r^2, from the highest power on.
-    powers = (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
     vector, kind = f"<{lanes} x float>", f"v{lanes}f32"
-
-    def constant(value: float) -> str:
-        return _splat("float", _float(value), lanes)
-
-    polynomial = [f"  %p.0 = fadd {vector} {constant(powers[0])}, zeroinitializer"] + [
-        f"  %p.{i} = call {vector} @llvm.fma.{kind}({vector} %p.{i - 1}, {vector} %r, {vector} {constant(power)})"
-        for i, power in enumerate(powers[1:], 1)
-    ]
 
     def calls(name: str, function: str, arguments: str, after: str) -> str:
         return "\n".join(
@@ -417,22 +366,14 @@ def kernel(dim: int, lanes: int) -> cpu.Kernel:
         vector=vector,
         type=kind,
         lanes=lanes,
-        ints=f"<{lanes} x i32>",
         bools=f"<{lanes} x i1>",
         zeros=f"<{lanes} x i32> zeroinitializer",
         iota="<" + ", ".join(f"i64 {i}" for i in range(lanes)) + ">",
-        lowest=constant(-87.0),
-        highest=constant(88.0),
-        log2e=constant(1.44269504088896341),
-        ln2high=constant(-0.693359375),
-        ln2low=constant(2.12194440e-4),
-        one=constant(1.0),
-        two=constant(2.0),
+        one=constant(1),
+        two=constant(2),
         negative=constant(NEGATIVE),
-        lowest_score=_float(NEGATIVE),
-        bias=_splat("i32", "127", lanes),
-        mantissa=_splat("i32", "23", lanes),
-        polynomial="\n".join(polynomial),
+        lowest_score=number(NEGATIVE),
+        exponential=exponential(lanes),
         tiles="\n\n".join(make(n, dim, lanes) for make in (scores, mix) for n in numbers),
         keys=KEYS,
         dim=dim,
