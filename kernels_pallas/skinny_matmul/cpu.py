@@ -29,7 +29,7 @@ VECTORS = 3  # of a row of a tile: 8 x 3 sums, 3 columns and a row's value fill 
 # first has places for few reads that are under way, not enough to keep memory busy.
 _AHEAD = {1: 24, 2: 128}
 _LINE = 64  # bytes of a cache line
-# Panels that a thread takes at once are a fourth of its share: few takes, so that reads ahead reach into its own next one.
+# Takes of a thread, of neighbouring panels: few, so that reads ahead reach into its own next panel.
 _PIECES = 4
 _SHARE = 1 << 14  # weights below which another thread does not pay
 
