@@ -72,11 +72,13 @@ def make_dispatch(
     backend: Backend = "auto",
     capacity_factor: float | None = None,
     grouped_dot: PallasGroupedDot | None = None,
+    blocks: bool = True,
 ) -> Dispatch:
     """The dispatch of a routing.
 
     capacity_factor: of `capacity`, see `expert_capacity`. "auto" is `capacity` where a factor is given, else
-    `sorted`. grouped_dot: the Pallas kernel in the place of `grouped_dot`, of `sorted`. Raises `UserError` for an
+    `sorted`. grouped_dot: the Pallas kernel in the place of `grouped_dot`, of `sorted`. blocks: `sorted` may lay rows
+    out in blocks on a CPU; experts in panels gain nothing from them. Raises `UserError` for an
     unknown backend, a factor that is not positive, a factor for a backend that drops nothing, or a grouped product for
     one that has none.
     """
@@ -88,7 +90,8 @@ def make_dispatch(
     if backend == "dense":
         return DenseDispatch.make(routing)
     tokens, k = routing.index.shape
-    if grouped_dot is None and target_platform() == "cpu" and tokens * k >= BLOCKS_FROM * routing.num_experts:
+    many = tokens * k >= BLOCKS_FROM * routing.num_experts
+    if blocks and many and grouped_dot is None and target_platform() == "cpu":
         return SortedDispatch.make_blocks(routing)
     return SortedDispatch.make(routing).replace(grouped_dot=grouped_dot)
 

@@ -22,6 +22,7 @@ from research.nn.attention import Context
 from research.nn.linear import Linear, parameter
 from research.nn.mlp import Activation
 from research.nn.reports import report_loss, report_measurement
+from research.nn.stacked_panels import holds_panels
 
 
 class MoE(nn.Module):
@@ -105,7 +106,9 @@ class MoE(nn.Module):
             decoding = context.length is not None
             backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
             factor = None if decoding else self.capacity_factor
-            dispatch = make_dispatch(routing, backend, factor, self.grouped_dot)
+            dispatch = make_dispatch(
+                routing, backend, factor, self.grouped_dot, blocks=not holds_panels(placed)
+            )
             y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
             dropped = dispatch.dropped
         if self.output_bias:

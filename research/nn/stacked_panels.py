@@ -43,6 +43,12 @@ class StackedPanels(struct.PyTreeNode):
         return StackedPanels(self.panels[..., :count, :inputs, :], outputs)
 
 
+def holds_panels(params: Any) -> bool:
+    """Whether a tree has kernels that are `StackedPanels`."""
+    found = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, StackedPanels))
+    return any(isinstance(leaf, StackedPanels) for leaf in found)
+
+
 def to_stacked_panels(params: Any) -> Any:
     """Every float32 kernel [E, in, out] below an `experts` of a tree as `StackedPanels`; structured kernels stay.
 

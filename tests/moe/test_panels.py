@@ -18,7 +18,7 @@ from research.moe.routing import route
 from research.nn import weights
 from research.nn.attention import Attention, Context
 from research.nn.quantized import quantize
-from research.nn.stacked_panels import StackedPanels, to_stacked_panels
+from research.nn.stacked_panels import StackedPanels, holds_panels, to_stacked_panels
 from research.nn.transformer import Block
 
 E, D, F = 4, 40, 100
@@ -151,6 +151,22 @@ def test_the_layer_computes_the_same(tokens: int, bias: bool):
     wanted, found = (layer.apply({"params": p}, x, context) for p in (params, to_stacked_panels(params)))
     # Sums of at most 100 products in another order, of values near 1: 100 * 2**-24 = 6e-6.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_rows_of_panels_are_sorted_and_not_in_blocks():
+    plain = drawn_experts()
+    assert holds_panels(to_stacked_panels(plain)) and not holds_panels(plain) and not holds_panels(None)
+    routing = route(np.random.default_rng(0).normal(size=(400, E)).astype(np.float32), 2)
+    assert make_dispatch(routing).groups.block > 0 and make_dispatch(routing, blocks=False).groups.block == 0
+    # So does the layer: the programs of a model with and without panels sort into buffers of different sizes.
+    layer, context, x = MoE(E, 2, F), Context(jnp.arange(400)[None]), jnp.zeros((1, 400, D))
+    params = layer.init(jax.random.key(1), x, context)["params"]
+    sorted_rows = f"{make_dispatch(routing, blocks=False).pair_of_slot.shape[0]}x{D}xf32"
+    shown = [
+        jax.jit(layer.apply).lower({"params": p}, x, context).as_text()
+        for p in (params, to_stacked_panels(params))
+    ]
+    assert [sorted_rows in text for text in shown] == [False, True]
 
 
 def decoder() -> DecoderLM:
