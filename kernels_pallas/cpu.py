@@ -43,9 +43,15 @@ _DECLARE_MODE, _READ_MODE, _WRITE_MODE = (
     )
 )
 
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # Work that threads share: 0 next piece, 1 pieces done, 2 pieces, 3 pieces taken at once, 4 helpers wanted, 5 the
-# function of a piece, 6 to 11 its operands, 12 how the calling thread computes.
-_JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, ptr, ptr, i64, i64, i64, i64 }"
+# function of a piece, 6 its operand, 7 how the calling thread computes.
+_JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, i64 }"
 
 # The threads, one module for all kernels.
 _POOL = f"""
@@ -139,7 +145,7 @@ alone:
   call void @work(ptr %job)
   ret void
 publish:
-  %mode.at = getelementptr %job, ptr %job, i64 0, i32 12
+  %mode.at = getelementptr %job, ptr %job, i64 0, i32 7
   {_READ_MODE}
   %content = load %job, ptr %job
   store %job %content, ptr @slot
@@ -216,7 +222,7 @@ ticket:
   %welcome = icmp sgt i64 %wanted, 0
   br i1 %welcome, label %work, label %leave
 work:
-  %mode.at = getelementptr %job, ptr @slot, i64 0, i32 12
+  %mode.at = getelementptr %job, ptr @slot, i64 0, i32 7
   {_WRITE_MODE}
   call void @work(ptr @slot)
   br label %leave
@@ -310,6 +316,38 @@ no:
   ret i1 false
 }}
 
+; Has `function(job, index)` compute `count` pieces with the operand: by the calling thread, and by as many others as
+; `pay`. A thread takes about `takes` times; 0: a piece at once.
+define internal void @share(ptr %function, ptr %operand, i64 %count, i64 %pay, i64 %takes) {{
+entry:
+  %job = alloca %job
+  %count.less = sub i64 %count, 1
+  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
+  %threads.all = add i64 %helpers, 1
+  %threads = call i64 @llvm.smin.i64(i64 %threads.all, i64 {cores()})
+  %takes.all = mul i64 %threads, %takes
+  %single = icmp eq i64 %takes, 0
+  %divisor.any = select i1 %single, i64 %count, i64 %takes.all
+  %nothing = icmp eq i64 %divisor.any, 0
+  %divisor = select i1 %nothing, i64 1, i64 %divisor.any
+  %divisor.less = sub i64 %divisor, 1
+  %sum = add i64 %count, %divisor.less
+  %at.once = udiv i64 %sum, %divisor
+  store %job zeroinitializer, ptr %job
+  %job.count = getelementptr %job, ptr %job, i64 0, i32 2
+  store i64 %count, ptr %job.count
+  %job.at.once = getelementptr %job, ptr %job, i64 0, i32 3
+  store i64 %at.once, ptr %job.at.once
+  %job.helpers = getelementptr %job, ptr %job, i64 0, i32 4
+  store i64 %helpers, ptr %job.helpers
+  %job.function = getelementptr %job, ptr %job, i64 0, i32 5
+  store ptr %function, ptr %job.function
+  %job.operand = getelementptr %job, ptr %job, i64 0, i32 6
+  store ptr %operand, ptr %job.operand
+  call void @lathe_run(ptr %job)
+  ret void
+}}
+
 ; Operand or result `number` of a call: arguments 0, 1, ..., results -1, -2, ...
 define internal ptr @buffer(ptr %frame, i64 %number) {{
   %result = icmp slt i64 %number, 0
@@ -379,8 +417,8 @@ class Kernel:
     """One foreign function.
 
     name: XLA's name of it.
-    code: IR that defines `void @execute(ptr %frame)`, which reads its buffers with `@buffer`, `@data` and `@dim`, fills
-        a %job and calls `@lathe_run`; and the function of a piece, `void @...(ptr %job, i64 %index)`.
+    code: IR that defines `void @execute(ptr %frame)`, which reads its buffers with `@buffer`, `@data` and `@dim`, and
+        calls `@share`; and the function of a piece, `void @...(ptr %job, i64 %index)`.
     """
 
     name: str
@@ -438,8 +476,3 @@ def _compile(code: str) -> llvm.ExecutionEngine:
     # XLA and threads run the code for good, also when the module that made it is loaded again: it is never freed.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
     return engine
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

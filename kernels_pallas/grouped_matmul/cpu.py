@@ -13,7 +13,7 @@ import itertools
 import jax
 
 from kernels_pallas.common import Unsupported
-from kernels_pallas.cpu import Kernel, cores
+from kernels_pallas.cpu import Kernel
 from kernels_pallas.cpu_math import constant, exponential
 from kernels_pallas.skinny_matmul import panel_columns
 
@@ -23,7 +23,7 @@ _VECTORS = 3  # of a row of a panel
 _AHEAD = {1: 24, 2: 128}
 _LINE = 64  # bytes of a cache line
 _BLOCK = 256  # rows of a piece at most: they stay in the processor's second cache while the panels pass
-_PIECES = 4  # that a thread takes, where reading the weights is all the work
+_TAKES = 4  # of a thread, where reading the weights is all the work
 _SHARE = 1 << 16  # bytes of weights, once for every tile of rows, below which another thread does not pay
 
 _CODE = """
@@ -155,7 +155,6 @@ end:
 
 define internal void @execute(ptr %frame) {{
 entry:
-  %job = alloca %job
   %product = alloca %product
   %x.buffer = call ptr @buffer(ptr %frame, i64 0)
   %panels.buffer = call ptr @buffer(ptr %frame, i64 1)
@@ -241,17 +240,9 @@ run:
   %matrix.bytes = mul i64 %panel.bytes, %count
   %bytes = mul i64 %matrix.bytes, %tiles.after
   %pay = udiv i64 %bytes, {share}
-  %pieces.less = sub i64 %pieces, 1
-  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %pieces.less)
   ; Panels that follow each other are read ahead. Where each meets several tiles that matters less than equal shares.
-  %threads.all = add i64 %helpers, 1
-  %threads = call i64 @llvm.smin.i64(i64 %threads.all, i64 {threads})
-  %takes = mul i64 %threads, {pieces}
-  %takes.less = sub i64 %takes, 1
-  %sum = add i64 %pieces, %takes.less
-  %few = udiv i64 %sum, %takes
   %thin = icmp eq i64 %tiles.after, %made.after
-  %at.once = select i1 %thin, i64 %few, i64 1
+  %takes = select i1 %thin, i64 {takes}, i64 0
   %product.0 = insertvalue %product poison, ptr %x, 0
   %product.1 = insertvalue %product %product.0, ptr %panels, 1
   %product.2 = insertvalue %product %product.1, ptr %y, 2
@@ -261,18 +252,7 @@ run:
   %product.6 = insertvalue %product %product.5, i64 %outputs, 6
   %product.7 = insertvalue %product %product.6, ptr %gate, 7
   store %product %product.7, ptr %product
-  store %job zeroinitializer, ptr %job
-  %job.count = getelementptr %job, ptr %job, i64 0, i32 2
-  store i64 %pieces, ptr %job.count
-  %job.at.once = getelementptr %job, ptr %job, i64 0, i32 3
-  store i64 %at.once, ptr %job.at.once
-  %job.helpers = getelementptr %job, ptr %job, i64 0, i32 4
-  store i64 %helpers, ptr %job.helpers
-  %job.function = getelementptr %job, ptr %job, i64 0, i32 5
-  store ptr @panel, ptr %job.function
-  %job.product = getelementptr %job, ptr %job, i64 0, i32 6
-  store ptr %product, ptr %job.product
-  call void @lathe_run(ptr %job)
+  call void @share(ptr @panel, ptr %product, i64 %pieces, i64 %pay, i64 %takes)
   br label %done
 done:
   ret void
@@ -404,8 +384,7 @@ def kernel(lanes: int) -> Kernel:
         edge=_ROWS * columns,
         block=_BLOCK,
         share=_SHARE,
-        pieces=_PIECES,
-        threads=cores(),
+        takes=_TAKES,
         tiles="\n\n".join(_tile(n, v, lanes) for n, v in kinds),
         cases=" ".join(f"i64 {v * _ROWS + n}, label %tile.{n}.{v}" for n, v in kinds),
         calls="\n".join(calls),

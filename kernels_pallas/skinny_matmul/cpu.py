@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import jax
 
-from kernels_pallas.cpu import Kernel, cores, lanes
+from kernels_pallas.cpu import Kernel, lanes
 
 ROWS = 8  # of a tile
 VECTORS = 3  # of a row of a tile: 8 x 3 sums, 3 columns and a row's value fill 32 registers
@@ -30,7 +30,7 @@ VECTORS = 3  # of a row of a tile: 8 x 3 sums, 3 columns and a row's value fill 
 _AHEAD = {1: 24, 2: 128}
 _LINE = 64  # bytes of a cache line
 # Takes of a thread, of neighbouring panels: few, so that reads ahead reach into its own next panel.
-_PIECES = 4
+_TAKES_OF_A_THREAD = 4
 _SHARE = 1 << 14  # weights below which another thread does not pay
 
 # What a tile's function takes: x [rows, inputs], whose inputs are groups of `group`, a panel with its scales and zeros,
@@ -125,7 +125,6 @@ entry:
 }}
 
 define internal void @execute(ptr %frame) {{
-  %job = alloca %job
   %x = call ptr @buffer(ptr %frame, i64 0)
   %panels = call ptr @buffer(ptr %frame, i64 1)
   %inputs = call i64 @dim(ptr %x, i64 1)
@@ -133,26 +132,7 @@ define internal void @execute(ptr %frame) {{
   %columns = mul i64 %count, {columns}
   %weights = mul i64 %columns, %inputs
   %pay = udiv i64 %weights, {share}
-  %count.less = sub i64 %count, 1
-  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
-  %threads.all = add i64 %helpers, 1
-  %threads = call i64 @llvm.smin.i64(i64 %threads.all, i64 {threads})
-  %takes = mul i64 %threads, {pieces}
-  %takes.less = sub i64 %takes, 1
-  %sum = add i64 %count, %takes.less
-  %at.once = udiv i64 %sum, %takes
-  store %job zeroinitializer, ptr %job
-  %job.count = getelementptr %job, ptr %job, i64 0, i32 2
-  store i64 %count, ptr %job.count
-  %job.at.once = getelementptr %job, ptr %job, i64 0, i32 3
-  store i64 %at.once, ptr %job.at.once
-  %job.helpers = getelementptr %job, ptr %job, i64 0, i32 4
-  store i64 %helpers, ptr %job.helpers
-  %job.function = getelementptr %job, ptr %job, i64 0, i32 5
-  store ptr @panel, ptr %job.function
-  %job.frame = getelementptr %job, ptr %job, i64 0, i32 6
-  store ptr %frame, ptr %job.frame
-  call void @lathe_run(ptr %job)
+  call void @share(ptr @panel, ptr %frame, i64 %count, i64 %pay, i64 {takes})
   ret void
 }}
 """
@@ -284,8 +264,7 @@ def make_kernel(name: str, lanes: int, row_bytes: int, functions: str, product: 
         columns=VECTORS * lanes,
         row_bytes=row_bytes,
         share=_SHARE,
-        pieces=_PIECES,
-        threads=cores(),
+        takes=_TAKES_OF_A_THREAD,
         functions=functions,
         product=product,
     )

@@ -312,7 +312,6 @@ end:
 }}
 
 define internal void @execute(ptr %frame) {{
-  %job = alloca %job
   %key = call ptr @buffer(ptr %frame, i64 1)
   %batch = call i64 @dim(ptr %key, i64 0)
   %kv = call i64 @dim(ptr %key, i64 1)
@@ -321,20 +320,7 @@ define internal void @execute(ptr %frame) {{
   %bytes.head = mul i64 %slots, {key_bytes}
   %bytes = mul i64 %bytes.head, %count
   %pay = udiv i64 %bytes, {share}
-  %count.less = sub i64 %count, 1
-  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
-  store %job zeroinitializer, ptr %job
-  %job.count = getelementptr %job, ptr %job, i64 0, i32 2
-  store i64 %count, ptr %job.count
-  %job.at.once = getelementptr %job, ptr %job, i64 0, i32 3
-  store i64 1, ptr %job.at.once
-  %job.helpers = getelementptr %job, ptr %job, i64 0, i32 4
-  store i64 %helpers, ptr %job.helpers
-  %job.function = getelementptr %job, ptr %job, i64 0, i32 5
-  store ptr @head, ptr %job.function
-  %job.frame = getelementptr %job, ptr %job, i64 0, i32 6
-  store ptr %frame, ptr %job.frame
-  call void @lathe_run(ptr %job)
+  call void @share(ptr @head, ptr %frame, i64 %count, i64 %pay, i64 0)
   ret void
 }}
 """
