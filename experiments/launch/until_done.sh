@@ -26,12 +26,15 @@ code=75
 for start in $(seq 1 "${MOST_STARTS:-1000}"); do
   "$@" &
   child=$!
+  if [ -n "$stopping" ]; then kill -TERM "$child" 2>/dev/null || true; fi
   # A signal interrupts `wait`; the command may need a while to save.
   while :; do
     wait "$child"
-    code=$?
     kill -0 "$child" 2>/dev/null || break
   done
+  # What an interrupted `wait` returns is the signal's code; bash keeps the command's own.
+  wait "$child"
+  code=$?
   child=""
   if [ -n "$stopping" ]; then exit "$code"; fi
   case "$code" in

@@ -1,6 +1,7 @@
 """The files that launch runs: shells without faults, YAML that says what the program takes, restarts that end."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -53,10 +54,13 @@ def test_until_done_starts_again_until_it_is_done_or_hopeless(tmp_path):
     assert run("75 75 75 0", MOST_STARTS="2") == (75, 2)
 
 
-def test_until_done_passes_a_signal_on_and_ends(tmp_path):
+# With a slow `kill`, the command has ended before the script asks whether it still runs.
+@pytest.mark.parametrize("kill", [{}, {"BASH_FUNC_kill%%": '() { builtin kill "$@" && sleep 0.5; }'}])
+def test_until_done_passes_a_signal_on_and_ends(kill):
     child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [LAUNCH / "until_done.sh", sys.executable, "-c", child],
+        env=os.environ | kill,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
