@@ -1,0 +1,196 @@
+"""LLVM's intermediate representation written by Python: a function's code line by line, with loops and conditions.
+
+    f = Function("scale", "ptr %x", "i64 %count", lanes=16)
+    with f.loop("%count", step=16) as i:
+        here = f.at("%x", i)
+        f.store(f.fmul(f.load(here), f.splat("%factor")), here)
+    text = f.text()
+
+A value is its name in the code, a string ("%v3"), or a Python int for an i64. Variables are places in memory, which
+LLVM turns into registers; a list of them in a loop of Python is a tile.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from kernels_pallas.cpu_math import constant
+
+Value = str | int
+
+
+class Function:
+    """One function without result.
+
+    Args:
+        name: without @.
+        parameters: with their types, as LLVM writes them: "ptr noalias %x", "i64 %rows".
+        lanes: floats of a vector.
+    """
+
+    def __init__(self, name: str, *parameters: str, lanes: int) -> None:
+        self.name, self.parameters, self.lanes = name, parameters, lanes
+        self.vector, self.kind = f"<{lanes} x float>", f"v{lanes}f32"
+        self._places: list[str] = []
+        self._lines: list[str] = []
+        self._names = 0
+
+    def text(self) -> str:
+        head = f"define internal void @{self.name}({', '.join(self.parameters)}) {{"
+        return "\n".join([head, "entry:", *self._places, *self._lines, "  ret void", "}"])
+
+    def line(self, code: str) -> None:
+        self._lines.append("  " + code)
+
+    def value(self, code: str) -> str:
+        """The result of an instruction."""
+        name = f"%v{self._number()}"
+        self.line(f"{name} = {code}")
+        return name
+
+    def call(self, function: str, *arguments: str) -> None:
+        """A function without result; arguments with their types."""
+        self.line(f"call void @{function}({', '.join(arguments)})")
+
+    # Whole numbers, i64.
+
+    def add(self, a: Value, b: Value) -> str:
+        return self.value(f"add i64 {a}, {b}")
+
+    def sub(self, a: Value, b: Value) -> str:
+        return self.value(f"sub i64 {a}, {b}")
+
+    def mul(self, a: Value, b: Value) -> str:
+        return self.value(f"mul i64 {a}, {b}")
+
+    def div(self, a: Value, b: Value) -> str:
+        """Rounded down; neither is negative."""
+        return self.value(f"udiv i64 {a}, {b}")
+
+    def rem(self, a: Value, b: Value) -> str:
+        return self.value(f"urem i64 {a}, {b}")
+
+    def ceil(self, a: Value, b: int) -> str:
+        """a / b rounded up."""
+        return self.div(self.add(a, b - 1), b)
+
+    def min(self, a: Value, b: Value) -> str:
+        return self.value(f"call i64 @llvm.smin.i64(i64 {a}, i64 {b})")
+
+    def less(self, a: Value, b: Value) -> str:
+        return self.value(f"icmp slt i64 {a}, {b}")
+
+    def equal(self, a: Value, b: Value) -> str:
+        return self.value(f"icmp eq i64 {a}, {b}")
+
+    def choose(self, condition: str, a: Value, b: Value, kind: str = "i64") -> str:
+        return self.value(f"select i1 {condition}, {kind} {a}, {kind} {b}")
+
+    # Memory. Offsets count elements of `kind`.
+
+    def at(self, pointer: str, *offsets: Value, kind: str = "float") -> str:
+        """The address `offsets` elements behind the pointer."""
+        for offset in offsets:
+            pointer = self.value(f"getelementptr {kind}, ptr {pointer}, i64 {offset}")
+        return pointer
+
+    def load(self, pointer: str, kind: str | None = None) -> str:
+        """A vector, or one value of the kind."""
+        align = ", align 4" if kind is None else ""
+        return self.value(f"load {kind or self.vector}, ptr {pointer}{align}")
+
+    def store(self, value: Value, pointer: str, kind: str | None = None) -> None:
+        align = ", align 4" if kind is None else ""
+        self.line(f"store {kind or self.vector} {value}, ptr {pointer}{align}")
+
+    def room(self, floats: int) -> str:
+        """Memory of the function's own."""
+        return self._place(f"[{floats} x float], align 64")
+
+    def field(self, pointer: str, struct: str, number: int, kind: str = "i64") -> str:
+        """The value of a field of a structure."""
+        return self.load(self.value(f"getelementptr {struct}, ptr {pointer}, i64 0, i32 {number}"), kind)
+
+    # Vectors of floats.
+
+    def splat(self, value: str) -> str:
+        """A vector of equal floats."""
+        first = self.value(f"insertelement {self.vector} poison, float {value}, i32 0")
+        return self.value(
+            f"shufflevector {self.vector} {first}, {self.vector} poison, <{self.lanes} x i32> zeroinitializer"
+        )
+
+    def number(self, value: float) -> str:
+        """A vector of a constant."""
+        return constant(value)
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        """a b + c."""
+        v = self.vector
+        return self.value(f"call {v} @llvm.fma.{self.kind}({v} {a}, {v} {b}, {v} {c})")
+
+    def fadd(self, a: str, b: str) -> str:
+        return self.value(f"fadd {self.vector} {a}, {b}")
+
+    def fsub(self, a: str, b: str) -> str:
+        return self.value(f"fsub {self.vector} {a}, {b}")
+
+    def fmul(self, a: str, b: str) -> str:
+        return self.value(f"fmul {self.vector} {a}, {b}")
+
+    def fdiv(self, a: str, b: str) -> str:
+        return self.value(f"fdiv {self.vector} {a}, {b}")
+
+    def exp(self, a: str) -> str:
+        """Needs `cpu_math.exponential` beside the function."""
+        return self.value(f"call {self.vector} @exp({self.vector} {a})")
+
+    def total(self, a: str) -> str:
+        """The float that is the sum of a vector."""
+        return self.value(
+            f"call reassoc float @llvm.vector.reduce.fadd.{self.kind}(float 0.0, {self.vector} {a})"
+        )
+
+    # Variables.
+
+    def variable(self, initial: Value = "zeroinitializer", kind: str | None = None) -> str:
+        """A variable, a vector unless said otherwise, whose value is that here each time the code passes."""
+        place = self._place(kind or self.vector)
+        self.store(initial, place, kind)
+        return place
+
+    # Control.
+
+    @contextlib.contextmanager
+    def loop(self, stop: Value, start: Value = 0, step: Value = 1) -> Iterator[str]:
+        """The number from `start` on, while it is less than `stop`."""
+        number, place = self._number(), self._place("i64")
+        self.line(f"store i64 {start}, ptr {place}")
+        self._label(f"loop{number}")
+        index = self.value(f"load i64, ptr {place}")
+        self.line(f"br i1 {self.less(index, stop)}, label %body{number}, label %end{number}")
+        self._lines.append(f"body{number}:")
+        yield index
+        self.line(f"store i64 {self.add(index, step)}, ptr {place}")
+        self.line(f"br label %loop{number}")
+        self._lines.append(f"end{number}:")
+
+    @contextlib.contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        number = self._number()
+        self.line(f"br i1 {condition}, label %then{number}, label %else{number}")
+        self._lines.append(f"then{number}:")
+        yield
+        self._label(f"else{number}")
+
+    def _label(self, label: str) -> None:
+        self.line(f"br label %{label}")
+        self._lines.append(f"{label}:")
+
+    def _place(self, content: str) -> str:
+        name = f"%place{self._number()}"
+        self._places.append(f"  {name} = alloca {content}")
+        return name
+
+    def _number(self) -> int:
+        self._names += 1
+        return self._names
