@@ -102,6 +102,25 @@ class Function:
         align = ", align 4" if kind is None else ""
         self.line(f"store {kind or self.vector} {value}, ptr {pointer}{align}")
 
+    def read(self, pointer: str, mask: str | None, other: str = "zeroinitializer") -> str:
+        """A vector, of which what the mask leaves out is not read and has the value of `other`."""
+        if mask is None:
+            return self.load(pointer)
+        return self.value(
+            f"call {self.vector} @llvm.masked.load.{self.kind}.p0(ptr {pointer}, i32 4, "
+            f"<{self.lanes} x i1> {mask}, {self.vector} {other})"
+        )
+
+    def write(self, value: str, pointer: str, mask: str | None) -> None:
+        """What the mask leaves out is not touched."""
+        if mask is None:
+            self.store(value, pointer)
+            return
+        bools = f"<{self.lanes} x i1> {mask}"
+        self.call(
+            f"llvm.masked.store.{self.kind}.p0", f"{self.vector} {value}", f"ptr {pointer}", "i32 4", bools
+        )
+
     def room(self, floats: int) -> str:
         """Memory of the function's own."""
         return self._place(f"[{floats} x float], align 64")
@@ -109,6 +128,9 @@ class Function:
     def field(self, pointer: str, struct: str, number: int, kind: str = "i64") -> str:
         """The value of a field of a structure."""
         return self.load(self.value(f"getelementptr {struct}, ptr {pointer}, i64 0, i32 {number}"), kind)
+
+    def set_field(self, value: Value, pointer: str, struct: str, number: int, kind: str = "i64") -> None:
+        self.store(value, self.value(f"getelementptr {struct}, ptr {pointer}, i64 0, i32 {number}"), kind)
 
     # Vectors of floats.
 
@@ -140,6 +162,15 @@ class Function:
     def fdiv(self, a: str, b: str) -> str:
         return self.value(f"fdiv {self.vector} {a}, {b}")
 
+    def fmax(self, a: str, b: str) -> str:
+        """The larger ones; b where one is not a number."""
+        more = self.value(f"fcmp ogt {self.vector} {a}, {b}")
+        return self.value(f"select <{self.lanes} x i1> {more}, {self.vector} {a}, {self.vector} {b}")
+
+    def is_nan(self, a: str) -> str:
+        """A mask of what is not a number."""
+        return self.value(f"fcmp uno {self.vector} {a}, {a}")
+
     def exp(self, a: str) -> str:
         """Needs `cpu_math.exponential` beside the function."""
         return self.value(f"call {self.vector} @exp({self.vector} {a})")
@@ -149,6 +180,10 @@ class Function:
         return self.value(
             f"call reassoc float @llvm.vector.reduce.fadd.{self.kind}(float 0.0, {self.vector} {a})"
         )
+
+    def largest(self, a: str) -> str:
+        """The largest float of a vector of numbers."""
+        return self.value(f"call nnan float @llvm.vector.reduce.fmax.{self.kind}({self.vector} {a})")
 
     # Variables.
 
@@ -173,6 +208,25 @@ class Function:
         self.line(f"store i64 {self.add(index, step)}, ptr {place}")
         self.line(f"br label %loop{number}")
         self._lines.append(f"end{number}:")
+
+    def vectors(self, count: Value, at_once: int = 1) -> Iterator[tuple[str, int, str | None]]:
+        """A loop of Python whose body is the code of a loop over `count` floats, vector by vector.
+
+        Gives (first float, number of the vector among the `at_once` of a round, mask); the mask, for `read` and
+        `write`, is None but for the last, smaller one. The body is repeated at_once + 2 times.
+        """
+        rounds = self.sub(count, self.rem(count, at_once * self.lanes))
+        whole = self.sub(count, self.rem(count, self.lanes))
+        with self.loop(rounds, step=at_once * self.lanes) as first:
+            for number in range(at_once):
+                yield self.add(first, number * self.lanes), number, None
+        if at_once > 1:
+            with self.loop(whole, start=rounds, step=self.lanes) as first:
+                yield first, 0, None
+        with self.when(self.less(whole, count)):
+            bools = f"<{self.lanes} x i1>"
+            mask = f"call {bools} @llvm.get.active.lane.mask.v{self.lanes}i1.i64(i64 {whole}, i64 {count})"
+            yield whole, 0, self.value(mask)
 
     @contextlib.contextmanager
     def when(self, condition: str) -> Iterator[None]:
