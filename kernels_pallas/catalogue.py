@@ -23,6 +23,8 @@ FOLDERS = (
     "topk_attention",
     "qmoe_decode",
     "skinny_matmul",
+    "rms_norm",
+    "cross_entropy",
 )
 
 

@@ -1,12 +1,17 @@
 """Normalisation over the last axis, statistics in float32."""
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.rms_norm import rms_norm
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.linear import parameter
+
+_LARGE = 1 << 14  # elements; XLA's norm of fewer and its gradient are as fast
 
 
 class RMSNorm(nn.Module):
@@ -31,10 +36,35 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", init, (x.shape[-1],)).astype(jnp.float32)
         if self.unit_offset:
             scale = 1.0 + scale
-        wide = x.astype(jnp.float32)
-        parts = wide.reshape(*x.shape[:-1], self.groups, -1)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.epsilon)
-        return ((parts * inverse).reshape(x.shape) * scale).astype(x.dtype).reshape(shape)
+        large = x.dtype == jnp.float32 and x.size >= _LARGE
+        normalise = _trained if large and use_cpu_kernels() else _plain
+        y = normalise(x.astype(jnp.float32), scale, self.epsilon, self.groups)
+        return y.astype(x.dtype).reshape(shape)
+
+
+def _plain(x: jax.Array, scale: jax.Array, epsilon: float, groups: int) -> jax.Array:
+    return rms_norm(x, scale, epsilon, groups, implementation="reference")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _trained(x: jax.Array, scale: jax.Array, epsilon: float, groups: int) -> jax.Array:
+    """By the kernel for a CPU where a gradient is taken.
+
+    A model that is only run keeps XLA's norm: there it is as fast for few rows, and a row has the same bits among few
+    and among many.
+    """
+    return _plain(x, scale, epsilon, groups)
+
+
+def _forward(x: jax.Array, scale: jax.Array, epsilon: float, groups: int):
+    return jax.vjp(lambda x, scale: rms_norm(x, scale, epsilon, groups), x, scale)
+
+
+def _backward(epsilon: float, groups: int, pull, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return pull(dy)
+
+
+_trained.defvjp(_forward, _backward)
 
 
 class LayerNorm(nn.Module):

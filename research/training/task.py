@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import cross_entropy as kernels
 from research.errors import UserError, nearest
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.reports import Measurement, apply_reporting
 
 PyTree = Any
@@ -21,6 +23,7 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 LN2 = 0.6931471805599453
 COMPUTE_DTYPES = ("float32", "bfloat16")
+_LARGE = 1 << 14  # logits; XLA's cross-entropy of fewer is as fast
 
 
 @runtime_checkable
@@ -108,13 +111,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
     `correct` is 1 where no other class has a larger logit (a tie counts as correct): unlike argmax it costs
     nothing, since logsumexp needs the maximum anyway.
     """
-    logits = logits.astype(jnp.float32)
-    partition = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    correct = (jax.lax.stop_gradient(chosen) >= jax.lax.stop_gradient(logits).max(axis=-1)).astype(
-        jnp.float32
-    )
-    return partition - chosen, partition, correct
+    kernel = logits.size >= _LARGE and use_cpu_kernels()
+    implementation = "cpu" if kernel else "reference"
+    return kernels.cross_entropy(logits.astype(jnp.float32), labels, implementation=implementation)
 
 
 class FromDirectory:

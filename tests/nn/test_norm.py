@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from research.nn.norm import LayerNorm, RMSNorm
+from research.nn.norm import _LARGE, LayerNorm, RMSNorm
 
 
 def test_rms_norm_of_3_4():
@@ -60,3 +61,37 @@ def test_groups_are_normalised_each_by_itself():
     out = RMSNorm(epsilon=0.0, groups=2).apply({"params": {"scale": scale}}, jnp.array([3.0, 4.0, 6.0, 8.0]))
     root = (25 / 2) ** 0.5
     np.testing.assert_allclose(out, [3 / root, 4 / root, 3 / root, 2 * 4 / root], rtol=1e-6)
+
+
+def gradient_of(norm: RMSNorm):
+    """A jitted function of x and the scale."""
+    run = lambda x, scale: jnp.sum(jnp.sin(norm.apply({"params": {"scale": scale}}, x)))  # noqa: E731
+    return jax.jit(jax.grad(run, (0, 1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"unit_offset": True}, {"groups": 4}, {"axes": 2}, {"epsilon": 0.1}])
+def test_a_kernel_for_a_cpu_trains_large_norms(options: dict, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(_LARGE // 64, 4, 16)), jnp.float32)
+    scale = jnp.asarray(rng.normal(size=64 if "axes" in options else 16), jnp.float32)
+    function = gradient_of(RMSNorm(**options))
+    assert "lathe_rms_norm" in function.lower(x, scale).as_text()
+    found = function(x, scale)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    plain = gradient_of(RMSNorm(**options))
+    assert "lathe" not in plain.lower(x, scale).as_text()
+    for one, other in zip(found, plain(x, scale), strict=True):
+        # Sums of up to 1024 rows of numbers of about 1, in other orders.
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, dtype", [(_LARGE // 64 - 1, jnp.float32), (_LARGE // 64, jnp.bfloat16)])
+def test_small_and_half_precision_norms_are_left_to_xla(rows: int, dtype: jnp.dtype):
+    text = gradient_of(RMSNorm()).lower(jnp.ones((rows, 64), dtype), jnp.ones(64)).as_text()
+    assert "lathe" not in text
+
+
+def test_a_model_that_is_only_run_keeps_the_norm_of_xla():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(_LARGE // 64, 64)), jnp.float32)
+    run = jax.jit(lambda x: RMSNorm().apply({"params": {"scale": jnp.ones(64)}}, x))
+    assert "lathe" not in run.lower(x).as_text()

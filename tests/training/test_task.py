@@ -10,7 +10,15 @@ import pytest
 
 from research.errors import UserError
 from research.nn.reports import report_loss, report_measurement
-from research.training.task import Classification, LanguageModelling, Task, add_reported, cast_floats
+from research.training.task import (
+    _LARGE,
+    Classification,
+    LanguageModelling,
+    Task,
+    add_reported,
+    cast_floats,
+    cross_entropy,
+)
 
 LN2 = math.log(2)
 
@@ -176,3 +184,29 @@ def test_routers_stay_in_float32():
     cast = cast_floats(params, "bfloat16")["mlp"]
     assert cast["router"]["kernel"].dtype == jnp.float32
     assert cast["experts"]["up"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_kernel_for_a_cpu_computes_a_large_cross_entropy(dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(_LARGE // 128, 128)), dtype)
+    labels = jnp.asarray(rng.integers(0, 128, len(logits)))
+
+    def make():
+        def loss(logits):
+            nats, partition, correct = cross_entropy(logits, labels[: len(logits)])
+            return jnp.sum(nats) + 0.1 * jnp.sum(jnp.square(partition)), jnp.sum(correct)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    assert "lathe_cross_entropy_backward" in make().lower(logits).as_text()
+    assert "lathe" not in make().lower(logits[1:]).as_text()
+    (value, right), gradient = make()(logits)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    assert "lathe" not in make().lower(logits).as_text()
+    (plain_value, plain_right), plain_gradient = make()(logits)
+    assert right == plain_right and value.dtype == jnp.float32 and gradient.dtype == dtype
+    np.testing.assert_allclose(value, plain_value, rtol=1e-6)
+    # Of numbers up to 2; bfloat16 keeps eight bits of them, and may round two neighbours differently.
+    close = 1e-6 if dtype == jnp.float32 else 2.0**-8
+    np.testing.assert_allclose(gradient.astype("f"), plain_gradient.astype("f"), rtol=close, atol=1e-6)
