@@ -10,6 +10,9 @@ Threads. Decoding is a chain of products of some ten to a hundred microseconds, 
 thread takes as long as one of them, so the threads here, unlike XLA's, look for the next job for a while before they
 sleep, and give way meanwhile to whoever wants the core. There is one job at a time: who finds the threads taken
 computes alone. The calling thread always takes part and waits only for pieces that others have begun.
+
+Training is a graph of operations of a millisecond, some of which XLA's threads compute side by side. A thread more than
+there are cores would slow all of them down, so long jobs are shared out among XLA's threads, those that are free.
 """
 
 import ctypes
@@ -56,6 +59,10 @@ _JOB = "%job = type { i64, i64, i64, i64, i64, ptr, ptr, i64 }"
 # The threads, one module for all kernels.
 _POOL = f"""
 {_JOB}
+; A job and how many threads may still look at it.
+%shared = type {{ %job, i64 }}
+declare ptr @malloc(i64)
+declare void @free(ptr)
 
 @slot = internal global %job zeroinitializer, align 64
 @epoch = internal global i64 0, align 64   ; odd while the job in the slot is open
@@ -198,6 +205,94 @@ free:
   ret void
 }}
 
+; Takes pieces of a job that its caller may have left already.
+define internal void @task(ptr %shared) {{
+entry:
+  %content = getelementptr %shared, ptr %shared, i64 0, i32 0
+  call void @work(ptr %content)
+  call void @leave(ptr %shared)
+  ret void
+}}
+
+; The last who leaves a shared job clears it away.
+define internal void @leave(ptr %shared) {{
+entry:
+  %users.at = getelementptr %shared, ptr %shared, i64 0, i32 1
+  %users = atomicrmw sub ptr %users.at, i64 1 acq_rel
+  %last = icmp eq i64 %users, 1
+  br i1 %last, label %clear, label %end
+clear:
+  call void @free(ptr %shared)
+  br label %end
+end:
+  ret void
+}}
+
+; Computes a job as `lathe_run`, with threads of XLA's.
+define void @lathe_run_long(ptr %job, ptr %frame) {{
+entry:
+  %arguments = alloca [5 x i64]
+  %wanted.at = getelementptr %job, ptr %job, i64 0, i32 4
+  %wanted = load i64, ptr %wanted.at
+  %shared = call ptr @malloc(i64 128)
+  %content = getelementptr %shared, ptr %shared, i64 0, i32 0
+  %users.at = getelementptr %shared, ptr %shared, i64 0, i32 1
+  %job.content = load %job, ptr %job
+  store %job %job.content, ptr %content
+  %users = add i64 %wanted, 1
+  store i64 %users, ptr %users.at
+  %api.at = getelementptr i8, ptr %frame, i64 16
+  %api = load ptr, ptr %api.at
+  %context.at = getelementptr i8, ptr %frame, i64 24
+  %context = load i64, ptr %context.at
+  %schedule.at = getelementptr i8, ptr %api, i64 136
+  %schedule = load ptr, ptr %schedule.at
+  %destroy.at = getelementptr i8, ptr %api, i64 64
+  %destroy = load ptr, ptr %destroy.at
+  store i64 40, ptr %arguments
+  %a.1 = getelementptr i64, ptr %arguments, i64 1
+  store i64 0, ptr %a.1
+  %a.2 = getelementptr i64, ptr %arguments, i64 2
+  store i64 %context, ptr %a.2
+  %a.3 = getelementptr i64, ptr %arguments, i64 3
+  store ptr @task, ptr %a.3
+  %a.4 = getelementptr i64, ptr %arguments, i64 4
+  store ptr %shared, ptr %a.4
+  br label %more
+more:
+  %made = phi i64 [ 0, %entry ], [ %made.next, %made.one ]
+  %enough = icmp sge i64 %made, %wanted
+  br i1 %enough, label %own, label %make
+make:
+  %error = call ptr %schedule(ptr %arguments)
+  %failed = icmp ne ptr %error, null
+  br i1 %failed, label %without, label %made.one
+without:
+  atomicrmw sub ptr %users.at, i64 1 monotonic
+  br label %made.one
+made.one:
+  %made.next = add i64 %made, 1
+  br label %more
+own:
+  call void @work(ptr %content)
+  %done.at = getelementptr %job, ptr %content, i64 0, i32 1
+  %count.at = getelementptr %job, ptr %content, i64 0, i32 2
+  %count = load i64, ptr %count.at
+  br label %wait
+wait:
+  %pauses = phi i64 [ 0, %own ], [ %pauses.next, %pause ]
+  %done = load atomic i64, ptr %done.at acquire, align 8
+  %all = icmp eq i64 %done, %count
+  br i1 %all, label %end, label %pause
+pause:
+  %pauses.next = add i64 %pauses, 1
+  call void @give.way(i64 %pauses.next)
+  br label %wait
+end:
+  call void @leave(ptr %shared)
+  ret void
+}}
+
 ; What a helping thread does for ever.
 define internal ptr @help(ptr %nothing) {{
 entry:
@@ -287,6 +382,7 @@ _CALL = f"""
 {_JOB}
 
 declare void @lathe_run(ptr)
+declare void @lathe_run_long(ptr, ptr)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare i64 @llvm.smin.i64(i64, i64)
 
@@ -316,15 +412,14 @@ no:
   ret i1 false
 }}
 
-; Has `function(job, index)` compute `count` pieces with the operand: by the calling thread, and by as many others as
-; `pay`. A thread takes about `takes` times; 0: a piece at once.
-define internal void @share(ptr %function, ptr %operand, i64 %count, i64 %pay, i64 %takes) {{
+; Fills in a job: `function(job, index)` computes `count` pieces with the operand, by the calling thread and by as many
+; others as `pay`. A thread takes about `takes` times; 0: a piece at once.
+define internal void @fill(ptr %job, ptr %function, ptr %operand, i64 %count, i64 %pay, i64 %takes) {{
 entry:
-  %job = alloca %job
   %count.less = sub i64 %count, 1
-  %helpers = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
-  %threads.all = add i64 %helpers, 1
-  %threads = call i64 @llvm.smin.i64(i64 %threads.all, i64 {cores()})
+  %helpers.all = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
+  %helpers = call i64 @llvm.smin.i64(i64 %helpers.all, i64 {cores() - 1})
+  %threads = add i64 %helpers, 1
   %takes.all = mul i64 %threads, %takes
   %single = icmp eq i64 %takes, 0
   %divisor.any = select i1 %single, i64 %count, i64 %takes.all
@@ -344,7 +439,24 @@ entry:
   store ptr %function, ptr %job.function
   %job.operand = getelementptr %job, ptr %job, i64 0, i32 6
   store ptr %operand, ptr %job.operand
+  ret void
+}}
+
+; Computes a short job (`@fill`): by the threads that look for one.
+define internal void @share(ptr %function, ptr %operand, i64 %count, i64 %pay, i64 %takes) {{
+entry:
+  %job = alloca %job
+  call void @fill(ptr %job, ptr %function, ptr %operand, i64 %count, i64 %pay, i64 %takes)
   call void @lathe_run(ptr %job)
+  ret void
+}}
+
+; Computes a long job (`@fill`), of a millisecond or so: by XLA's threads, a piece at once.
+define internal void @share.long(ptr %frame, ptr %function, ptr %operand, i64 %count, i64 %pay) {{
+entry:
+  %job = alloca %job
+  call void @fill(ptr %job, ptr %function, ptr %operand, i64 %count, i64 %pay, i64 0)
+  call void @lathe_run_long(ptr %job, ptr %frame)
   ret void
 }}
 
@@ -418,7 +530,7 @@ class Kernel:
 
     name: XLA's name of it.
     code: IR that defines `void @execute(ptr %frame)`, which reads its buffers with `@buffer`, `@data` and `@dim`, and
-        calls `@share`; and the function of a piece, `void @...(ptr %job, i64 %index)`.
+        calls `@share` or `@share.long`; and the function of a piece, `void @...(ptr %job, i64 %index)`.
     """
 
     name: str
@@ -453,7 +565,8 @@ class Kernel:
 def _start_threads() -> llvm.ExecutionEngine:
     """Starts threads for all cores that this process may use, one less than those; returns their code."""
     engine = _compile(_POOL)
-    llvm.add_symbol("lathe_run", engine.get_function_address("lathe_run"))
+    for name in ("lathe_run", "lathe_run_long"):
+        llvm.add_symbol(name, engine.get_function_address(name))
     start = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("lathe_start"))
     start(min(cores() - 1, _MOST_HELPERS))
     os.register_at_fork(after_in_child=ctypes.CFUNCTYPE(None)(engine.get_function_address("lathe_forked")))

@@ -1,14 +1,43 @@
-"""Whether the kernels for a CPU (`kernels_pallas.cpu`) compute what a model decodes."""
+"""Whether the kernels for a CPU (`kernels_pallas.cpu`) compute what a model trains and decodes."""
 
+import contextlib
+import contextvars
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.common import target_platform
+from kernels_pallas.matmul import matmul
 from kernels_pallas.skinny_matmul import Unsupported, panel_columns
 from research.errors import UserError
+
+_allowed = contextvars.ContextVar("cpu_kernels_allowed", default=True)
+# From where on the dense product's kernel pays: fewer rows are the skinny product's.
+_ROWS, _PRODUCTS = 48, 1 << 20
+
+
+@contextlib.contextmanager
+def without_cpu_kernels() -> Iterator[None]:
+    """What is traced inside has no kernels for a CPU: for those who read or count the program."""
+    token = _allowed.set(False)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def dense_product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    """x [..., in] times kernel [in, out], or [out, in] where `transposed` -> float32[..., out], summed in float32."""
+    rows = x.size // max(x.shape[-1], 1)
+    large = rows >= _ROWS and rows * kernel.size >= _PRODUCTS
+    if large and x.dtype == kernel.dtype == jnp.float32 and kernel.ndim == 2 and use_cpu_kernels():
+        return matmul(x, kernel, transposed=transposed)
+    contract = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
 
 
 def use_cpu_kernels() -> bool:
@@ -21,7 +50,8 @@ def use_cpu_kernels() -> bool:
     if choice not in ("on", "off"):
         raise UserError(f"LATHE_CPU_KERNELS={choice}: expected on or off")
     alone = jax.sharding.get_abstract_mesh().size <= 1
-    return choice == "on" and target_platform() == "cpu" and alone and _there_are_kernels()
+    wanted = choice == "on" and _allowed.get()
+    return wanted and target_platform() == "cpu" and alone and _there_are_kernels()
 
 
 @functools.cache
@@ -29,6 +59,6 @@ def _there_are_kernels() -> bool:
     try:
         panel_columns()
     except Unsupported as error:
-        warnings.warn(f"decoding without the kernels for a CPU, and slower: {error}", stacklevel=3)
+        warnings.warn(f"without the kernels for a CPU, and slower: {error}", stacklevel=3)
         return False
     return True

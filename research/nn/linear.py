@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.nn import weights
+from research.nn.cpu_kernels import dense_product
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -75,6 +76,4 @@ class Embedding(nn.Module):
         """Tied output head: x [..., width] -> float32 logits [..., vocab], without the multiplier."""
         if self.has_variable("params", "head"):
             return weights.dot(x, self.get_variable("params", "head")).astype(jnp.float32)
-        contract = (((x.ndim - 1,), (1,)), ((), ()))
-        table = self.table.astype(x.dtype)
-        return jax.lax.dot_general(x, table, contract, preferred_element_type=jnp.float32)
+        return dense_product(x, self.table.astype(x.dtype), transposed=True)

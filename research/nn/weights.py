@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from research.errors import UserError
+from research.nn.cpu_kernels import dense_product
 
 # What the last dimensions of an array are divided by: axes of a mesh, see research.training.partitioning.
 Spec = tuple[Any, ...]
@@ -66,9 +67,7 @@ def dot(x: jax.Array, kernel: Kernel) -> jax.Array:
     """x [..., in] times a kernel [in, out] -> [..., out] in the dtype of x, accumulated in float32."""
     if isinstance(kernel, Weight):
         return kernel.dot(x)
-    kernel = kernel.astype(x.dtype)
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    return dense_product(x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
 def materialize(kernel: Kernel) -> jax.Array:

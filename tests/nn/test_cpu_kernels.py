@@ -34,4 +34,4 @@ def test_a_processor_without_them_is_named_once(monkeypatch: pytest.MonkeyPatch,
     finally:
         cpu_kernels._there_are_kernels.cache_clear()
     (line,) = recwarn
-    assert "decoding without the kernels for a CPU, and slower: no such processor" in str(line.message)
+    assert "without the kernels for a CPU, and slower: no such processor" in str(line.message)

@@ -1,0 +1,72 @@
+"""The dense product of many rows: which implementation runs, what it can compute, and its derivative."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.common import Unsupported
+from kernels_pallas.matmul import reference
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    transposed: bool = False,
+    implementation: Literal["reference", "cpu"] = "cpu",
+) -> jax.Array:
+    """x float32[..., K] times w float32[K, N], or float32[N, K] where `transposed` -> float32[..., N].
+
+    For training, and for prompts: a kernel of a CPU that is as fast as the machine where there are some dozens of rows.
+    Both operands have gradients, which are products of the same kernel. On a CPU every element is one chain of fused
+    multiply-adds in the order of K: its bits depend on its row and its column alone.
+
+    Raises `Unsupported` for other dtypes and shapes, and on a processor without a kernel.
+    """
+    if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[1 if transposed else 0]:
+        raise Unsupported(
+            f"x {list(x.shape)} times w {list(w.shape)}{', transposed,' if transposed else ''} is no product"
+        )
+    if not w.size or not x.size:
+        raise Unsupported(f"x {list(x.shape)} or w {list(w.shape)} is empty")
+    flat = x.reshape(-1, x.shape[-1])
+    if implementation == "reference":
+        out = reference.matmul(flat, w, transposed)
+    elif implementation == "cpu":
+        if not x.dtype == w.dtype == jnp.float32:
+            raise Unsupported(f"x is {x.dtype}, w is {w.dtype}: the kernel takes float32")
+        out = _product(flat, w, "nt" if transposed else "nn")
+    else:
+        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: jax.Array, form: str) -> jax.Array:
+    """x [M, K], w [K, N] ("nn") or [N, K] ("nt") -> [M, N]."""
+    return _kernel()(x, w, form)
+
+
+def _forward(x: jax.Array, w: jax.Array, form: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w, form), (x, w)
+
+
+def _backward(form: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    if form == "nn":
+        return _kernel()(d_out, w, "nt"), _kernel()(x, d_out, "tn")
+    return _kernel()(d_out, w, "nn"), _kernel()(d_out, x, "tn")
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _kernel():
+    try:
+        # Imported here: only programs that run on a CPU need LLVM.
+        from kernels_pallas.matmul import cpu
+    except ImportError as error:
+        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
+    return cpu.matmul
