@@ -22,6 +22,7 @@ FOLDERS = (
     "decode_attention",
     "topk_attention",
     "qmoe_decode",
+    "matmul",
     "skinny_matmul",
     "rms_norm",
     "cross_entropy",
