@@ -26,6 +26,7 @@ FOLDERS = (
     "skinny_matmul",
     "rms_norm",
     "cross_entropy",
+    "silu_product",
 )
 
 

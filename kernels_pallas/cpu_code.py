@@ -121,6 +121,10 @@ class Function:
             f"llvm.masked.store.{self.kind}.p0", f"{self.vector} {value}", f"ptr {pointer}", "i32 4", bools
         )
 
+    def announce(self, pointer: str, write: bool = False, level: int = 1) -> None:
+        """A line of memory that will be read, or written, soon: to a level of the processor's caches."""
+        self.call("llvm.prefetch.p0", f"ptr {pointer}", f"i32 {int(write)}", f"i32 {4 - level}", "i32 1")
+
     def room(self, floats: int) -> str:
         """Memory of the function's own."""
         return self._place(f"[{floats} x float], align 64")

@@ -49,6 +49,8 @@ def _tile(rows: int, by_rows: bool, lanes: int) -> str:
     )
     places = [(r, j) for r in range(rows) for j in range(VECTORS)]
     sums = {place: f.variable() for place in places}
+    for r, j in places:
+        f.announce(f.at("%y", f.mul("%stride", r), j * lanes), write=True)
     with f.when("%more"):
         for r, j in places:
             f.store(f.load(f.at("%y", f.mul("%stride", r), j * lanes)), sums[r, j])

@@ -5,7 +5,7 @@ import contextvars
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,31 @@ def without_cpu_kernels() -> Iterator[None]:
 
 
 def dense_product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
-    """x [..., in] times kernel [in, out], or [out, in] where `transposed` -> float32[..., out], summed in float32."""
+    """x [..., in] times kernel [in, out], or [out, in] where `transposed` -> float32[..., out], summed in float32.
+
+    Training on a CPU takes the kernel for many rows.
+    """
     rows = x.size // max(x.shape[-1], 1)
     large = rows >= _ROWS and rows * kernel.size >= _PRODUCTS
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        contract = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
+        return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
+
     if large and x.dtype == kernel.dtype == jnp.float32 and kernel.ndim == 2 and use_cpu_kernels():
-        return matmul(x, kernel, transposed=transposed)
-    contract = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
+        return trained_by(functools.partial(matmul, transposed=transposed), plain)(x, kernel)
+    return plain(x, kernel)
+
+
+def trained_by(kernel: Callable[..., jax.Array], plain: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Computes `plain`, and where a gradient is taken `kernel`, with its derivative.
+
+    A model that is only run keeps XLA's operations, which are as fast there and give a row the same bits among few
+    rows and, which are too few for a kernel, alone.
+    """
+    function = jax.custom_vjp(plain)
+    function.defvjp(lambda *args: jax.vjp(kernel, *args), lambda pull, cotangent: pull(cotangent))
+    return function
 
 
 def use_cpu_kernels() -> bool:

@@ -12,8 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.silu_product import silu_product
 from research.nn.attention import Context
+from research.nn.cpu_kernels import trained_by, use_cpu_kernels
 from research.nn.linear import Linear
+
+_LARGE = 1 << 14  # numbers from where on a kernel pays
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared"]
 
@@ -25,6 +29,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "relu_squared": lambda x: jnp.square(nn.relu(x)),
 }
+
+
+def gated(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """act(gate) * up, of one shape; training on a CPU takes the kernel for silu."""
+
+    def plain(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return ACTIVATIONS[activation](gate) * up
+
+    suits = activation == "silu" and gate.size >= _LARGE and gate.dtype == up.dtype == jnp.float32
+    return (trained_by(silu_product, plain) if suits and use_cpu_kernels() else plain)(gate, up)
 
 
 def feed_forward(mlp: nn.Module, x: jax.Array, context: Context) -> jax.Array:
@@ -63,4 +77,4 @@ class GatedMLP(nn.Module):
         else:
             gate = Linear(self.hidden_dim, self.use_bias, name="gate")(x)
             up = Linear(self.hidden_dim, self.use_bias, name="up")(x)
-        return Linear(x.shape[-1], self.use_bias, name="down")(ACTIVATIONS[self.activation](gate) * up)
+        return Linear(x.shape[-1], self.use_bias, name="down")(gated(self.activation, gate, up))
