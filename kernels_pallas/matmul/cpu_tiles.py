@@ -237,12 +237,14 @@ def _heights(lanes: int) -> tuple[int, ...]:
     return rows // 3, 2 * rows // 3, rows
 
 
-def _block(form: str, lanes: int) -> str:
+def _block(form: str, lanes: int, onto: bool) -> str:
     """The function `block`: y [rows, columns] = left right, where the rows of each lie so far apart."""
     columns, rows, by_rows = VECTORS * lanes, rows_of_a_tile(lanes), form[0] == "n"
     operands = ("ptr %left", "i64 %left.apart", "ptr %right", "i64 %right.apart", "ptr %y", "i64 %y.apart")
-    f = Function("block", *operands, "i64 %rows", "i64 %columns", "i64 %depth", lanes=lanes)
+    sizes = "i64 %rows", "i64 %columns", "i64 %depth"
+    f = Function("block", *operands, *sizes, *(["i1 %onto"] if onto else []), lanes=lanes)
     tile = _tile_floats(by_rows, lanes)
+    held = f.choose("%onto", 1, 0) if onto else 0  # whether there are terms before the first
     size = f.mul(f.ceil("%rows", rows), tile)
     memory = f.value(f"call ptr @malloc(i64 {f.add(f.mul(size, 4), 4 * DEPTH * columns + 128)})")
     address = f.value(f"ptrtoint ptr {memory} to i64")
@@ -254,7 +256,7 @@ def _block(form: str, lanes: int) -> str:
     f.line(f"call void @llvm.memset.p0.i64(ptr {f.at(copied, start)}, i8 0, i64 {count}, i1 false)")
     with f.loop("%depth", step=DEPTH) as k:
         some = f.min(DEPTH, f.sub("%depth", k))
-        more = f.less(0, k)
+        more = f.less(0, f.add(k, held))
         if by_rows:
             with f.loop("%rows") as i:
                 from_, to = f.at("%left", f.mul(i, "%left.apart"), k), f.at(copied, f.mul(i, DEPTH + _GAP))
@@ -272,7 +274,7 @@ def _block(form: str, lanes: int) -> str:
             sizes = "i64 %rows", f"i64 {left}", f"i1 {more}"
             f.call("tiles", f"ptr {copied}", f"ptr {panel}", f"i64 {some}", *y, *sizes)
     # A sum of nothing.
-    with f.when(f.equal("%depth", 0)), f.loop("%rows") as i:
+    with f.when(f.equal(f.add("%depth", held), 0)), f.loop("%rows") as i:
         y = f.at("%y", f.mul(i, "%y.apart"))
         f.line(f"call void @llvm.memset.p0.i64(ptr {y}, i8 0, i64 {f.mul('%columns', 4)}, i1 false)")
     f.line(f"call void @free(ptr {memory})")
@@ -287,13 +289,14 @@ declare void @free(ptr)
 """
 
 
-def block(form: str, lanes: int) -> str:
+def block(form: str, lanes: int, onto: bool = False) -> str:
     """The function `block` of a form ("nn", "nt", "tn"), and what it calls and declares:
 
     block(ptr left, i64 apart, ptr right, i64 apart, ptr y, i64 apart, i64 rows, i64 columns, i64 depth)
 
     for y [rows, columns]; left [rows, depth] or, transposed, [depth, rows]; right [depth, columns] or [columns, depth];
-    `apart` floats lie between the rows of each. At most `MOST_ROWS` rows suit the caches.
+    `apart` floats lie between the rows of each. At most `MOST_ROWS` rows suit the caches. With `onto` it has one more
+    parameter, i1 onto: the product is added to what y holds, as further terms of its sums.
     """
     by_rows = form[0] == "n"
     code = [
@@ -304,6 +307,6 @@ def block(form: str, lanes: int) -> str:
         *(_tile(height, by_rows, lanes) for height in _heights(lanes)),
         _move_edge(lanes),
         _tiles(by_rows, lanes),
-        _block(form, lanes),
+        _block(form, lanes, onto),
     ]
     return "\n\n".join(code)
