@@ -11,8 +11,8 @@ and the backends differ in nothing but speed, memory, and what `capacity` drops:
 
     dense     every expert over every token: the oracle, E / k times the work
     capacity  [E, C, width]: a fixed number of slots an expert; what does not fit is dropped, first choices last
-    sorted    rows sorted by expert: nothing is dropped, and next to no work is wasted; on CPU, as many rows of every
-              expert come first and then what is left of each
+    sorted    rows sorted by expert: nothing is dropped, and next to no work is wasted; on a CPU without kernels, as
+              many rows of every expert come first and then what is left of each
 
 N tokens, k choices of each, E experts, P = k N pairs (token, choice). Padding (`routing.mask`) travels nowhere,
 and comes back as 0.
@@ -33,6 +33,7 @@ from research.moe.grouped import Groups, PallasGroupedDot, every_expert, grouped
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.weights import Kernel
 
 Backend = Literal["auto", "dense", "capacity", "sorted"]
@@ -40,6 +41,7 @@ BACKENDS = get_args(Backend)
 # Rows of an expert, on average. With 4 to 32, blocks took 0.65 to 1.22 times the time of `SortedDispatch.make`.
 BLOCKS_FROM = 64
 LEFT_OVER = 1 / 4  # of all rows, how many at most may be outside of the blocks
+_LARGE = 1 << 16  # numbers in picked rows, from where on a kernel for CPUs pays
 
 
 class Dispatch(Protocol):
@@ -73,13 +75,14 @@ def make_dispatch(
     capacity_factor: float | None = None,
     grouped_dot: PallasGroupedDot | None = None,
     blocks: bool = True,
+    dtype: jnp.dtype = jnp.float32,
 ) -> Dispatch:
     """The dispatch of a routing.
 
     capacity_factor: of `capacity`, see `expert_capacity`. "auto" is `capacity` where a factor is given, else
     `sorted`. grouped_dot: the Pallas kernel in the place of `grouped_dot`, of `sorted`. blocks: `sorted` may lay rows
-    out in blocks on a CPU; experts in panels gain nothing from them. Raises `UserError` for an
-    unknown backend, a factor that is not positive, a factor for a backend that drops nothing, or a grouped product for
+    out in blocks on a CPU; experts in panels gain nothing from them. dtype: of the rows; float32 ones have a kernel on
+    most CPUs, and then no blocks. Raises `UserError` for an unknown backend, a factor that is not positive, a factor for a backend that drops nothing, or a grouped product for
     one that has none.
     """
     check_dispatch(backend, capacity_factor, grouped_dot)
@@ -91,7 +94,8 @@ def make_dispatch(
         return DenseDispatch.make(routing)
     tokens, k = routing.index.shape
     many = tokens * k >= BLOCKS_FROM * routing.num_experts
-    if blocks and many and grouped_dot is None and target_platform() == "cpu":
+    kernel = dtype == jnp.float32 and use_cpu_kernels()
+    if blocks and many and not kernel and grouped_dot is None and target_platform() == "cpu":
         return SortedDispatch.make_blocks(routing)
     return SortedDispatch.make(routing).replace(grouped_dot=grouped_dot)
 
@@ -248,9 +252,14 @@ class SortedDispatch(_Slots):
         tokens, k = routing.index.shape
         pairs = tokens * k
         tile = default_tile(tokens, pairs, routing.num_experts) if tile is None else tile
-        order, sizes, _ = _sort_pairs(routing)
-        pair_of_slot = _behind(order, jnp.sum(sizes), pairs + tile - 1)
-        return cls._of(pair_of_slot, routing, sizes, Groups.sorted(sizes), tile)
+        slots = pairs + tile - 1
+        if use_cpu_kernels():
+            slot_of_pair, pair_of_slot, sizes = _sort_by_kernel(routing, slots)
+        else:
+            order, sizes, _ = _sort_pairs(routing)
+            pair_of_slot = _behind(order, jnp.sum(sizes), slots)
+            slot_of_pair = _invert(pair_of_slot, tokens, k)
+        return cls._of(pair_of_slot, slot_of_pair, sizes, Groups.sorted(sizes), tile)
 
     @classmethod
     def make_blocks(cls, routing: Routing, tile: int | None = None) -> "SortedDispatch":
@@ -284,11 +293,11 @@ class SortedDispatch(_Slots):
         beyond = jnp.where(expert < experts, beyond, pairs)
         starts = jnp.where(even, jnp.arange(experts) * block, start)
         groups = Groups(jnp.stack([starts, left.start[0]]), jnp.stack([counts - others, others]), even, block)
-        return cls._of(jnp.append(blocks, beyond), routing, counts, groups, tile)
+        pair_of_slot = jnp.append(blocks, beyond)
+        return cls._of(pair_of_slot, _invert(pair_of_slot, tokens, k), counts, groups, tile)
 
     @classmethod
-    def _of(cls, pair_of_slot, routing: Routing, counts, groups: Groups, tile: int) -> "SortedDispatch":
-        slot_of_pair = _invert(pair_of_slot, *routing.index.shape)
+    def _of(cls, pair_of_slot, slot_of_pair, counts, groups: Groups, tile: int) -> "SortedDispatch":
         return cls(
             pair_of_slot, slot_of_pair, counts.astype(jnp.float32), jnp.zeros((), jnp.float32), groups, tile
         )
@@ -349,15 +358,26 @@ def batched_dot(buffer: jax.Array, kernel: Kernel) -> jax.Array:
 
 
 def _sort_pairs(routing: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-> order int32[P]: pairs n k + j grouped by expert, within an expert by choice and then by token, padding
-    last; counts int32[E]; start int32[E] of each expert in the order."""
+    """-> order int32[P]: pairs n k + j grouped by expert, within an expert by choice and then by token, and something
+    else in the place of padding, last; counts int32[E]; start int32[E] of each expert in the order."""
     tokens, k = routing.index.shape
     experts = routing.num_experts
+    if use_cpu_kernels():
+        _, order, counts = _sort_by_kernel(routing, tokens * k)
+        return order, counts, jnp.cumsum(counts) - counts
     expert = jnp.where(routing.mask[:, None], routing.index, experts).T.reshape(-1)  # first choices first
     order = jnp.argsort(expert, stable=True)
     order = (order % tokens) * k + order // tokens
     counts = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
     return order, counts, jnp.cumsum(counts) - counts
+
+
+def _sort_by_kernel(routing: Routing, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-> slot_of_pair, pair_of_slot int32[slots], counts int32[E], in the order of `_sort_pairs`."""
+    # Imported here: only programs that run on a CPU need LLVM.
+    from kernels_pallas.grouped_matmul.cpu_rows import sort_pairs
+
+    return sort_pairs(routing.index, routing.mask, routing.num_experts, slots)
 
 
 def _behind(order: jax.Array, count: jax.Array, slots: int) -> jax.Array:
@@ -380,9 +400,24 @@ def _invert(pair_of_slot: jax.Array, tokens: int, k: int) -> jax.Array:
 # so the two below gather in both directions.
 
 
+def _large(rows: jax.Array, index: jax.Array) -> bool:
+    """Whether a kernel picks these rows."""
+    return rows.dtype == jnp.float32 and index.size * rows.shape[1] >= _LARGE and use_cpu_kernels()
+
+
+def _sums(rows: jax.Array, index: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+    """rows [M, width], index [N, k], gate f32[N, k] or ones -> [N, width], the sums over k; float32."""
+    # Imported here: only programs that run on a CPU need LLVM.
+    from kernels_pallas.grouped_matmul.cpu_rows import weighted_rows
+
+    return weighted_rows(rows, index, jnp.ones(index.shape, jnp.float32) if gate is None else gate)
+
+
 @jax.custom_vjp
 def _take(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
     """Rows `index` [S] of x [M, width], 0 beyond M; `inverse` [M, r] says where each row of x went, S: nowhere."""
+    if _large(x, index):
+        return _sums(x, index[:, None])
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
@@ -391,6 +426,8 @@ def _take_forward(x: jax.Array, index: jax.Array, inverse: jax.Array) -> tuple[j
 
 
 def _take_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None, None]:
+    if _large(cotangent, inverse):
+        return _sums(cotangent, inverse), None, None
     parts = (jnp.take(cotangent, column, axis=0, mode="fill", fill_value=0) for column in inverse.T)
     return functools.reduce(jnp.add, parts), None, None
 
@@ -401,6 +438,8 @@ _take.defvjp(_take_forward, _take_backward)
 @jax.custom_vjp
 def _combine(rows: jax.Array, gate: jax.Array, slot_of_pair: jax.Array, pair_of_slot: jax.Array) -> jax.Array:
     """rows [S, width] of slots, gate f32[N, k] -> [N, width], added up in float32."""
+    if _large(rows, slot_of_pair):
+        return _sums(rows, slot_of_pair, gate)
     parts = (
         gate[:, j, None] * jnp.take(rows, slot_of_pair[:, j], axis=0, mode="fill", fill_value=0)
         for j in range(gate.shape[1])
@@ -414,6 +453,10 @@ def _combine_forward(rows, gate, slot_of_pair, pair_of_slot):
 
 def _combine_backward(saved, cotangent):
     rows, gate, slot_of_pair, pair_of_slot = saved
+    if _large(rows, slot_of_pair):
+        from kernels_pallas.grouped_matmul.cpu_rows import weighted_rows_gradient
+
+        return *weighted_rows_gradient(rows, gate, pair_of_slot, cotangent), None, None
     k = gate.shape[1]
     of_slot = jnp.take(gate.reshape(-1), pair_of_slot, mode="fill", fill_value=0)
     spread = jnp.take(cotangent, pair_of_slot // k, axis=0, mode="fill", fill_value=0)

@@ -1,7 +1,8 @@
 """Grouped matrix product: consecutive rows of one array, each group with the kernel of its expert.
 
-`lax.ragged_dot` is this product on TPU and GPU. On CPU it computes every group for every row, and the loops below
-take its place. What they are made for was measured, on two cores:
+`lax.ragged_dot` is this product on TPU and GPU. On CPU it computes every group for every row. Many float32 rows have a
+kernel there, forward and backward (`kernels_pallas.grouped_matmul.cpu_training`); for others the loops below take its
+place. What they are made for was measured, on two cores:
 
 - Equally many rows of every expert, in blocks: one batched product of all experts, as fast as a dense layer's. The
   products of one expert are too small for two cores, and what copies rows in and out of loops is a fifth of the time.
@@ -29,11 +30,14 @@ from kernels_pallas.common import target_platform
 from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
 from research.errors import UserError
 from research.nn import weights
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.stacked_panels import StackedPanels
 from research.nn.weights import Kernel
 
 PIECE = 512  # rows
 BLOCK = 128 * 1024  # bytes
+# From where on the kernel for CPUs pays: rows, rows of an expert on average, and multiply-adds.
+_ROWS, _OF_AN_EXPERT, _PRODUCTS = 48, 4, 1 << 20
 
 
 class Groups(struct.PyTreeNode):
@@ -90,7 +94,22 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int = 1) 
     if target_platform() != "cpu" and isinstance(kernel, jax.Array):
         kernel, sizes = kernel.astype(rows.dtype), groups.size[0]
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
+    if in_one_call(rows, kernel, groups):
+        # Imported here: only programs that run on a CPU need LLVM.
+        from kernels_pallas.grouped_matmul import cpu_training
+
+        return cpu_training.grouped_dot(rows, kernel, groups.start[0], groups.size[0])
     return _product(rows, kernel, groups, tile)
+
+
+def in_one_call(rows: jax.Array, kernel: Kernel, groups: Groups) -> bool:
+    """Whether these rows, sorted without blocks, are multiplied by the kernel for CPUs."""
+    if groups.block or not isinstance(kernel, jax.Array) or not rows.dtype == kernel.dtype == jnp.float32:
+        return False
+    experts, inputs, outputs = kernel.shape
+    count = rows.shape[0]
+    many = count >= max(_ROWS, _OF_AN_EXPERT * experts) and count * inputs * outputs >= _PRODUCTS
+    return many and use_cpu_kernels()
 
 
 def panels_dot(

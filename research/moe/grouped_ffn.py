@@ -5,7 +5,8 @@ Blocks of equally many rows are batched products of all experts. Otherwise an ex
 and backward; here a piece's hidden states stay in the processor's cache. Backward needs what the activation got, which
 is kept, so nothing is computed twice.
 
-Kernels in panels have no backward, and a kernel of their own for both products before the activation.
+Many float32 rows of gated SiLU experts have a kernel that computes the activation while a block of both products is in
+the cache, and its gradient likewise. Kernels in panels have no backward, and a kernel of their own.
 """
 
 import functools
@@ -53,6 +54,24 @@ def panels_feed_forward(
     """
     gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
     return panels_dot(panels_dot(rows, up, groups, gate), down, groups)
+
+
+def kernel_suits(params: Params, activation: Activation) -> bool:
+    """Whether `kernel_feed_forward` computes the FFN of these parameters, arrays: {gate, up, down}/kernel float32,
+    without biases, and silu."""
+    if activation != "silu" or "gate" not in params:
+        return False
+    return all(part.keys() == {"kernel"} and part["kernel"].dtype == jnp.float32 for part in params.values())
+
+
+def kernel_feed_forward(rows: jax.Array, params: Params, groups: Groups) -> jax.Array:
+    """rows float32[S, width] grouped by expert as in `grouped_dot`, where `in_one_call` -> [S, width], each through its
+    expert's gated SiLU FFN. params: as `kernel_suits` wants them."""
+    # Imported here: only programs that run on a CPU need LLVM.
+    from kernels_pallas.grouped_matmul import cpu_training
+
+    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    return cpu_training.grouped_ffn(rows, gate, up, down, groups.start[0], groups.size[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

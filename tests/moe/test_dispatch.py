@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.grouped_matmul import cpu_rows, cpu_training
 from research.errors import UserError
 from research.moe import experts, grouped
 from research.moe.dispatch import (
@@ -15,9 +16,11 @@ from research.moe.dispatch import (
     make_dispatch,
 )
 from research.moe.routing import Routing, route
+from research.nn.cpu_kernels import without_cpu_kernels
 from research.nn.weights import LowRank, Sum
 
 N, K, E, D, F = 24, 2, 4, 8, 6
+ROWS = ("sort_pairs", "weighted_rows", "weighted_rows_gradient")
 MASK = np.arange(N) % 5 > 0
 
 BACKENDS = {
@@ -91,6 +94,48 @@ def test_equals_the_oracle_forward_and_backward(name, piece, left_over, oracle, 
     np.testing.assert_array_equal(y[~MASK], 0)  # padding comes back as 0, and nothing depends on it
     np.testing.assert_array_equal(gradients["x"][~MASK], 0)
     np.testing.assert_array_equal(gradients["params"]["up"]["kernel"][2], 0)  # no token, no gradient
+
+
+@pytest.mark.parametrize(
+    "biases, used", [(False, {"grouped_ffn"}), (True, {"grouped_dot"})], ids=["the whole FFN", "products"]
+)
+def test_kernels_for_a_cpu_equal_the_oracle(biases, used, monkeypatch):
+    for name in ("_ROWS", "_OF_AN_EXPERT", "_PRODUCTS"):
+        monkeypatch.setattr(grouped, name, 1)
+    monkeypatch.setattr("research.moe.dispatch._LARGE", 1)
+    called = set()
+
+    def watched(name, function):
+        return lambda *args: (called.add(name), function(*args))[1]
+
+    for module, names in ((cpu_training, ("grouped_ffn", "grouped_dot")), (cpu_rows, ROWS)):
+        for name in names:
+            monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    values = inputs()
+    if not biases:
+        values["params"] = {name: {"kernel": part["kernel"]} for name, part in values["params"].items()}
+    ours = value_and_gradients(SortedDispatch.make, values)
+    assert called == used | {*ROWS}
+    with without_cpu_kernels():
+        close(ours, value_and_gradients(DenseDispatch.make, values))
+    y, gradients = ours
+    np.testing.assert_array_equal(y[~MASK], 0)
+    np.testing.assert_array_equal(gradients["x"][~MASK], 0)
+    np.testing.assert_array_equal(gradients["params"]["up"]["kernel"][2], 0)
+
+
+def test_kernels_want_float32_many_rows_and_no_blocks():
+    kernel, groups = jnp.zeros((E, 512, 512)), grouped.Groups.sorted(jnp.zeros(E, jnp.int32))
+    fits = lambda rows, kernel=kernel, groups=groups: grouped.in_one_call(rows, kernel, groups)  # noqa: E731
+    assert fits(jnp.zeros((48, 512))) and not fits(jnp.zeros((47, 512)))
+    assert not fits(jnp.zeros((48, 512), jnp.bfloat16)) and not fits(
+        jnp.zeros((48, 512)), kernel.astype(jnp.bfloat16)
+    )
+    assert not fits(jnp.zeros((48, 8)), jnp.zeros((E, 8, 8)))  # too little to do
+    assert not fits(jnp.zeros((48, 512)), jnp.zeros((16, 512, 512)))  # three rows an expert
+    assert not fits(jnp.zeros((48, 512)), groups=groups.replace(block=8))
+    with without_cpu_kernels():
+        assert not fits(jnp.zeros((48, 512)))
 
 
 def test_the_oracle_is_a_loop_over_tokens_and_experts(oracle):
@@ -251,10 +296,14 @@ def test_loads_that_differ_too_much_are_sorted():
     assert laid_out([7, 1, 1, 1]) == ([[0, 7, 8, 9], [0] * 4], [[7, 1, 1, 1], [0] * 4])
     assert laid_out([6, 4, 0, 0]) == ([[0, 6, 10, 10], [0] * 4], [[6, 4, 0, 0], [0] * 4])
 
-    def block(tokens):
-        return jax.eval_shape(lambda: make_dispatch(route(jnp.zeros((tokens, E)), K))).groups.block
+    def block(tokens, dtype):
+        make = lambda: make_dispatch(route(jnp.zeros((tokens, E)), K), dtype=dtype)  # noqa: E731
+        return jax.eval_shape(make).groups.block
 
-    assert (block(127), block(128)) == (0, 72)  # a mean of 64 rows in tiles of 8, and one tile
+    # A mean of 64 rows in tiles of 8, and one tile; none for rows that a kernel multiplies.
+    assert (block(127, jnp.bfloat16), block(128, jnp.bfloat16), block(128, jnp.float32)) == (0, 72, 0)
+    with without_cpu_kernels():
+        assert block(128, jnp.float32) == 72
 
 
 @pytest.mark.parametrize(
