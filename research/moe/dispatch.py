@@ -82,8 +82,8 @@ def make_dispatch(
     capacity_factor: of `capacity`, see `expert_capacity`. "auto" is `capacity` where a factor is given, else
     `sorted`. grouped_dot: the Pallas kernel in the place of `grouped_dot`, of `sorted`. blocks: `sorted` may lay rows
     out in blocks on a CPU; experts in panels gain nothing from them. dtype: of the rows; float32 ones have a kernel on
-    most CPUs, and then no blocks. Raises `UserError` for an unknown backend, a factor that is not positive, a factor for a backend that drops nothing, or a grouped product for
-    one that has none.
+    most CPUs, and then no blocks. Raises `UserError` for an unknown backend, a factor that is not positive, a factor
+    for a backend that drops nothing, or a grouped product for one that has none.
     """
     check_dispatch(backend, capacity_factor, grouped_dot)
     if backend == "auto":

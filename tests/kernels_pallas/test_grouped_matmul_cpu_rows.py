@@ -13,8 +13,8 @@ def whole(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def test_pairs_by_hand():
-    # Three tokens with two choices, the second one padding. Expert 0: first choice of token 2 (pair 4), second choice of
-    # token 0 (pair 1); expert 2: first choice of token 0 (pair 0), second of token 2 (pair 5).
+    # Three tokens with two choices, the second one padding. Expert 0: first choice of token 2 (pair 4), second of token
+    # 0 (pair 1); expert 2: first choice of token 0 (pair 0), second of token 2 (pair 5).
     index, mask = np.int32([[2, 0], [0, 2], [0, 2]]), np.array([True, False, True])
     slots, pairs, counts = cpu_rows.sort_pairs(index, mask, 3, 7)
     assert pairs.tolist() == [4, 1, 0, 5, 6, 6, 6] and counts.tolist() == [2, 0, 2]

@@ -1,4 +1,4 @@
-"""Grouped products in the forms of training: exact where numbers are whole, for every edge, and the FFN made of them."""
+"""Grouped products in the forms of training: exact where numbers are whole, at every edge, and the FFN made of them."""
 
 from concurrent.futures import ThreadPoolExecutor
 
