@@ -6,12 +6,14 @@ Shapes: b rows, T tokens, H heads of P channels, G groups of heads that share B 
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from kernels_pallas.common import Implementation, Unsupported, choose, pad_axis
+from kernels_pallas.rms_norm import rms_norm
 from kernels_pallas.ssd import reference
 from kernels_pallas.ssd.common import decays
 
@@ -112,6 +114,130 @@ def ssd_step(
     _check_dtypes(x=x, b=b, c=c)
     kernel = _kernel(implementation)
     return kernel.step(state.astype(jnp.float32), x, log_decay.astype(jnp.float32), b, c, interpret=interpret)
+
+
+def mixer(
+    projected: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    a_log: jax.Array,
+    skip: jax.Array,
+    dt_bias: jax.Array,
+    scale: jax.Array,
+    segments: jax.Array | None = None,
+    count: jax.Array | None = None,
+    *,
+    head_dim: int,
+    state_dim: int,
+    epsilon: float = 1e-5,
+    chunk: int = 128,
+    implementation: Literal["reference", "cpu"] = "cpu",
+) -> tuple[jax.Array, jax.Array]:
+    """What Mamba-2's mixer computes between its two projections: convolution, scan, skip, gate and norm.
+
+        x, B, C = silu(conv(inputs) + bias)    dt = softplus(steps + dt_bias)
+        S_t = exp(-exp(a_log) dt_t) S_{t-1} + dt_t x_t B_t^T
+        y_t = RMSNorm((S_t C_t + skip x_t) silu(z_t)) scale
+
+    Args:
+        projected: float32[b, T, 2 H P + 2 G N + H], of each token z [H P], inputs of x [H P], B and C [G N], steps [H].
+        kernel: [K, H P + 2 G N], taps of the depthwise causal convolution, the last one on the token itself.
+        bias: [H P + 2 G N].
+        a_log, skip, dt_bias: [H].
+        scale: [H P]; every one of G groups of heads is normalised by itself, with `epsilon` beside its mean square.
+        segments: int32[b, T]; convolution and recurrence start anew wherever they change.
+        count: int32[b], tokens that the state is behind, by default T; 0 <= count <= T.
+        head_dim, state_dim: P and N.
+        chunk: tokens of a chunk of the reference, which changes speed alone; the kernel has its own.
+
+    Returns:
+        y [b, T, H P], and the state [b, H, P, N]. Both have gradients in reverse mode, those of the reference, with
+        respect to all floating arguments. On a CPU a row has the same bits alone and in a batch.
+
+    Raises:
+        Unsupported: other dtypes and shapes, and sizes or a processor that the kernel is not for.
+    """
+    batch, length, width = projected.shape
+    heads, channels = a_log.shape[0], kernel.shape[1]
+    inner = heads * head_dim
+    groups, rest = divmod(channels - inner, 2 * state_dim)
+    if rest or groups < 1 or heads % groups:
+        raise Unsupported(
+            f"{channels} channels are not {heads} heads of {head_dim} and groups of {state_dim}"
+        )
+    _check_shapes(
+        projected=(projected, (batch, length, inner + channels + heads)),
+        bias=(bias, (channels,)),
+        skip=(skip, (heads,)),
+        dt_bias=(dt_bias, (heads,)),
+        scale=(scale, (inner,)),
+        segments=(segments, (batch, length)),
+        count=(count, (batch,)),
+    )
+    operands = (projected, kernel, bias, a_log, skip, dt_bias, scale)
+    count = jnp.full(batch, length, jnp.int32) if count is None else count.astype(jnp.int32)
+    segments = None if segments is None else segments.astype(jnp.int32)
+    options = (head_dim, state_dim, float(epsilon), chunk)
+    if implementation == "reference":
+        y, state = _before_norm(options, *operands[:-1], segments, count)
+        return rms_norm(y, scale, epsilon, groups, implementation="reference"), state
+    if implementation != "cpu":
+        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
+    if any(operand.dtype != jnp.float32 for operand in operands):
+        raise Unsupported("the kernel takes float32")
+    _mixer_kernel().sizes(head_dim, state_dim, len(kernel))  # raises
+    return _mixer(options, *operands, segments, count)
+
+
+def _mixer_kernel() -> Any:
+    try:
+        # Imported here: only programs that compute on a CPU need LLVM.
+        from kernels_pallas.ssd import cpu
+    except ImportError as error:
+        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
+    return cpu
+
+
+def _before_norm(options, *operands):
+    head_dim, state_dim, _, chunk = options
+    return reference.mixer(*operands, head_dim=head_dim, state_dim=state_dim, chunk=chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixer(options, *operands):
+    head_dim, state_dim, epsilon, _ = options
+    cpu = _mixer_kernel()
+    return cpu.mixer(*operands, epsilon, cpu.sizes(head_dim, state_dim, len(operands[1])))
+
+
+def _mixer_forward(options, *operands):
+    """By the reference and the norm's own kernel, which keep what the gradient needs."""
+    *arrays, scale, segments, count = jax.tree.map(lambda operand: operand.value, operands)
+    head_dim, state_dim, epsilon, _ = options
+    groups = (arrays[1].shape[1] - scale.size) // (2 * state_dim)
+
+    def normed(scale, *arrays):
+        y, _ = _before_norm(options, *arrays, segments, count)
+        return rms_norm(y, scale, epsilon, groups)
+
+    y, pull = jax.vjp(normed, scale, *arrays)
+    state = _before_norm(options, *arrays, segments, count)[
+        1
+    ]  # which the compiler leaves out if nobody reads it
+    return (y, state), (pull, arrays, segments, count)
+
+
+def _mixer_backward(options, saved, cotangents):
+    pull, arrays, segments, count = saved
+    d_y, d_state = cotangents
+    d_scale, *found = pull(jnp.zeros(d_y.shape, d_y.dtype) if isinstance(d_y, SymbolicZero) else d_y)
+    if not isinstance(d_state, SymbolicZero):
+        _, pull = jax.vjp(lambda *arrays: _before_norm(options, *arrays, segments, count)[1], *arrays)
+        found = jax.tree.map(jnp.add, found, list(pull(d_state)))
+    return *found, d_scale, None, None
+
+
+_mixer.defvjp(_mixer_forward, _mixer_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -1,4 +1,4 @@
-"""The SSD scan and step in the catalogue: sizes of Mamba-2's published models."""
+"""The SSD scan, step and mixer in the catalogue: sizes of Mamba-2's published models, and small ones for a CPU."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.catalogue import Case, Cost, Kernel
-from kernels_pallas.ssd.api import ssd, ssd_step
+from kernels_pallas.ssd.api import mixer, ssd, ssd_step
 
 
 def make(
@@ -31,6 +31,41 @@ def make(
 def make_step(key: jax.Array, **sizes) -> tuple:
     x, decay, b, c, state = make(key, length=1, **sizes)
     return state, x[:, 0], decay[:, 0], b[:, 0], c[:, 0]
+
+
+def make_mixer(
+    key: jax.Array,
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    channels: int,
+    groups: int,
+    state: int,
+    taps: int,
+    dtype: str,
+) -> tuple:
+    """The projections' rows and a layer's parameters, steps of about 0.05."""
+    keys = jax.random.split(key, 7)
+    inner, mixed = heads * channels, heads * channels + 2 * groups * state
+    projected = jax.random.normal(keys[0], (batch, length, inner + mixed + heads), dtype)
+    kernel = jax.random.normal(keys[1], (taps, mixed), dtype) / taps**0.5
+    bias = jax.random.normal(keys[2], (mixed,), dtype) / 10
+    a_log = jnp.log(jax.random.uniform(keys[3], (heads,), dtype, 1, 16))
+    skip, steps = (jax.random.normal(k, (heads,), dtype) for k in keys[4:6])
+    scale = 1 + jax.random.normal(keys[6], (inner,), dtype) / 10
+    return projected, kernel, bias, a_log, skip, steps - 3, scale
+
+
+def mixer_cost(case: Case) -> Cost:
+    """Products of matrices as of the scan, of which a chunk of 64 tokens needs half of those with its own."""
+    s = case.sizes
+    tokens = s["batch"] * s["length"]
+    inside = 64 * tokens * (s["groups"] * s["state"] + s["heads"] * s["channels"])
+    across = 4 * tokens * s["heads"] * s["channels"] * s["state"]
+    inner, shared = s["heads"] * s["channels"], 2 * s["groups"] * s["state"]
+    moved = tokens * (3 * inner + shared + s["heads"]) + s["batch"] * inner * s["state"]
+    return Cost(inside + across, 4 * moved)
 
 
 def cost(case: Case, chunk: int = 128) -> Cost:
@@ -94,4 +129,22 @@ STEP = Kernel(
     ),
     small=Case("8 heads", "small", _sizes(8, 8, 1, 64, "float32")),
 )
-KERNEL = (SCAN, STEP)
+
+
+def _mixer(length: int, heads: int, channels: int, state: int) -> Case:
+    sizes = _sizes(1, heads, 1, state, "float32", channels) | dict(length=length, taps=4)
+    options = dict(head_dim=channels, state_dim=state)
+    return Case(f"{heads} heads of {channels}, {length} tokens", "prefill", sizes, options)
+
+
+MIXER = Kernel(
+    "ssd_mixer",
+    mixer,
+    partial(mixer, implementation="reference"),
+    make_mixer,
+    mixer_cost,
+    cases=(*(_mixer(length, 4, 64, 64) for length in (256, 1024, 4096)), _mixer(1024, 24, 64, 128)),
+    small=_mixer(100, 2, 16, 8),
+    implementations=("cpu",),
+)
+KERNEL = (SCAN, STEP, MIXER)

@@ -1,5 +1,7 @@
 """The SSD scan in plain jnp: what the kernels must compute, and a path for every backend."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -63,6 +65,54 @@ def ssd(
     return y, final.swapaxes(-1, -2).reshape(batch, heads, channels, size)
 
 
+def mixer(
+    projected: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    a_log: jax.Array,
+    skip: jax.Array,
+    dt_bias: jax.Array,
+    segments: jax.Array | None,
+    count: jax.Array,
+    *,
+    head_dim: int,
+    state_dim: int,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Arguments and results as in the api, but for the norm: y is what it normalises."""
+    batch, length, _ = projected.shape
+    inner = a_log.shape[0] * head_dim
+    z, inputs, dt = jnp.split(projected, [inner, inner + kernel.shape[1]], axis=-1)
+    mixed = inputs * kernel[-1]
+    for back in range(1, len(kernel)):
+        earlier = _earlier(inputs, back)
+        if segments is not None:
+            earlier = jnp.where((_earlier(segments, back) == segments)[..., None], earlier, 0)
+        mixed = mixed + earlier * kernel[-1 - back]
+    mixed = _once(jax.nn.silu(mixed + bias))
+    x, b, c = jnp.split(mixed, [inner, (inner + mixed.shape[-1]) // 2], axis=-1)
+    x = x.reshape(batch, length, -1, head_dim)
+    b, c = (y.reshape(batch, length, -1, state_dim) for y in (b, c))
+    dt = jax.nn.softplus(dt + dt_bias)
+    scaled, log_decay = x * dt[..., None], -jnp.exp(a_log) * dt
+    start = jnp.zeros((batch, len(a_log), head_dim, state_dim), jnp.float32)
+    y = ssd(scaled, log_decay, b, c, start, segments, chunk)[0]
+    y = (y + x * skip[:, None]).reshape(batch, length, inner) * jax.nn.silu(z)
+
+    # The state behind `count` tokens: others neither decay nor add, and change no segment.
+    real = jnp.arange(length) < count[:, None]
+    if segments is not None:
+        newest = jnp.take_along_axis(segments, jnp.maximum(count - 1, 0)[:, None], axis=1)
+        segments = jnp.where(real, segments, newest)
+    scaled, log_decay = jnp.where(real[..., None, None], scaled, 0), jnp.where(real[..., None], log_decay, 0)
+    return y, ssd(scaled, log_decay, b, c, start, segments, chunk)[1]
+
+
+def _earlier(y: jax.Array, back: int) -> jax.Array:
+    """y [b, T, ...] of the token `back` places earlier, 0 where there is none."""
+    return jnp.pad(y, ((0, 0), (back, 0), *[(0, 0)] * (y.ndim - 2)))[:, : y.shape[1]]
+
+
 def _states(
     state: jax.Array, last: jax.Array, anew: jax.Array, added: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -109,8 +159,9 @@ def _states(
 def _once(x: jax.Array) -> jax.Array:
     """x [..., n] as a product with the identity: XLA:CPU computes anew, for each element of a larger array, whatever
     is not the result of a product."""
-    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
-    return jnp.matmul(x.reshape(-1, x.shape[-1]), identity, precision="highest").reshape(x.shape)
+    size = math.gcd(x.shape[-1], 64) if x.shape[-1] > 64 else x.shape[-1]
+    identity = jnp.eye(size, dtype=x.dtype)
+    return jnp.matmul(x.reshape(-1, size), identity, precision="highest").reshape(x.shape)
 
 
 def ssd_step(

@@ -13,14 +13,63 @@ size (`research.ssm.recurrent`).
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+import kernels_pallas.ssd
+from kernels_pallas.ssd import Unsupported
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.compute_once import compute_once
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.linear import Linear, parameter
 from research.nn.norm import RMSNorm
-from research.ssm.recurrent import Convolution, RecurrentCache, Rows, init_a, init_dt, recur
+from research.ssm.recurrent import Convolution, RecurrentCache, Rows, convolve, init_a, init_dt, recur
 from research.ssm.ssd import PLAIN, Scan
+
+
+class Mamba2Prompt(struct.PyTreeNode):
+    """The `PromptRows` of a Mamba-2 layer, tokens on the third axis.
+
+    projected [B, 1, T, inner + channels + H] and segments int32[B, 1, T, 1] or None. Where the axis of tokens has a
+    size of 1, it is for all of them: kernel [1, conv_width, 1, channels], bias [1, 1, 1, channels], dt_bias and a_log
+    [1, 1, 1, H]; state float32[B, inner, 1, N] behind `behind` tokens, int32[B, 1, 1, 1]. length: T.
+    """
+
+    projected: jax.Array
+    segments: jax.Array | None
+    kernel: jax.Array
+    bias: jax.Array
+    dt_bias: jax.Array
+    a_log: jax.Array
+    state: jax.Array
+    behind: jax.Array
+    head_dim: int = struct.field(pytree_node=False)
+    groups: int = struct.field(pytree_node=False)
+    length: int = struct.field(pytree_node=False)
+
+    def count(self) -> jax.Array:
+        if (self.projected.shape[2], self.behind.shape[2]) != (self.length, 1):
+            raise UserError("the rows of a prompt are committed in their order, without a path")
+        return self.behind[:, 0, 0, 0]
+
+    def cache(self) -> RecurrentCache:
+        taps, channels = self.kernel.shape[1], self.kernel.shape[3]
+        heads, inner = self.a_log.shape[3], self.state.shape[1]
+        place = self.count()[:, None] + jnp.arange(1 - taps, 0)
+        found = jnp.take_along_axis(self.projected[:, 0], jnp.maximum(place, 0)[..., None], axis=1)
+        conv = jnp.where((place >= 0)[..., None], found[..., inner : inner + channels], 0)
+        state = self.state.reshape(len(self.state), heads, self.head_dim, -1)
+        return RecurrentCache(conv[:, None], state[:, None])
+
+    def rows(self) -> Rows:
+        self.count()  # raises
+        inner, channels = self.state.shape[1], self.kernel.shape[3]
+        _, inputs, steps = jnp.split(self.projected[:, 0], [inner, inner + channels], axis=-1)
+        segments = None if self.segments is None else self.segments[:, 0, :, 0]
+        mixed = compute_once(nn.silu(convolve(inputs, self.kernel[0, :, 0], segments) + self.bias[0, 0, 0]))
+        vectors = self.dt_bias[0, 0, 0], self.a_log[0, 0, 0]
+        _, scaled, b, _, log_decay = _tokens(mixed, steps, *vectors, self.head_dim, self.groups)
+        return _rows(inputs, scaled, b, log_decay)
 
 
 class Mamba2(nn.Module):
@@ -69,30 +118,68 @@ class Mamba2(nn.Module):
     @nn.compact
     def __call__(
         self, u: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, Rows]:
+    ) -> tuple[jax.Array, Rows | Mamba2Prompt]:
         batch, length = context.positions.shape
         projected = Linear(self.inner + self.channels + self.num_heads, self.use_bias, name="input")(u)
         projected = projected.reshape(batch, length, -1)
-        z, inputs, dt = jnp.split(projected, [self.inner, self.inner + self.channels], axis=-1)
+        y, rows = self._read_prompt(projected, context) if cache is None else (None, None)
+        if y is None:
+            y, rows = self._read(projected, context, cache)
+        out = Linear(u.shape[-1], self.use_bias, name="output")(y.reshape(*u.shape[:-1], self.inner))
+        return out, rows
+
+    def _read(
+        self, projected: jax.Array, context: Context, cache: RecurrentCache | None
+    ) -> tuple[jax.Array, Rows]:
+        """What lies between the projections, [B, T, inner], and the rows of the tokens."""
+        batch, length, _ = projected.shape
+        z, inputs, steps = jnp.split(projected, [self.inner, self.inner + self.channels], axis=-1)
         mixed = nn.silu(Convolution(self.conv_width, self.conv_bias, name="conv")(inputs, context, cache))
         if cache is None:
             mixed = compute_once(mixed)
-        x, b, c = jnp.split(mixed, [self.inner, self.channels - self.num_groups * self.state_dim], axis=-1)
-        x = x.reshape(batch, length, self.num_heads, self.head_dim)
-        b, c = (y.reshape(batch, length, self.num_groups, self.state_dim) for y in (b, c))
-
-        dt = jax.nn.softplus(dt.astype(jnp.float32) + self._vector("dt_bias", init_dt))
-        log_decay = -jnp.exp(self._vector("A_log", init_a)) * dt
-        scaled = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
+        vectors = self._vector("dt_bias", init_dt), self._vector("A_log", init_a)
+        x, scaled, b, c, log_decay = _tokens(mixed, steps, *vectors, self.head_dim, self.num_groups)
         y = recur(scaled, log_decay, b, c, context, cache, self.chunk, self.scan)
         y = y + x * self._vector("D", nn.initializers.ones).astype(x.dtype)[:, None]
         y = y.reshape(batch, length, self.inner) * nn.silu(z)
-        y = RMSNorm(self.norm_eps, groups=self.num_groups, name="norm")(y).reshape(*u.shape[:-1], self.inner)
-        out = Linear(u.shape[-1], self.use_bias, name="output")(y)
-        rows = Rows(
-            inputs[:, None], scaled.swapaxes(1, 2), b.swapaxes(1, 2), log_decay.swapaxes(1, 2)[..., None]
+        y = RMSNorm(self.norm_eps, groups=self.num_groups, name="norm")(y)
+        return y, _rows(inputs, scaled, b, log_decay)
+
+    def _read_prompt(
+        self, projected: jax.Array, context: Context
+    ) -> tuple[jax.Array, Mamba2Prompt] | tuple[None, None]:
+        """The same by the kernel for a CPU, or None where there is none for this layer."""
+        there = self.has_variable("params", "conv")  # not while parameters are drawn
+        if not there or self.scan != PLAIN or projected.dtype != jnp.float32 or not use_cpu_kernels():
+            return None, None
+        conv = self.get_variable("params", "conv")
+        kernel = conv["kernel"].astype(jnp.float32)
+        bias = conv["bias"].astype(jnp.float32) if self.conv_bias else jnp.zeros(self.channels)
+        scale = self.get_variable("params", "norm")["scale"].astype(jnp.float32)
+        a_log, skip, dt_bias = (
+            self.get_variable("params", name).astype(jnp.float32) for name in ("A_log", "D", "dt_bias")
         )
-        return out, rows
+        segments = context.segments
+        count = _first_segment(projected, segments)
+        options = dict(
+            head_dim=self.head_dim, state_dim=self.state_dim, epsilon=self.norm_eps, chunk=self.chunk
+        )
+        operands = (projected, kernel, bias, a_log, skip, dt_bias, scale, segments, count)
+        try:
+            y, state = kernels_pallas.ssd.mixer(*operands, **options)
+        except Unsupported:
+            return None, None
+        return y, Mamba2Prompt(
+            projected[:, None],
+            None if segments is None else segments[:, None, :, None],
+            kernel[None, :, None],
+            *(vector.reshape(1, 1, 1, -1) for vector in (bias, dt_bias, a_log)),
+            state.reshape(len(state), self.inner, 1, self.state_dim),
+            count.reshape(-1, 1, 1, 1),
+            self.head_dim,
+            self.num_groups,
+            projected.shape[1],
+        )
 
     def init_cache(self, batch: int, capacity: int, margin: int, dtype: jnp.dtype) -> RecurrentCache:
         """Of a size that `capacity` and `margin` do not change."""
@@ -101,3 +188,31 @@ class Mamba2(nn.Module):
 
     def _vector(self, name: str, init: nn.initializers.Initializer) -> jax.Array:
         return parameter(self, name, init, (self.num_heads,)).astype(jnp.float32)
+
+
+def _tokens(
+    mixed: jax.Array, steps: jax.Array, dt_bias: jax.Array, a_log: jax.Array, head_dim: int, groups: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What the convolution gave [B, T, channels], steps [B, T, H] -> x and dt x [B, T, H, P], B and C [B, T, G, N], log
+    decays [B, T, H]."""
+    batch, length, heads = steps.shape
+    inner = heads * head_dim
+    x, b, c = jnp.split(mixed, [inner, (inner + mixed.shape[-1]) // 2], axis=-1)
+    x = x.reshape(batch, length, heads, head_dim)
+    b, c = (y.reshape(batch, length, groups, -1) for y in (b, c))
+    dt = jax.nn.softplus(steps.astype(jnp.float32) + dt_bias)
+    scaled = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
+    return x, scaled, b, c, -jnp.exp(a_log) * dt
+
+
+def _rows(inputs: jax.Array, scaled: jax.Array, b: jax.Array, log_decay: jax.Array) -> Rows:
+    return Rows(inputs[:, None], scaled.swapaxes(1, 2), b.swapaxes(1, 2), log_decay.swapaxes(1, 2)[..., None])
+
+
+def _first_segment(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """int32[B]: tokens of x [B, T, ...] before the first change of segment; none of padding."""
+    batch, length = x.shape[:2]
+    if segments is None:
+        return jnp.full(batch, length, jnp.int32)
+    other = (segments != segments[:, :1]) | (segments == 0)
+    return jnp.where(jnp.any(other, axis=1), jnp.argmax(other, axis=1), length).astype(jnp.int32)

@@ -6,7 +6,8 @@ of a tree cost no states of their own and a rejected draft leaves no trace. What
 matter, as it may have to be forgotten: `RecurrentCache.reversible` keeps the states behind the last tokens too.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,19 @@ class Rows(NamedTuple):
     x: jax.Array
     b: jax.Array
     log_decay: jax.Array
+
+
+class PromptRows(Protocol):
+    """What a mixer leaves of a prompt whose states a kernel has computed."""
+
+    def count(self) -> jax.Array:
+        """int32[B], the tokens that `cache` is behind."""
+
+    def cache(self) -> "RecurrentCache":
+        """What an empty cache without a margin becomes."""
+
+    def rows(self) -> Rows:
+        """What leads to any other cache; computed when it is asked for."""
 
 
 class RecurrentCache(struct.PyTreeNode):
@@ -64,8 +78,10 @@ class RecurrentCache(struct.PyTreeNode):
         rows = jnp.arange(length.shape[0])
         return self.conv[rows, length % (1 + self.margin)], self.state[rows, length % (1 + self.margin)]
 
-    def append(self, fresh: Rows, length: jax.Array, count: jax.Array) -> "RecurrentCache":
+    def append(self, fresh: Rows | PromptRows, length: jax.Array, count: jax.Array) -> "RecurrentCache":
         """The states behind rows 0 .. count[b] of fresh; what lies before `length` is already in them."""
+        if not isinstance(fresh, Rows):
+            return self._append_prompt(fresh, length, count)
         conv, state = self.read(length)
         x, b, log_decay = (y.swapaxes(1, 2) for y in (fresh.x, fresh.b, fresh.log_decay))
         tokens = x, log_decay[..., 0], b
@@ -89,6 +105,17 @@ class RecurrentCache(struct.PyTreeNode):
             return (cache._write(inputs, state, length, jnp.minimum(place[:, 0] + 1, count)), state), None
 
         return jax.lax.scan(step, (cache, state), jnp.arange(singly))[0][0]
+
+    def _append_prompt(self, fresh: PromptRows, length: jax.Array, count: jax.Array) -> "RecurrentCache":
+        def by_rows() -> "RecurrentCache":
+            return self.append(fresh.rows(), length, count)
+
+        def known() -> "RecurrentCache":
+            return jax.tree.map(lambda y, own: y.astype(own.dtype), fresh.cache(), self)
+
+        if self.margin:
+            return by_rows()
+        return jax.lax.cond(jnp.all((length == 0) & (count == fresh.count())), known, by_rows)
 
     def select(self, rows: jax.Array) -> "RecurrentCache":
         return RecurrentCache(self.conv[rows], self.state[rows])
@@ -122,17 +149,27 @@ class Convolution(nn.Module):
         channels = inputs.shape[-1]
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=())
         kernel = parameter(self, "kernel", init, (self.width, channels)).astype(inputs.dtype)
-        y = inputs * kernel[-1]
-        for back in range(1, self.width):
-            earlier = (
-                _back(inputs, back, context)
-                if cache is None
-                else _up(inputs, back, context, cache.read(context.length)[0])
-            )
-            y = y + earlier * kernel[-1 - back]
+        if cache is None:
+            y = convolve(inputs, kernel, context.segments)
+        else:
+            conv = cache.read(context.length)[0]
+            y = _sum_taps(inputs, kernel, lambda back: _up(inputs, back, context, conv))
         if self.use_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (channels,)).astype(y.dtype)
         return y
+
+
+def convolve(inputs: jax.Array, kernel: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Depthwise and causal, within a segment: inputs [B, T, channels], kernel [width, channels] -> [B, T, channels]."""
+    return _sum_taps(inputs, kernel, lambda back: _back(inputs, back, segments))
+
+
+def _sum_taps(inputs: jax.Array, kernel: jax.Array, earlier: Callable[[int], jax.Array]) -> jax.Array:
+    """earlier(back): the inputs `back` places earlier."""
+    y = inputs * kernel[-1]
+    for back in range(1, len(kernel)):
+        y = y + earlier(back) * kernel[-1 - back]
+    return y
 
 
 def recur(
@@ -166,13 +203,13 @@ def init_a(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arra
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
-def _back(inputs: jax.Array, back: int, context: Context) -> jax.Array:
+def _back(inputs: jax.Array, back: int, segments: jax.Array | None) -> jax.Array:
     """The inputs `back` tokens earlier in the same segment, 0 where there are none."""
     shifted = jnp.pad(inputs, ((0, 0), (back, 0), (0, 0)))[:, : inputs.shape[1]]
-    if context.segments is None:
+    if segments is None:
         return shifted
-    before = jnp.pad(context.segments, ((0, 0), (back, 0)))[:, : inputs.shape[1]]
-    return jnp.where((before == context.segments)[..., None], shifted, 0)
+    before = jnp.pad(segments, ((0, 0), (back, 0)))[:, : inputs.shape[1]]
+    return jnp.where((before == segments)[..., None], shifted, 0)
 
 
 def _up(inputs: jax.Array, back: int, context: Context, cached: jax.Array) -> jax.Array:

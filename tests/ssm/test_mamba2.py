@@ -28,7 +28,7 @@ TOKENS = np.array([[1, 5, 3, 8, 2, 9, 4], [7, 7, 1, 0, 2, 2, 3]])
 @functools.cache
 def hybrid():
     """A Mamba-2 layer below an attention layer, whose keys tell what the states have become."""
-    mamba = Mamba2(num_heads=4, head_dim=8, state_dim=6, num_groups=2, chunk=4)
+    mamba = Mamba2(num_heads=4, head_dim=8, state_dim=8, num_groups=2, chunk=4)
     attention = Attention(num_heads=2, head_dim=8, rotary=Rotary())
     blocks = tuple(Block(mixer, GatedMLP(hidden_dim=24)) for mixer in (mamba, attention))
     model = DecoderLM(blocks=blocks, num_layers=2, vocab_size=VOCAB, width=WIDTH, max_length=40)
@@ -86,7 +86,7 @@ def test_steps_are_the_whole_sequence_and_can_be_taken_back():
     """3 + 1 + 3 tokens, all but the first call with a margin of 4; then back by 4 and 1, and forth again."""
     model, _ = hybrid()
     cache, at, logits, behind = model.init_cache(2, 16), 0, [], {}
-    assert [layer.state.size for layer in states(cache)] == [2 * 4 * 8 * 6]
+    assert [layer.state.size for layer in states(cache)] == [2 * 4 * 8 * 8]
     for size in (3, 1, 3):
         padded = np.pad(TOKENS[:, at : at + size], ((0, 0), (0, 3 - size)))
         part, cache = step()(padded, cache, np.full(2, size))
@@ -95,7 +95,7 @@ def test_steps_are_the_whole_sequence_and_can_be_taken_back():
         cache = reversible(cache, 4) if at == 3 else cache
         behind[at] = jax.tree.map(np.asarray, read(cache, cache.length))
     close(np.concatenate(logits, axis=1), whole(TOKENS))
-    assert [layer.state.size for layer in states(cache)] == [5 * 2 * 4 * 8 * 6]  # whatever was read
+    assert [layer.state.size for layer in states(cache)] == [5 * 2 * 4 * 8 * 8]  # whatever was read
     three = np.full(2, 3, np.int32)
     found = read(rollback(cache, three), three)
     jax.tree.map(np.testing.assert_array_equal, found, behind[3])  # to the bit
@@ -122,6 +122,85 @@ def test_prefill_of_unequal_lengths():
     last, following = map(np.asarray, run(params))
     close(last, np.stack([whole(TOKENS)[0, 6], whole(TOKENS)[1, 3]]))
     close(following[1, 0], whole(TOKENS)[1, 4])
+
+
+LENGTHS = np.array([7, 4])
+
+
+def prefill(params, cache, counts):
+    """Of two rows, 7 and 4 tokens long -> logits behind them, and the cache with the first `counts` tokens."""
+    last, _, fresh = hybrid()[0].apply({"params": params}, TOKENS, LENGTHS, method="prefill")
+    return last, cache.commit(fresh, None, counts)
+
+
+@pytest.fixture(scope="module")
+def read_prompts():
+    """(by the kernel, without it): compiled forms of `prefill`."""
+    jitted = jax.jit(prefill)
+    shapes = jax.tree.map(jnp.asarray, (hybrid()[1], hybrid()[0].init_cache(2, 16), LENGTHS))
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = jitted.lower(*shapes)
+        patch.setenv("LATHE_CPU_KERNELS", "off")
+        plain = jax.jit(lambda *args: prefill(*args)).lower(*shapes)
+    assert "lathe_ssd_mixer" in kernel.as_text() and "lathe_ssd_mixer" not in plain.as_text()
+    return kernel.compile(), plain.compile()
+
+
+@pytest.mark.parametrize("counts", [LENGTHS, np.array([5, 4]), np.array([1, 0])], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=("empty", "full"))
+def test_a_prompt_by_the_kernel_leaves_the_same_cache(read_prompts, counts, full):
+    """Also of fewer tokens than were read, and on top of a cache that is not empty."""
+    cache = hybrid()[0].init_cache(2, 16)
+    if full:
+        cache = read_prompts[1](hybrid()[1], cache, np.array([2, 3]))[1]
+    kernel, plain = (program(hybrid()[1], cache, counts) for program in read_prompts)
+    close(*(np.asarray(last) for last, _ in (kernel, plain)))
+    for found, right in zip(states(kernel[1]), states(plain[1]), strict=True):
+        np.testing.assert_allclose(found.state, right.state, atol=2e-5 * float(np.max(np.abs(right.state))))
+        np.testing.assert_allclose(found.conv, right.conv, atol=1e-6)
+
+
+def test_a_reversible_cache_takes_a_prompt_of_the_kernel():
+    """The states behind each of the last tokens are those of shorter prompts."""
+    model, params = hybrid()
+
+    @jax.jit
+    def run(params, lengths):
+        cache = reversible(model.init_cache(2, 16), 3)
+        return prefill(params, cache, lengths)[1]
+
+    cache = run(params, LENGTHS)
+    for back in range(4):
+        found = read(cache, LENGTHS - back)
+        right = read(run(params, LENGTHS - back), LENGTHS - back)
+        for pair in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+            np.testing.assert_allclose(*pair, atol=1e-5)
+
+
+def test_a_prompt_of_the_kernel_is_committed_in_its_order():
+    model, params = hybrid()
+
+    def run(path):
+        _, _, fresh = model.apply({"params": params}, TOKENS, LENGTHS, method="prefill")
+        return model.init_cache(2, 16).commit(fresh, path, jnp.minimum(LENGTHS, path.shape[1]))
+
+    for size in (1, 3, 7):
+        with pytest.raises(UserError, match="committed in their order, without a path"):
+            jax.eval_shape(run, jnp.zeros((2, size), jnp.int32))
+
+
+def test_gradients_are_those_without_the_kernel(monkeypatch):
+    model, params = hybrid()
+
+    def loss(params):
+        segments = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]])
+        return jnp.sum(jnp.sin(model.apply({"params": params}, TOKENS, None, segments)))
+
+    kernel = jax.jit(jax.grad(loss))(params)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    plain = jax.jit(jax.grad(lambda params: loss(params)))(params)
+    for found, right in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-4 * float(np.max(np.abs(right))) + 1e-6)
 
 
 def test_a_tree_scores_every_path_and_commits_one():
