@@ -5,6 +5,7 @@ belongs to the loop. So a checkpoint is written below `<step>.saving`, summed, d
 (`research.training.checkpoint_files`) and only then renamed to `<step>`: a plain number is complete.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -187,6 +188,8 @@ class Checkpoints:
     def _failed(self, error: BaseException, saving: Path, needed: int) -> BaseException:
         """Removes what a failed save left and says what it was, in one line if it is the user's to fix."""
         self._failed_alone = jax.process_count() > 1
+        with contextlib.suppress(Exception):  # another thread of Orbax's may still write, and would miss its directory
+            self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
             shutil.rmtree(saving, ignore_errors=True)
         target = f"checkpoint {saving.with_suffix('')}"
