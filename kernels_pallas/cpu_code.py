@@ -189,6 +189,24 @@ class Function:
         """The largest float of a vector of numbers."""
         return self.value(f"call nnan float @llvm.vector.reduce.fmax.{self.kind}({self.vector} {a})")
 
+    def transposed(self, rows: list[str]) -> list[str]:
+        """The columns of as many vectors as a vector has floats, a power of two."""
+        half = self.lanes // 2
+        masks = [
+            ", ".join(f"i32 {i // 2 + (self.lanes if i % 2 else 0) + start}" for i in range(self.lanes))
+            for start in (0, half)
+        ]
+        for _ in range(self.lanes.bit_length() - 1):  # each step riffles: row i with row i + half
+            rows = [
+                self.value(
+                    f"shufflevector {self.vector} {rows[i]}, {self.vector} {rows[i + half]}, "
+                    f"<{self.lanes} x i32> <{mask}>"
+                )
+                for i in range(half)
+                for mask in masks
+            ]
+        return rows
+
     # Variables.
 
     def variable(self, initial: Value = "zeroinitializer", kind: str | None = None) -> str:
