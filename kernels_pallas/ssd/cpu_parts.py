@@ -119,7 +119,7 @@ def _silu(f: Function, x: str) -> str:
 def announce(f: Function, pointer: str, floats: int) -> None:
     """That so many floats will soon be read."""
     for offset in range(0, floats + 15, 16):  # of a cache line
-        f.call("llvm.prefetch.p0", f"ptr {f.at(pointer, offset)}", "i32 0", "i32 3", "i32 1")
+        f.announce(f.at(pointer, offset))
 
 
 def convolve(width: int, scaled: bool, s: Sizes) -> str:
@@ -181,22 +181,9 @@ def transpose(s: Sizes) -> str:
         "i64 %apart",
         lanes=s.lanes,
     )
-    half = s.lanes // 2
-    masks = [
-        ", ".join(f"i32 {i // 2 + (s.lanes if i % 2 else 0) + start}" for i in range(s.lanes))
-        for start in (0, half)
-    ]
     with f.loop("%rows", step=s.lanes) as i, f.loop("%columns", step=s.lanes) as j:
         rows = [f.load(f.at("%from", f.mul(f.add(i, r), "%columns"), j)) for r in range(s.lanes)]
-        for _ in range(int(math.log2(s.lanes))):  # each step riffles: row r with row r + half
-            rows = [
-                f.value(
-                    f"shufflevector {f.vector} {rows[r]}, {f.vector} {rows[r + half]}, <{s.lanes} x i32> <{mask}>"
-                )
-                for r in range(half)
-                for mask in masks
-            ]
-        for r, row in enumerate(rows):
+        for r, row in enumerate(f.transposed(rows)):
             f.store(row, f.at("%to", f.mul(f.add(j, r), "%apart"), i))
     return f.text()
 
