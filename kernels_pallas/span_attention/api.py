@@ -41,8 +41,8 @@ def span_attention(
         scale: factor of the scores, d ** -0.5 by default.
         softcap: tanh soft cap of the scores, or None.
         implementation: None takes the kernel of the default backend.
-        block: side of the tiles; a multiple of 128 on TPU, a power of two from 16 on GPU; None chooses.
-        interpret: run the kernel in Pallas' interpreter, on any backend; or parameters of the TPU simulator.
+        block: side of the Pallas kernels' tiles; a multiple of 128 on TPU, a power of two from 16 on GPU; None chooses.
+        interpret: run the Pallas kernel in Pallas' interpreter, on any backend; or parameters of the TPU simulator.
 
     Returns:
         [B, H, L, d] in the dtype of query; sums in float32. 0 where a query sees no key.
@@ -51,7 +51,7 @@ def span_attention(
         Unsupported: there is no such kernel for the backend, or it cannot compute these arguments. Another
             implementation is never taken instead.
     """
-    implementation = choose("span attention", implementation)
+    implementation = choose("span attention", implementation, ("tpu", "gpu", "cpu"))
     heads = query.shape[1]
     window, sink = (_span(name, span, heads) for name, span in (("window", window), ("sink", sink)))
     _check(query, key, value, segments, implementation)
@@ -70,8 +70,23 @@ def span_attention(
         return reference.span_attention(
             query, key, value, window, sink, segments, scale=scale, softcap=softcap
         )
+    if implementation == "cpu":
+        from kernels_pallas.span_attention import cpu
+
+        return cpu.span_attention(query, key, value, window, sink, segments, scale=scale, softcap=softcap)
     config = _Config(implementation, scale, softcap, block, interpret)
     return _attention(query, key, value, window, sink, segments, config)
+
+
+def takes_on_cpu(dim: int) -> bool:
+    """Whether the cpu kernel computes heads of `dim` on this processor.
+
+    Raises Unsupported for a processor without a kernel.
+    """
+    # Imported here: only programs that run on a CPU need LLVM.
+    from kernels_pallas.span_attention import cpu
+
+    return dim % cpu.lanes() == 0 and dim <= cpu.WIDEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +168,19 @@ def _check(query, key, value, segments, implementation: Implementation) -> None:
         raise Unsupported(f"segments has shape {segments.shape}, expected {(batch, length)}")
     if implementation == "reference":
         return
+    taken = (jnp.float32,) if implementation == "cpu" else (jnp.float32, jnp.bfloat16)
     for name, array in {"query": query, "key": key, "value": value}.items():
-        if array.dtype not in (jnp.float32, jnp.bfloat16) or array.dtype != query.dtype:
-            raise Unsupported(f"{name} is {array.dtype}: the kernels take float32 and bfloat16, all alike")
+        if array.dtype not in taken or array.dtype != query.dtype:
+            names = " and ".join(jnp.dtype(dtype).name for dtype in taken)
+            raise Unsupported(
+                f"{name} is {array.dtype}: the {implementation} kernel takes {names}, all alike"
+            )
+    if implementation == "cpu" and not takes_on_cpu(dim):
+        from kernels_pallas.span_attention import cpu
+
+        raise Unsupported(
+            f"head_dim={dim}: the cpu kernel takes multiples of {cpu.lanes()} up to {cpu.WIDEST} on this processor"
+        )
     if implementation == "tpu" and dim % 8:
         raise Unsupported(f"head_dim={dim}: the tpu kernel takes multiples of 8")
     if implementation == "gpu" and (dim < 16 or dim & (dim - 1)):

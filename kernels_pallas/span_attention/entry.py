@@ -74,4 +74,5 @@ KERNEL = Kernel(
     small=Case(
         "4 heads on 2", "small", _sizes(1, 4, 2, 256, 32, "float32"), dict(window=(32, 64, 128, 256), sink=4)
     ),
+    implementations=("tpu", "gpu", "cpu"),
 )

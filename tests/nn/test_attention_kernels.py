@@ -189,7 +189,8 @@ def test_blocked_attention_refuses_what_it_cannot_compute(rule, changes):
         (Full(), 65, {}, DenseAttention()),
     ],
 )
-def test_auto_attention_chooses(rule, length, changes, kernel):
+def test_auto_attention_chooses_without_the_kernel_for_a_cpu(rule, length, changes, kernel, monkeypatch):
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
     query, key, value, _ = inputs(length)
     options = {**PLAIN, **changes}
 
@@ -197,6 +198,44 @@ def test_auto_attention_chooses(rule, length, changes, kernel):
         return str(jax.make_jaxpr(lambda *qkv: k(*qkv, rule, **options))(query, key, value))
 
     assert program(AutoAttention(longest=100)) == program(kernel)
+
+
+WINDOW = Window(9)
+
+
+def test_auto_attention_takes_the_kernel_for_a_cpu(monkeypatch):
+    def runs_kernel(rule=WINDOW, length=33, dim=16, dtype=jnp.float32, **changes) -> bool:
+        query, key, value, _ = inputs(length, dim=dim, dtype=dtype)
+        run = jax.jit(lambda *qkv: AutoAttention()(*qkv, rule, **{**PLAIN, **changes}))
+        return "lathe_span_attention" in run.lower(query, key, value).as_text()
+
+    assert runs_kernel() and runs_kernel(Causal()) and runs_kernel(length=1100, softcap=5.0)
+    assert runs_kernel(segments=segments_of(33))
+    assert not runs_kernel(length=32)
+    assert not runs_kernel(Full())
+    assert not runs_kernel(Prefix(), prefix=jnp.zeros(2, jnp.int32))
+    assert not runs_kernel(dim=20)
+    assert not runs_kernel(dtype=jnp.bfloat16)
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    assert not runs_kernel()
+
+
+@pytest.mark.parametrize("rule", [Causal(), Window((1, 3, 40, 60), sinks=2)])
+def test_auto_attention_equals_dense_on_tokens_forward_and_backward(rule):
+    """In padding, what the kernels compute differs and no loss reads it."""
+    query, key, value, cotangent = inputs(70, dim=16)
+    segments = segments_of(70)
+    cotangent = cotangent * (segments > 0)[:, None, :, None]
+
+    def both(kernel):
+        out, pullback = jax.vjp(
+            lambda *qkv: kernel(*qkv, rule, **{**PLAIN, "segments": segments}), query, key, value
+        )
+        return (out * (segments > 0)[:, None, :, None], *pullback(cotangent))
+
+    found, right = jax.jit(lambda: (both(AutoAttention()), both(DenseAttention())))()
+    for ours, theirs in zip(found, right, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
 def test_vmap_equals_one_at_a_time():
