@@ -23,8 +23,7 @@ from kernels_pallas.cpu_math import constant, exponential, number
 
 _ROWS = 8  # of a piece
 _AT_ONCE = 4  # vectors, whose sums do not wait for each other
-_TAKES = 16  # of a thread
-_SHARE = 1 << 14  # logits below which another thread does not pay
+_SHARE = 1 << 15  # logits below which another thread does not pay
 _LEAST, _NAN = float("-inf"), float("nan")
 
 
@@ -34,7 +33,7 @@ def _execute(lanes: int) -> str:
     f.line("%logits = call ptr @buffer(ptr %frame, i64 0)")
     rows, classes = (f.value(f"call i64 @dim(ptr %logits, i64 {axis})") for axis in range(2))
     pay = f.div(f.mul(rows, classes), _SHARE)
-    f.call("share", "ptr @block", "ptr %frame", f"i64 {f.ceil(rows, _ROWS)}", f"i64 {pay}", f"i64 {_TAKES}")
+    f.call("share.long", "ptr %frame", "ptr @block", "ptr %frame", f"i64 {f.ceil(rows, _ROWS)}", f"i64 {pay}")
     return f.text()
 
 
@@ -44,10 +43,9 @@ def _each_row(f: Function, operands: dict[str, int]) -> Iterator[tuple[str, str,
 
     operands: numbers by name, whose data has the name.
     """
-    f.line("%frame.at = getelementptr %job, ptr %job, i64 0, i32 6")
-    f.line("%frame = load ptr, ptr %frame.at")
+    frame = f.field("%job", "%job", 6, "ptr")
     for name, place in operands.items():
-        f.line(f"%{name}.buffer = call ptr @buffer(ptr %frame, i64 {place})")
+        f.line(f"%{name}.buffer = call ptr @buffer(ptr {frame}, i64 {place})")
         f.line(f"%{name} = call ptr @data(ptr %{name}.buffer)")
     rows, classes = (f.value(f"call i64 @dim(ptr %logits.buffer, i64 {axis})") for axis in range(2))
     first = f.mul("%index", _ROWS)

@@ -21,34 +21,31 @@ from kernels_pallas.cpu_code import Function
 BLOCK = 64  # rows of a piece
 _AT_ONCE = 4  # vectors, whose sums do not wait for each other
 _ROWS = 4  # of the backward pass at once: the block's sums are read and written once for all of them
-_TAKES = 8  # of a thread
-_SHARE = 1 << 15  # floats below which another thread does not pay
+_SHARE = 1 << 16  # floats below which another thread does not pay
 
 
 def _execute(operands: dict[str, int], lanes: int) -> tuple[Function, str, str, str]:
     """The function that XLA's call runs, after its threads have done their work; rows, groups, width of a group."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    rows, groups, width = _read(f, operands)
+    rows, groups, width = _read(f, "%frame", operands)
     size = f.mul(f.mul(rows, groups), width)
     pay = f.div(size, _SHARE)
-    f.call("share", "ptr @block", "ptr %frame", f"i64 {f.ceil(rows, BLOCK)}", f"i64 {pay}", f"i64 {_TAKES}")
+    f.call("share.long", "ptr %frame", "ptr @block", "ptr %frame", f"i64 {f.ceil(rows, BLOCK)}", f"i64 {pay}")
     return f, rows, groups, width
 
 
 def _block(operands: dict[str, int], lanes: int) -> tuple[Function, str, str, str, str]:
     """The function of a piece; its first row and the one after its last, groups, width of a group."""
     f = Function("block", "ptr %job", "i64 %index", lanes=lanes)
-    f.line("%frame.at = getelementptr %job, ptr %job, i64 0, i32 6")
-    f.line("%frame = load ptr, ptr %frame.at")
-    rows, groups, width = _read(f, operands)
+    rows, groups, width = _read(f, f.field("%job", "%job", 6, "ptr"), operands)
     first = f.mul("%index", BLOCK)
     return f, first, f.min(f.add(first, BLOCK), rows), groups, width
 
 
-def _read(f: Function, operands: dict[str, int]) -> tuple[str, str, str]:
+def _read(f: Function, frame: str, operands: dict[str, int]) -> tuple[str, str, str]:
     """Operands by their names, and the sizes of x [rows, groups, width of a group]."""
     for name, number in operands.items():
-        f.line(f"%{name}.buffer = call ptr @buffer(ptr %frame, i64 {number})")
+        f.line(f"%{name}.buffer = call ptr @buffer(ptr {frame}, i64 {number})")
         f.line(f"%{name} = call ptr @data(ptr %{name}.buffer)")
     rows, groups, width = (f.value(f"call i64 @dim(ptr %x.buffer, i64 {axis})") for axis in range(3))
     return rows, groups, width

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.rms_norm import rms_norm
-from research.nn.cpu_kernels import use_cpu_kernels
+from research.nn.cpu_kernels import trained_by, use_cpu_kernels
 from research.nn.linear import parameter
 
-_LARGE = 1 << 14  # elements; XLA's norm of fewer and its gradient are as fast
+_LARGE = 1 << 14  # numbers from where on a kernel pays
 
 
 class RMSNorm(nn.Module):
@@ -36,35 +36,16 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", init, (x.shape[-1],)).astype(jnp.float32)
         if self.unit_offset:
             scale = 1.0 + scale
-        large = x.dtype == jnp.float32 and x.size >= _LARGE
-        normalise = _trained if large and use_cpu_kernels() else _plain
-        y = normalise(x.astype(jnp.float32), scale, self.epsilon, self.groups)
-        return y.astype(x.dtype).reshape(shape)
 
+        def norm(implementation: str, x: jax.Array, scale: jax.Array) -> jax.Array:
+            return rms_norm(x, scale, self.epsilon, self.groups, implementation=implementation)
 
-def _plain(x: jax.Array, scale: jax.Array, epsilon: float, groups: int) -> jax.Array:
-    return rms_norm(x, scale, epsilon, groups, implementation="reference")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _trained(x: jax.Array, scale: jax.Array, epsilon: float, groups: int) -> jax.Array:
-    """By the kernel for a CPU where a gradient is taken.
-
-    A model that is only run keeps XLA's norm: there it is as fast for few rows, and a row has the same bits among few
-    and among many.
-    """
-    return _plain(x, scale, epsilon, groups)
-
-
-def _forward(x: jax.Array, scale: jax.Array, epsilon: float, groups: int):
-    return jax.vjp(lambda x, scale: rms_norm(x, scale, epsilon, groups), x, scale)
-
-
-def _backward(epsilon: float, groups: int, pull, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return pull(dy)
-
-
-_trained.defvjp(_forward, _backward)
+        plain = functools.partial(norm, "reference")
+        suits = x.dtype == jnp.float32 and x.size >= _LARGE
+        normalise = (
+            trained_by(functools.partial(norm, "cpu"), plain) if suits and use_cpu_kernels() else plain
+        )
+        return normalise(x.astype(jnp.float32), scale).astype(x.dtype).reshape(shape)
 
 
 class LayerNorm(nn.Module):
