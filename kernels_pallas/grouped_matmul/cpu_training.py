@@ -391,7 +391,7 @@ def _call(
     operands: Sequence[jax.Array],
     columns: int,
     lanes: int | None,
-):
+) -> list[jax.Array]:
     lanes = lanes or cpu.lanes()
     rows, depth = operands[0].shape
     cut = np.array(plan(rows, columns, depth, cores(), lanes), np.int32)

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 
 from kernels_pallas.common import target_platform
 from research.errors import UserError, nearest
-from research.moe.grouped import Groups, PallasGroupedDot, every_expert, grouped_dot
+from research.moe.grouped import Groups, PallasGroupedDot, every_expert, grouped_dot, in_one_call
 from research.moe.losses import load
 from research.moe.routing import Routing
 from research.nn import weights
@@ -229,7 +229,18 @@ class CapacityDispatch(_Slots):
         free = PartitionSpec.UNCONSTRAINED
         return jax.lax.with_sharding_constraint(buffer, PartitionSpec("expert", free, free))
 
+    @property
+    def groups(self) -> Groups:
+        """Which rows of a buffer, flat, are filled."""
+        experts = self.counts.shape[0]
+        capacity = self.pair_of_slot.shape[0] // experts
+        size = jnp.minimum(self.counts, capacity).astype(jnp.int32)
+        return Groups((jnp.arange(experts, dtype=jnp.int32) * capacity)[None], size[None])
+
     def dot(self, buffer: jax.Array, kernel: Kernel) -> jax.Array:
+        rows = buffer.reshape(-1, buffer.shape[-1])
+        if in_one_call(rows, kernel, self.groups):  # which computes the rows that are filled alone
+            return grouped_dot(rows, kernel, self.groups).reshape(*buffer.shape[:2], -1)
         return batched_dot(buffer, kernel)
 
     def bias(self, buffer: jax.Array, bias: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
-from research.moe.dispatch import Dispatch, SortedDispatch
+from research.moe.dispatch import CapacityDispatch, Dispatch, SortedDispatch
 from research.moe.grouped import in_one_call
 from research.moe.grouped_ffn import (
     grouped_feed_forward,
@@ -100,16 +100,17 @@ def feed_forward(
     dispatch: Dispatch, buffer: jax.Array, params: Mapping[str, Mapping[str, Kernel]], activation: Activation
 ) -> jax.Array:
     """Buffer [..., width] through its experts' FFNs {gate, up, down}/{kernel, bias} -> buffer [..., width]."""
-    if isinstance(dispatch, SortedDispatch) and dispatch.grouped_dot is None:
-        groups = dispatch.groups
-        if in_panels(params, activation):
-            return panels_feed_forward(buffer, params, groups)
-        plain = all(isinstance(leaf, jax.Array) for part in params.values() for leaf in part.values())
-        kernel = in_one_call(buffer, params["up"]["kernel"], groups)
-        if plain and kernel and kernel_suits(params, activation):
-            return kernel_feed_forward(buffer, params, groups)
-        if plain and not kernel and dispatch.in_pieces:
-            return grouped_feed_forward(buffer, params, groups, dispatch.tile, activation)
+    in_order = isinstance(dispatch, SortedDispatch) and dispatch.grouped_dot is None
+    if in_order and in_panels(params, activation):
+        return panels_feed_forward(buffer, params, dispatch.groups)
+    if all(isinstance(leaf, jax.Array) for part in params.values() for leaf in part.values()):
+        rows = buffer.reshape(-1, buffer.shape[-1])
+        grouped = in_order or isinstance(dispatch, CapacityDispatch)
+        kernel = grouped and in_one_call(rows, params["up"]["kernel"], dispatch.groups)
+        if kernel and kernel_suits(params, activation):
+            return kernel_feed_forward(rows, params, dispatch.groups).reshape(buffer.shape)
+        if in_order and not kernel and dispatch.in_pieces:
+            return grouped_feed_forward(buffer, params, dispatch.groups, dispatch.tile, activation)
     up, act = affine(dispatch, buffer, params["up"]), ACTIVATIONS[activation]
     hidden = act(affine(dispatch, buffer, params["gate"])) * up if "gate" in params else act(up)
     return affine(dispatch, hidden, params["down"])

@@ -103,7 +103,7 @@ def grouped_dot(rows: jax.Array, kernel: Kernel, groups: Groups, tile: int = 1) 
 
 
 def in_one_call(rows: jax.Array, kernel: Kernel, groups: Groups) -> bool:
-    """Whether these rows, sorted without blocks, are multiplied by the kernel for CPUs."""
+    """Whether these rows, not in blocks, are multiplied by the kernel for CPUs."""
     if groups.block or not isinstance(kernel, jax.Array) or not rows.dtype == kernel.dtype == jnp.float32:
         return False
     experts, inputs, outputs = kernel.shape

@@ -96,10 +96,11 @@ def test_equals_the_oracle_forward_and_backward(name, piece, left_over, oracle, 
     np.testing.assert_array_equal(gradients["params"]["up"]["kernel"][2], 0)  # no token, no gradient
 
 
+@pytest.mark.parametrize("backend", ["sorted", "capacity"])
 @pytest.mark.parametrize(
     "biases, used", [(False, {"grouped_ffn"}), (True, {"grouped_dot"})], ids=["the whole FFN", "products"]
 )
-def test_kernels_for_a_cpu_equal_the_oracle(biases, used, monkeypatch):
+def test_kernels_for_a_cpu_equal_the_oracle(biases, used, backend, monkeypatch):
     for name in ("_ROWS", "_OF_AN_EXPERT", "_PRODUCTS"):
         monkeypatch.setattr(grouped, name, 1)
     monkeypatch.setattr("research.moe.dispatch._LARGE", 1)
@@ -114,7 +115,7 @@ def test_kernels_for_a_cpu_equal_the_oracle(biases, used, monkeypatch):
     values = inputs()
     if not biases:
         values["params"] = {name: {"kernel": part["kernel"]} for name, part in values["params"].items()}
-    ours = value_and_gradients(SortedDispatch.make, values)
+    ours = value_and_gradients(BACKENDS[backend], values)
     assert called == used | {*ROWS}
     with without_cpu_kernels():
         close(ours, value_and_gradients(DenseDispatch.make, values))
