@@ -37,7 +37,7 @@ from research.nn.weights import Kernel
 PIECE = 512  # rows
 BLOCK = 128 * 1024  # bytes
 # From where on the kernel for CPUs pays: rows, rows of an expert on average, and multiply-adds.
-_ROWS, _OF_AN_EXPERT, _PRODUCTS = 48, 4, 1 << 20
+_ROWS, _OF_AN_EXPERT, _PRODUCTS = 48, 4, 1 << 17
 
 
 class Groups(struct.PyTreeNode):
