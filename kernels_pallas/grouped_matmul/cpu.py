@@ -16,12 +16,8 @@ from kernels_pallas.common import Unsupported
 from kernels_pallas.cpu import Kernel
 from kernels_pallas.cpu_math import constant, exponential
 from kernels_pallas.skinny_matmul import panel_columns
+from kernels_pallas.skinny_matmul.cpu import FLOATS, ROWS, VECTORS, tile
 
-_ROWS = 8  # of a tile, whose sums stay in registers
-_VECTORS = 3  # of a row of a panel
-# Rows of a panel from the announcement of a read to the read, by level of the caches.
-_AHEAD = {1: 24, 2: 128}
-_LINE = 64  # bytes of a cache line
 _BLOCK = 256  # rows of a piece at most: they stay in the processor's second cache while the panels pass
 _TAKES = 4  # of a thread, where reading the weights is all the work
 _SHARE = 1 << 16  # bytes of weights, once for every tile of rows, below which another thread does not pay
@@ -260,67 +256,9 @@ done:
 """
 
 
-def _tile(rows: int, vectors: int, lanes: int) -> str:
-    """The function `tile.ROWS.VECTORS`: x [rows, inputs] times the first vectors of a panel [inputs, columns]."""
-    vector, columns = f"<{lanes} x float>", _VECTORS * lanes
-    sums = list(itertools.product(range(rows), range(vectors)))
-    lines = [
-        f"define internal void @tile.{rows}.{vectors}(ptr noalias %x, i64 %inputs, ptr noalias %panel, "
-        "ptr noalias %y, i64 %stride) {",
-        "entry:",
-        *(f"  %x.{r}.at = mul i64 %inputs, {r}" for r in range(rows)),
-        *(f"  %x.{r} = getelementptr float, ptr %x, i64 %x.{r}.at" for r in range(rows)),
-        "  br label %loop",
-        "loop:",
-        "  %k = phi i64 [ 0, %entry ], [ %k.next, %loop ]",
-        "  %w = phi ptr [ %panel, %entry ], [ %w.next, %loop ]",
-        *(
-            f"  %sum.{r}.{j} = phi {vector} [ zeroinitializer, %entry ], [ %new.{r}.{j}, %loop ]"
-            for r, j in sums
-        ),
-    ]
-    for (level, ahead), offset in itertools.product(_AHEAD.items(), range(0, 4 * lanes * vectors, _LINE)):
-        lines += [
-            f"  %ahead.{level}.{offset} = getelementptr i8, ptr %w, i64 {4 * columns * ahead + offset}",
-            f"  call void @llvm.prefetch.p0(ptr %ahead.{level}.{offset}, i32 0, i32 {4 - level}, i32 1)",
-        ]
-    for j in range(vectors):
-        lines += [
-            f"  %w.{j}.at = getelementptr float, ptr %w, i64 {j * lanes}",
-            f"  %w.{j} = load {vector}, ptr %w.{j}.at, align 4",
-        ]
-    for r in range(rows):
-        lines += [
-            f"  %v.{r}.at = getelementptr float, ptr %x.{r}, i64 %k",
-            f"  %v.{r} = load float, ptr %v.{r}.at",
-            f"  %v.{r}.first = insertelement {vector} poison, float %v.{r}, i32 0",
-            f"  %v.{r}.all = shufflevector {vector} %v.{r}.first, {vector} poison, <{lanes} x i32> zeroinitializer",
-        ]
-        lines += [
-            f"  %new.{r}.{j} = call {vector} @llvm.fma.v{lanes}f32({vector} %v.{r}.all, {vector} %w.{j}, "
-            f"{vector} %sum.{r}.{j})"
-            for j in range(vectors)
-        ]
-    lines += [
-        f"  %w.next = getelementptr float, ptr %w, i64 {columns}",
-        "  %k.next = add i64 %k, 1",
-        "  %more = icmp ult i64 %k.next, %inputs",
-        "  br i1 %more, label %loop, label %end",
-        "end:",
-        *(f"  %y.{r}.at = mul i64 %stride, {r}" for r in range(rows)),
-    ]
-    for r, j in sums:
-        lines += [
-            f"  %y.{r}.{j}.at = add i64 %y.{r}.at, {j * lanes}",
-            f"  %y.{r}.{j} = getelementptr float, ptr %y, i64 %y.{r}.{j}.at",
-            f"  store {vector} %new.{r}.{j}, ptr %y.{r}.{j}, align 4",
-        ]
-    return "\n".join([*lines, "  ret void", "}"])
-
-
 def _silu(lanes: int) -> str:
     """The function `activate`: silu(gate) * up of a tile, gate and up [rows, columns] -> y of that stride."""
-    vector, columns = f"<{lanes} x float>", _VECTORS * lanes
+    vector, columns = f"<{lanes} x float>", VECTORS * lanes
     return "\n".join(
         [
             "define internal void @activate(i64 %rows, i64 %vectors, ptr %gate, ptr %up, ptr %y, i64 %stride) {",
@@ -364,11 +302,12 @@ def _silu(lanes: int) -> str:
 @functools.cache
 def kernel(lanes: int) -> Kernel:
     """The code for vectors of so many floats."""
-    columns = _VECTORS * lanes
-    kinds = list(itertools.product(range(1, _ROWS + 1), range(1, _VECTORS + 1)))
+    columns = VECTORS * lanes
+    kinds = list(itertools.product(range(1, ROWS + 1), range(1, VECTORS + 1)))
     calls = [
         f"tile.{n}.{v}:\n"
-        f"  call void @tile.{n}.{v}(ptr %x, i64 %inputs, ptr %panel, ptr %y, i64 %stride)\n"
+        f"  call void @tile.{FLOATS.name}.{n}.{v}(ptr %x, i64 %inputs, i64 1, i64 %inputs, ptr %panel, ptr null, "
+        "ptr %y, i64 %stride)\n"
         "  ret void"
         for n, v in kinds
     ]
@@ -378,15 +317,15 @@ def kernel(lanes: int) -> Kernel:
         lanes_less=lanes - 1,
         columns=columns,
         panel_bytes=4 * columns,
-        rows=_ROWS,
-        rows_less=_ROWS - 1,
+        rows=ROWS,
+        rows_less=ROWS - 1,
         activation=exponential(lanes) + "\n\n" + _silu(lanes),
-        edge=_ROWS * columns,
+        edge=ROWS * columns,
         block=_BLOCK,
         share=_SHARE,
         takes=_TAKES,
-        tiles="\n\n".join(_tile(n, v, lanes) for n, v in kinds),
-        cases=" ".join(f"i64 {v * _ROWS + n}, label %tile.{n}.{v}" for n, v in kinds),
+        tiles="\n\n".join(tile(n, FLOATS, lanes, v) for n, v in kinds),
+        cases=" ".join(f"i64 {v * ROWS + n}, label %tile.{n}.{v}" for n, v in kinds),
         calls="\n".join(calls),
     )
     return Kernel(f"lathe_grouped_matmul_{lanes}", code)
@@ -436,7 +375,7 @@ def grouped_panels(
         raise Unsupported(
             f"the gate is {gate.dtype}{list(gate.shape)}, the weights {panels.dtype}{list(panels.shape)}"
         )
-    name = register(width // _VECTORS)
+    name = register(width // VECTORS)
     call = jax.ffi.ffi_call(
         name, jax.ShapeDtypeStruct((x.shape[0], columns), x.dtype), vmap_method="sequential"
     )

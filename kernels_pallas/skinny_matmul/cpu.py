@@ -156,9 +156,10 @@ class Layout:
     weights: Callable[[int], list[str]]
 
 
-def loop(layout: Layout, lanes: int, sums: list[str], body: list[str]) -> list[str]:
+def loop(layout: Layout, lanes: int, sums: list[str], body: list[str], vectors: int = VECTORS) -> list[str]:
     """IR that runs over the rows of a panel, from the label `entry` to the label `end`, with the number %k of the
-    first input of a row. sums: names of vectors %sum.NAME that begin as zeros, and that `body` makes %new.NAME of."""
+    first input of a row. sums: names of vectors %sum.NAME that begin as zeros, and that `body` makes %new.NAME of, from
+    the first `vectors` of a row of the panel."""
     vector, row_bytes = f"<{lanes} x float>", layout.bytes * VECTORS * lanes
     lines = [
         "  br label %group.begin",
@@ -181,7 +182,9 @@ def loop(layout: Layout, lanes: int, sums: list[str], body: list[str]) -> list[s
             for name in sums
         ),
     ]
-    for (level, ahead), offset in itertools.product(_AHEAD.items(), range(0, row_bytes, _LINE)):
+    for (level, ahead), offset in itertools.product(
+        _AHEAD.items(), range(0, layout.bytes * vectors * lanes, _LINE)
+    ):
         lines += [
             f"  %ahead.{level}.{offset} = getelementptr i8, ptr %w, i64 {4 * VECTORS * lanes * ahead + offset}",
             f"  call void @llvm.prefetch.p0(ptr %ahead.{level}.{offset}, i32 0, i32 {4 - level}, i32 1)",
@@ -202,10 +205,11 @@ def loop(layout: Layout, lanes: int, sums: list[str], body: list[str]) -> list[s
     ]
 
 
-def _tile(rows: int, layout: Layout, lanes: int) -> str:
-    """The function `tile.LAYOUT.ROWS`: x [rows, inputs] times a panel, in registers until it is whole."""
+def tile(rows: int, layout: Layout, lanes: int, vectors: int = VECTORS) -> str:
+    """The function `tile.LAYOUT.ROWS.VECTORS`: x [rows, inputs] times the first vectors of a panel, in registers until
+    it is whole."""
     vector = f"<{lanes} x float>"
-    sums = [(r, j) for r in range(rows) for j in range(VECTORS)]
+    sums = [(r, j) for r in range(rows) for j in range(vectors)]
     body = []
     for i, r in itertools.product(range(layout.inputs), range(rows)):
         body += [
@@ -216,7 +220,7 @@ def _tile(rows: int, layout: Layout, lanes: int) -> str:
             f"  %v.{i}.{r}.all = shufflevector {vector} %v.{i}.{r}.first, {vector} poison, "
             f"<{lanes} x i32> zeroinitializer",
         ]
-        for j in range(VECTORS):
+        for j in range(vectors):
             before = f"%sum.{r}.{j}" if i == 0 else f"%new.{r}.{j}.{i - 1}"
             after = f"%new.{r}.{j}" if i == layout.inputs - 1 else f"%new.{r}.{j}.{i}"
             body.append(
@@ -224,11 +228,11 @@ def _tile(rows: int, layout: Layout, lanes: int) -> str:
                 f"{vector} {before})"
             )
     lines = [
-        f"define internal void @tile.{layout.name}.{rows}({_TAKES}) {{",
+        f"define internal void @tile.{layout.name}.{rows}.{vectors}({_TAKES}) {{",
         "entry:",
         *(f"  %x.{r}.at = mul i64 %inputs, {r}" for r in range(rows)),
         *(f"  %x.{r} = getelementptr float, ptr %x, i64 %x.{r}.at" for r in range(rows)),
-        *loop(layout, lanes, [f"{r}.{j}" for r, j in sums], body),
+        *loop(layout, lanes, [f"{r}.{j}" for r, j in sums], body, vectors),
     ]
     for r, j in sums:
         lines += [
@@ -243,7 +247,10 @@ def _tile(rows: int, layout: Layout, lanes: int) -> str:
 def functions(layout: Layout, lanes: int) -> str:
     """The function `rows.LAYOUT` (`_ROWS`) and its tiles."""
     numbers = range(1, ROWS + 1)
-    calls = [f"tile.{n}:\n  call void @tile.{layout.name}.{n}({_GIVES})\n  br label %tiled" for n in numbers]
+    calls = [
+        f"tile.{n}:\n  call void @tile.{layout.name}.{n}.{VECTORS}({_GIVES})\n  br label %tiled"
+        for n in numbers
+    ]
     rows = _ROWS.format(
         name=layout.name,
         columns=VECTORS * lanes,
@@ -252,7 +259,7 @@ def functions(layout: Layout, lanes: int) -> str:
         cases=" ".join(f"i64 {n}, label %tile.{n}" for n in numbers),
         calls="\n".join(calls),
     )
-    return "\n\n".join([*(_tile(n, layout, lanes) for n in numbers), rows])
+    return "\n\n".join([*(tile(n, layout, lanes) for n in numbers), rows])
 
 
 def make_kernel(name: str, lanes: int, row_bytes: int, functions: str, product: str) -> Kernel:
