@@ -24,7 +24,8 @@ def grouped_matmul(
         x: [M, K].
         weights: [E, K, N].
         sizes: int32[E], any of them 0; their sum is at most M.
-        implementation: None takes the kernel of the default backend.
+        implementation: None takes the kernel of the default backend, TPU or GPU; "cpu", for float32, is taken where
+            it is asked for. There every element is one chain of fused multiply-adds in the order of the sum.
         interpret: run the kernel in Pallas' interpreter, on any backend.
 
     Returns:
@@ -34,7 +35,8 @@ def grouped_matmul(
         Unsupported: there is no such kernel for the backend, or it cannot compute these arguments. Another
             implementation is never taken instead.
     """
-    implementation = choose("grouped matmul", implementation)
+    if implementation != "cpu":
+        implementation = choose("grouped matmul", implementation)
     rows, features = x.shape
     if weights.ndim != 3 or weights.shape[1] != features:
         raise Unsupported(f"weights have shape {weights.shape}, expected [groups, {features}, columns]")
@@ -47,6 +49,14 @@ def grouped_matmul(
             raise Unsupported(f"{name} is {array.dtype}: the kernels take float32 and bfloat16")
     if not rows:
         raise Unsupported("x has no rows")
+    if implementation == "cpu":
+        if not x.dtype == weights.dtype == jnp.float32:
+            raise Unsupported(
+                f"x is {x.dtype}, weights are {weights.dtype}: the kernel for a CPU takes float32"
+            )
+        if not weights.size:
+            raise Unsupported(f"weights {weights.shape} are empty")
+        return _cpu_kernel()(x, weights, jnp.cumsum(sizes) - sizes, sizes)
     _kernel(implementation).check(*weights.shape[1:])
     return _product(x, weights, sizes, implementation, interpret)
 
@@ -78,3 +88,12 @@ def _kernel(implementation: Implementation):
     else:
         from kernels_pallas.grouped_matmul import gpu as kernel
     return kernel
+
+
+def _cpu_kernel():
+    try:
+        # Imported here: only programs that run on a CPU need LLVM.
+        from kernels_pallas.grouped_matmul import cpu_training
+    except ImportError as error:
+        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
+    return cpu_training.grouped_dot

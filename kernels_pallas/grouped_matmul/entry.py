@@ -1,4 +1,5 @@
-"""The grouped product in the catalogue: experts of Mixtral and of a model with many narrow ones."""
+"""The grouped product in the catalogue: experts of Mixtral and of a model with many narrow ones; on a CPU, of 4,096
+tokens with two experts each."""
 
 from functools import partial
 
@@ -35,7 +36,7 @@ def _sizes(rows: int, features: int, columns: int, groups: int, dtype: str = "bf
     return dict(rows=rows, features=features, columns=columns, groups=groups, dtype=dtype)
 
 
-KERNEL = Kernel(
+ANYWHERE = Kernel(
     "grouped_matmul",
     grouped_matmul,
     partial(grouped_matmul, implementation="reference"),
@@ -48,3 +49,24 @@ KERNEL = Kernel(
     ),
     small=Case("8 experts", "small", _sizes(512, 128, 256, 8, "float32")),
 )
+
+CPU = Kernel(
+    "grouped_matmul_cpu",
+    grouped_matmul,
+    partial(grouped_matmul, implementation="reference"),
+    make,
+    cost,
+    cases=tuple(
+        Case(
+            f"8 experts, {features} to {columns}",
+            "training",
+            _sizes(8192, features, columns, 8, "float32"),
+            gradient=gradient,
+        )
+        for features, columns in ((128, 256), (512, 1024))
+        for gradient in (False, True)
+    ),
+    small=Case("8 experts", "small", _sizes(100, 40, 48, 8, "float32"), gradient=True),
+    implementations=("cpu",),
+)
+KERNEL = (ANYWHERE, CPU)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
 from kernels_pallas.grouped_matmul import cpu_training as grouped
 from kernels_pallas.matmul import cpu as dense
 
@@ -84,6 +85,18 @@ def test_the_derivative_is_made_of_products():
     dx, dw = jax.grad(loss, (0, 1))(x, w)
     assert np.array_equal(dx, by_group(wanted, w.swapaxes(1, 2), starts, sizes))
     assert np.array_equal(dw, gradient(x, wanted, starts, sizes))
+
+
+def test_as_the_kernel_that_is_asked_for():
+    x, w, sizes = whole((27, 40)), whole((3, 40, 33), 1), np.int32([5, 0, 20])
+    y = grouped_matmul(x, w, sizes, implementation="cpu")
+    assert np.array_equal(y, grouped_matmul(x, w, sizes, implementation="reference"))
+    with pytest.raises(
+        Unsupported, match="x is bfloat16, weights are float32: the kernel for a CPU takes float32"
+    ):
+        grouped_matmul(jnp.asarray(x, jnp.bfloat16), w, sizes, implementation="cpu")
+    with pytest.raises(Unsupported, match=r"weights \(0, 40, 33\) are empty"):
+        grouped_matmul(x, w[:0], sizes[:0], implementation="cpu")
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
