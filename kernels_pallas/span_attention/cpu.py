@@ -29,8 +29,8 @@ from kernels_pallas.span_attention import cpu_pieces, cpu_tiles
 from kernels_pallas.span_attention.cpu_tiles import Sizes
 
 WIDEST = 256  # numbers of a head: what a thread keeps at once lies on its stack
-_CHUNK = 128  # keys of a chunk at most
-_FORWARD, _BACKWARD = 1 << 14, 1 << 13  # floats of a chunk's copy at most: there are two copies, and five
+# Keys of a chunk at most, and floats of a copy of it: there are two copies forward, and five backward.
+_FORWARD, _BACKWARD = (256, 1 << 14), (128, 1 << 13)
 _SHARE = 1 << 20  # multiply-adds of a product below which another thread does not pay
 
 lanes = cpu.lanes
@@ -52,9 +52,8 @@ def _execute(sizes: Sizes, backward: bool) -> str:
 @functools.cache
 def kernel(backward: bool, dim: int, lanes: int, capped: bool, segmented: bool) -> cpu.Kernel:
     """The code for heads of `dim` and vectors of so many floats, with a soft cap, with segments."""
-    unit = cpu_pieces.BLOCK
-    keys = (_BACKWARD if backward else _FORWARD) // dim // unit * unit
-    sizes = Sizes(dim, lanes, max(unit, min(_CHUNK, keys)))
+    unit, (most, floats) = cpu_pieces.BLOCK, _BACKWARD if backward else _FORWARD
+    sizes = Sizes(dim, lanes, max(unit, min(most, floats // dim // unit * unit)))
     make = cpu_pieces.backward if backward else cpu_pieces.forward
     code = [cpu_tiles.functions(sizes), make(sizes, capped, segmented), _execute(sizes, backward)]
     name = f"lathe_span_attention_{'backward' if backward else 'forward'}_{dim}_{lanes}"

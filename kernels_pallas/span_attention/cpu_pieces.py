@@ -24,7 +24,7 @@ class _Piece:
 
     def __init__(
         self, sizes: Sizes, operands: tuple[str, ...], results: tuple[str, ...], capped: bool, segmented: bool
-    ):
+    ) -> None:
         f = self.f = sizes.function("piece", "ptr %job", "i64 %index")
         self.sizes, self.capped, self.segmented = sizes, capped, segmented
         call = f.field("%job", "%job", 6, "ptr")
@@ -51,9 +51,8 @@ class _Piece:
     def head(self, name: str, row: Value, head: Value, heads: Value) -> str:
         """The first token of a head in an array [B, L, heads, d]."""
         f = self.f
-        return f.at(
-            self.data[name], f.mul(f.add(f.mul(f.mul(row, self.length), heads), head), self.sizes.dim)
-        )
+        before = f.add(f.mul(f.mul(row, self.length), heads), head)
+        return f.at(self.data[name], f.mul(before, self.sizes.dim))
 
     def line(self, name: str, row: Value, head: Value) -> str:
         """A head's numbers in an array [B, H, L]."""
@@ -71,10 +70,6 @@ class _Piece:
             return f.min(largest(f, number, 0), self.length)
 
         return Span(f, self.sizes, read("window"), read("sink"), labels)
-
-    def announce(self, pointer: str, stride: Value, first: Value, count: Value) -> None:
-        f = self.f
-        f.call("announce", f"ptr {f.at(pointer, f.mul(first, stride))}", f"i64 {stride}", f"i64 {count}")
 
     # Copies.
 
@@ -123,9 +118,8 @@ class _Piece:
     def by_row(self, vectors: list[str], combine: Callable[[str, str], str]) -> list[str]:
         """`tiles.across` of a vector for each row, as vectors of at most as many rows as lanes."""
         lanes = self.sizes.lanes
-        return [
-            tiles.across(self.f, vectors[i : i + lanes], combine) for i in range(0, self.sizes.rows, lanes)
-        ]
+        groups = (vectors[i : i + lanes] for i in range(0, self.sizes.rows, lanes))
+        return [tiles.across(self.f, group, combine) for group in groups]
 
 
 class _Forward(_Piece):
@@ -133,11 +127,8 @@ class _Forward(_Piece):
         super().__init__(sizes, _OPERANDS, ("out", "top", "inverse"), capped, segmented)
         f, dim, rows = self.f, sizes.dim, sizes.rows
         self.chunk_keys, self.chunk_values = f.room(sizes.keys * dim), f.room(sizes.keys * dim)
-        self.queries, self.sums, self.weights = (
-            f.room(rows * dim),
-            f.room(rows * dim),
-            f.room(rows * sizes.keys),
-        )
+        self.queries, self.sums = f.room(rows * dim), f.room(rows * dim)
+        self.weights = f.room(rows * sizes.line)
         # Of a tile's queries, and what their tops' move made of the sums so far.
         self.top, self.total, self.old = (f.room(sizes.step) for _ in range(3))
         labels = (Labels(f, sizes, sizes.step), Labels(f, sizes, sizes.keys)) if segmented else None
@@ -191,7 +182,7 @@ class _Forward(_Piece):
             with f.when(some):
                 self._prepare(start, stop, ready, high)
                 for pointer in (self.query, self.out):
-                    self.announce(pointer, self.stride, f.add(first, rows), rows)
+                    self._announce(pointer, self.stride, f.add(first, rows), rows)
                 there = f.at(self.query, f.mul(first, self.stride))
                 self.copy(there, self.stride, count, rows, self.scale, self.queries)
                 self.scores(self.queries, self.chunk_keys, self.weights, low, high)
@@ -208,23 +199,28 @@ class _Forward(_Piece):
             token = f.add(start, k)
             count, offset = f.min(f.sub(stop, token), step), f.mul(token, self.kv_stride)
             for pointer in self.kv:
-                self.announce(pointer, self.kv_stride, f.add(token, step), step)
+                self._announce(pointer, self.kv_stride, f.add(token, step), step)
             key, value = (f.at(pointer, offset) for pointer in self.kv)
             self.panel(key, count, k, self.chunk_keys)
             to = f.at(self.chunk_values, f.mul(k, self.sizes.dim))
             self.copy(value, self.kv_stride, count, count, "1.0", to)
         f.store(largest(f, f.load(ready, "i64"), up(f, high, step)), ready, "i64")
 
+    def _announce(self, pointer: str, stride: Value, first: Value, count: Value) -> None:
+        """Tokens that the next tile reads or writes."""
+        f = self.f
+        f.call("announce", f"ptr {f.at(pointer, f.mul(first, stride))}", f"i64 {stride}", f"i64 {count}")
+
     def _soften(self, first: str, last: str, start: str, low: str, high: str) -> None:
         """Scores become weights; top, total and the sums are moved to the new maximum."""
-        f, lanes, rows, keys = self.f, self.sizes.lanes, self.sizes.rows, self.sizes.keys
+        f, lanes, rows, line = self.f, self.sizes.lanes, self.sizes.rows, self.sizes.line
         best = [f.variable(constant(tiles.HIDDEN)) for _ in range(rows)]
         parts = self.span_of_head.parts(low, high, first, last, start)
         for begin, end, masked in parts:
             with f.loop(end, start=begin, step=lanes) as k:
                 seen = self.span_of_head.masks(first, start, k) if masked else None
                 for r in range(rows):
-                    at = f.at(self.weights, f.add(k, r * keys))
+                    at = f.at(self.weights, f.add(k, r * line))
                     score, _ = self.capped_score(f.load(at))
                     if masked:
                         score = tiles.select(f, seen[r], score, constant(tiles.HIDDEN))
@@ -240,7 +236,7 @@ class _Forward(_Piece):
         added = [f.variable() for _ in range(rows)]
         with f.loop(parts[-1][1], start=parts[0][0], step=lanes) as k:
             for r in range(rows):
-                at = f.at(self.weights, f.add(k, r * keys))
+                at = f.at(self.weights, f.add(k, r * line))
                 weight = tiles.power_of_two(f, f.fsub(f.load(at), self.number(self.top, r)))
                 f.store(weight, at)
                 f.store(f.fadd(f.load(added[r]), weight), added[r])
@@ -291,7 +287,7 @@ class _Backward(_Piece):
         self.key_rows, self.key_panels, self.value_panels, self.d_key, self.d_value = chunk
         # Of a block of queries: rows, gradients of the output, of the query; scores and weights, and their gradients.
         self.queries, self.d_out, self.d_query = (f.room(BLOCK * dim) for _ in range(3))
-        self.weights, self.d_scores = f.room(BLOCK * sizes.keys), f.room(BLOCK * sizes.keys)
+        self.weights, self.d_scores = f.room(BLOCK * sizes.line), f.room(BLOCK * sizes.line)
         self.top, self.delta = f.room(BLOCK), f.room(BLOCK + sizes.lanes)  # a vector is stored for every tile
         self.labels = (Labels(f, sizes, BLOCK), Labels(f, sizes, sizes.keys)) if segmented else None
 
@@ -333,20 +329,10 @@ class _Backward(_Piece):
                     count = up(f, size, self.sizes.step)
                     self.labels[0].fill(self.labels_of(self.row), begin, end, count)
                 with f.loop(size, step=rows) as tile:
-                    self._announce_block(at, f.add(end, tile), begin, stop)
                     self._tile_of_queries(span, tile, f.add(begin, tile), end, start, stop)
                 with f.loop(high, start=down(f, low, rows), step=rows) as place:
                     self._tile_of_keys(span, place, begin, end, start)
             self._write_queries(at["to query"], begin, size, start)
-
-    def _announce_block(self, at: dict[str, str], token: str, begin: str, stop: str) -> None:
-        """What the next block needs first, a tile at a time: the processor takes few reads at once."""
-        f, rows = self.f, self.sizes.rows
-        for name in ("query", "out", "gradient", "to query"):
-            self.announce(at[name], self.stride, token, rows)
-        with f.when(f.less(begin, stop)):
-            for pointer in self.kv.values():
-                self.announce(pointer, self.kv_stride, token, rows)
 
     def _prepare(self, start: str, stop: str, ready: str, high: str) -> None:
         """Copies the keys and values of the chunk up to `high`, as far as they are not `ready`; gradients become 0."""
@@ -398,7 +384,7 @@ class _Backward(_Piece):
             queries, d_out, d_query = (
                 f.at(x, f.mul(tile, dim)) for x in (self.queries, self.d_out, self.d_query)
             )
-            weights, d_scores = (f.at(x, f.mul(tile, self.sizes.keys)) for x in (self.weights, self.d_scores))
+            weights, d_scores = (f.at(x, f.mul(tile, self.sizes.line)) for x in (self.weights, self.d_scores))
             self.scores(queries, self.key_panels, weights, low, high)
             self.scores(d_out, self.value_panels, d_scores, low, high)
             self._soften(span, tile, first, last, start, low, high)
@@ -409,7 +395,7 @@ class _Backward(_Piece):
         f = self.f
         with f.loop(high, start=low, step=self.sizes.lanes) as k:
             for r in range(self.sizes.rows):
-                at = f.add(f.mul(f.add(tile, r), self.sizes.keys), k)
+                at = f.add(f.mul(f.add(tile, r), self.sizes.line), k)
                 for matrix in (self.weights, self.d_scores):
                     f.store("zeroinitializer", f.at(matrix, at))
 
@@ -421,7 +407,7 @@ class _Backward(_Piece):
             with f.loop(end, start=begin, step=lanes) as k:
                 seen = span.masks(first, start, k, tile) if masked else None
                 for r in range(self.sizes.rows):
-                    place = f.add(f.mul(f.add(tile, r), self.sizes.keys), k)
+                    place = f.add(f.mul(f.add(tile, r), self.sizes.line), k)
                     at, d_at = f.at(self.weights, place), f.at(self.d_scores, place)
                     score, slope = self.capped_score(f.load(at))
                     weight = tiles.power_of_two(f, f.fsub(score, self.number(top, r)))
@@ -444,7 +430,7 @@ class _Backward(_Piece):
             queries, keys = self.labels
             first, behind = span.meeting(first, behind, lambda tile: queries.meet(tile, keys, place))
         with f.when(f.less(first, behind)):
-            at = f.add(f.mul(first, self.sizes.keys), place)
+            at = f.add(f.mul(first, self.sizes.line), place)
             sums = (self.weights, self.d_out, self.d_value), (self.d_scores, self.queries, self.d_key)
             for matrix, rows, to in sums:
                 places = (f.at(matrix, at), f.at(rows, f.mul(first, dim)), f.at(to, f.mul(place, dim)))

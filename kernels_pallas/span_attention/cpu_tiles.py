@@ -43,6 +43,12 @@ class Sizes:
         return VECTORS * self.lanes
 
     @property
+    def line(self) -> int:
+        """Floats from one row of a tile's scores to the next: no power of two, whose rows would share few places of
+        the processor's first cache."""
+        return self.keys + self.lanes
+
+    @property
     def step(self) -> int:
         """What ranges of keys are rounded to: whole vectors, and whole tiles where keys are rows."""
         return max(self.lanes, self.rows)
@@ -242,11 +248,11 @@ def _announce(sizes: Sizes) -> str:
 def functions(sizes: Sizes) -> str:
     """The functions `scores`; `mix`, for a [rows, keys]; `mix_turned`, for a [count, keys], whose columns are the rows
     of the product; `rows`, `panel` and `announce`."""
-    dim, keys, vector, kind = sizes.dim, sizes.keys, f"<{sizes.lanes} x float>", f"v{sizes.lanes}f32"
+    dim, line, vector, kind = sizes.dim, sizes.line, f"<{sizes.lanes} x float>", f"v{sizes.lanes}f32"
     kinds = {
-        "score": dict(row=dim, step=1, b_step=sizes.width, c_row=keys, fresh=True),
-        "mix": dict(row=keys, step=1, b_step=dim, c_row=dim, fresh=False),
-        "turned": dict(row=1, step=keys, b_step=dim, c_row=dim, fresh=False),
+        "score": dict(row=dim, step=1, b_step=sizes.width, c_row=line, fresh=True),
+        "mix": dict(row=line, step=1, b_step=dim, c_row=dim, fresh=False),
+        "turned": dict(row=1, step=line, b_step=dim, c_row=dim, fresh=False),
     }
     return "\n\n".join(
         [

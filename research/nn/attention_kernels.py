@@ -208,10 +208,10 @@ class AutoAttention:
     """On a CPU, for `Causal` and `Window` rules above `_SHORT` tokens: the kernel, for float32 and the head sizes that
     it takes; else blocked, for rules with a key range up to `longest` tokens. Dense otherwise.
 
-    Measured on two cores, forward and backward: the kernel takes a third to a fifth of the time of the blocked form at
-    256 tokens (4 heads of 32 and of 64, 6 of 64), a third to a fourth of that of the dense one at 48 and 64; packed
-    documents of 100 tokens take a third off that. Blocks of 64 are about 1.3 times faster than the dense form at 256
-    tokens; accelerators prefer the dense form, which their compilers fuse.
+    Measured on two cores, forward and backward: the kernel takes a fourth to a third of the time of the blocked form at
+    256 tokens (4 heads of 32 and of 64, 6 of 64), and of that of the dense one at 48 and 64; packed documents of 100
+    tokens take a third off. Blocks of 64 are about 1.3 times faster than the dense form at 256 tokens; accelerators
+    prefer the dense form, which their compilers fuse.
     """
 
     longest: int = 1024
