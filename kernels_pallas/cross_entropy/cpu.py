@@ -23,7 +23,7 @@ from kernels_pallas.cpu_math import constant, exponential, number
 
 _ROWS = 8  # of a piece
 _AT_ONCE = 4  # vectors, whose sums do not wait for each other
-_SHARE = 1 << 15  # logits below which another thread does not pay
+_SHARE = 1 << 16  # logits below which another thread does not pay
 _LEAST, _NAN = float("-inf"), float("nan")
 
 
