@@ -125,7 +125,7 @@ class MixtureOfAttention(nn.Module):
         routing = route(logits, self.k, norm=self.norm, mask=mask)
         self.sow("intermediates", "routing", routing)
         factor = self.capacity_factor if context.length is None else None
-        dispatch = make_dispatch(routing, self.dispatch, factor)
+        dispatch = make_dispatch(routing, self.dispatch, factor, dtype=flat.dtype)
         experts = AttentionExperts(self.num_experts, x.shape[-1], inner, name="experts")
         # `attend` lets query heads i k ... i k + k - 1 read key head i: the slots of a token become neighbours,
         # instead of keys and values being tiled once for every slot.

@@ -107,7 +107,12 @@ class MoE(nn.Module):
             backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
             factor = None if decoding else self.capacity_factor
             dispatch = make_dispatch(
-                routing, backend, factor, self.grouped_dot, blocks=not holds_panels(placed)
+                routing,
+                backend,
+                factor,
+                self.grouped_dot,
+                blocks=not holds_panels(placed),
+                dtype=flat.dtype,
             )
             y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)
             dropped = dispatch.dropped

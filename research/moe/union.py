@@ -114,7 +114,9 @@ class UoME(nn.Module):
         else:
             routing = route(self._router(flat), self.k, norm=self.norm, mask=real)
         self.sow("intermediates", "routing", routing)
-        routing, dispatch = self._dispatch(routing, batch, length, decoding=context.length is not None)
+        routing, dispatch = self._dispatch(
+            routing, batch, length, flat.dtype, decoding=context.length is not None
+        )
         experts = FeedForwardExperts(
             self.num_experts, self.hidden_dim, self.activation, self.gated, self.use_bias, name="experts"
         )
@@ -144,11 +146,11 @@ class UoME(nn.Module):
         return routing.replace(mask=real, gate=jnp.where(real[:, None], routing.gate, 0.0))
 
     def _dispatch(
-        self, routing: Routing, batch: int, length: int, decoding: bool
+        self, routing: Routing, batch: int, length: int, dtype: jnp.dtype, decoding: bool
     ) -> tuple[Routing, Dispatch]:
         if self.capacity_factor is None or decoding:
             backend = "auto" if decoding and self.dispatch == "capacity" else self.dispatch
-            return routing, make_dispatch(routing, backend)
+            return routing, make_dispatch(routing, backend, dtype=dtype)
         share = slot_share(self.num_experts, self.k, self.capacity_factor)
         taken = take(routing, batch, share, ranked=self.selection == "ranked")
         slots = selection_dispatch(routing, taken, slot_count(length, share))

@@ -265,7 +265,7 @@ def _experts_of_slots(experts: nn.Module, weights: PyTree, inputs: jax.Array, sl
     count = jax.tree.leaves(weights)[0].shape[0]
     none = jnp.zeros((inputs.shape[0], count), jnp.float32)
     routing = Routing(none, none, slot[:, None], none[:, :1], slot < count)
-    dispatch = make_dispatch(routing)
+    dispatch = make_dispatch(routing, dtype=inputs.dtype)
     outputs = experts.clone(num_experts=count).apply({"params": weights}, dispatch, dispatch.scatter(inputs))
     return dispatch.gather_slots(outputs)[:, 0]
 
