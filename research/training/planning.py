@@ -14,6 +14,7 @@ import jax
 
 from research.errors import UserError
 from research.nn.accounting import count_parameters
+from research.nn.cpu_kernels import without_cpu_kernels
 from research.training.feed import batch_spec
 from research.training.loop import Trainer
 from research.training.partitioning import BATCH_AXES, axis_sizes, batch_parts, device_bytes
@@ -96,7 +97,8 @@ def plan(trainer: Trainer, topology: Topology) -> Plan:
     fixed = device_bytes(state, shardings)
     batch_bytes = sum(math.prod(s.shape) * s.dtype.itemsize for s in batch.values()) // batch_parts(mesh)
     alone = dict.fromkeys(mesh.shape, 1)
-    with jax.sharding.use_abstract_mesh(topology.mesh(alone)):
+    # A foreign function hides what it computes.
+    with jax.sharding.use_abstract_mesh(topology.mesh(alone)), without_cpu_kernels():
         forward = jax.make_jaxpr(trainer.task.loss)(state.params, batch, jax.random.key(0))
     once = tally(forward, [_undivided(v) for v in forward.jaxpr.invars], {})
     room = USABLE * topology.chip.memory - fixed
@@ -125,7 +127,7 @@ def place(trainer: Trainer, topology: Topology) -> tuple[jax.sharding.AbstractMe
 
 
 def _measure(step: Any, state: State, batch: dict[str, Any], mesh: jax.sharding.AbstractMesh) -> Tally:
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), without_cpu_kernels():
         closed = jax.make_jaxpr(step)(state, batch)
     specs = [_spec(leaf.sharding.spec, leaf.ndim) for leaf in jax.tree.leaves(state)]
     specs += [_spec((BATCH_AXES,), leaf.ndim) for leaf in jax.tree.leaves(batch)]
