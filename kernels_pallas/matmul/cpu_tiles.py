@@ -16,7 +16,8 @@ import math
 from kernels_pallas.cpu_code import Function
 
 VECTORS = 2  # of a row of a tile
-DEPTH = 256  # terms of the sums at a time: a panel of 32 KiB
+DEPTH = 256  # terms of the sums at a time: a panel of 32 KiB,
+WHOLE = 512  # but all of them where there are no more than these: the result is written once, and not read again
 MOST_ROWS = 512  # of a block: 544 KiB of the left operand
 _GAP = 16  # floats between rows of the copy, so that they do not fall into the same places of a cache
 
@@ -29,13 +30,13 @@ def rows_of_a_tile(lanes: int) -> int:
 def _tile_floats(by_rows: bool, lanes: int) -> int:
     """Of the copied left operand."""
     rows = rows_of_a_tile(lanes)
-    return rows * (DEPTH + _GAP) if by_rows else rows * DEPTH + _GAP
+    return rows * (WHOLE + _GAP) if by_rows else rows * WHOLE + _GAP
 
 
 def _tile(rows: int, by_rows: bool, lanes: int) -> str:
     """The function `tile.ROWS`: y [rows, columns] = left panel, plus what y holds where `%more`.
 
-    left [rows, DEPTH + gap] where `by_rows`, else [depth, rows of a whole tile].
+    left [rows, WHOLE + gap] where `by_rows`, else [depth, rows of a whole tile].
     """
     f = Function(
         f"tile.{rows}",
@@ -59,7 +60,7 @@ def _tile(rows: int, by_rows: bool, lanes: int) -> str:
         columns = [f.load(f.at(panel, j * lanes)) for j in range(VECTORS)]
         here = f.at("%left", k if by_rows else f.mul(k, rows_of_a_tile(lanes)))
         for r in range(rows):
-            value = f.splat(f.load(f.at(here, r * (DEPTH + _GAP) if by_rows else r), "float"))
+            value = f.splat(f.load(f.at(here, r * (WHOLE + _GAP) if by_rows else r), "float"))
             for j in range(VECTORS):
                 f.store(f.fma(value, columns[j], f.load(sums[r, j])), sums[r, j])
     for r, j in places:
@@ -79,7 +80,7 @@ def _copy(lanes: int) -> str:
 
 
 def _gather(lanes: int) -> str:
-    """Rows of a transposed left operand, `%depth` of them `%width` apart, as tiles [DEPTH, rows of a tile]."""
+    """Rows of a transposed left operand, `%depth` of them `%width` apart, as tiles [WHOLE, rows of a tile]."""
     rows = rows_of_a_tile(lanes)
     f = Function(
         "gather",
@@ -246,20 +247,21 @@ def _block(form: str, lanes: int, onto: bool) -> str:
     tile = _tile_floats(by_rows, lanes)
     held = f.choose("%onto", 1, 0) if onto else 0  # whether there are terms before the first
     size = f.mul(f.ceil("%rows", rows), tile)
-    memory = f.value(f"call ptr @malloc(i64 {f.add(f.mul(size, 4), 4 * DEPTH * columns + 128)})")
+    memory = f.value(f"call ptr @malloc(i64 {f.add(f.mul(size, 4), 4 * WHOLE * columns + 128)})")
     address = f.value(f"ptrtoint ptr {memory} to i64")
     panel = f.value(f"inttoptr i64 {f.value(f'and i64 {f.add(address, 63)}, -64')} to ptr")
-    copied = f.at(panel, DEPTH * columns)
+    copied = f.at(panel, WHOLE * columns)
     # Rows of the last tile that are not there are multiplied, too: they are zeros, or a number might be a slow one.
-    start = f.mul("%rows", DEPTH + _GAP) if by_rows else f.mul(f.div("%rows", rows), tile)
+    start = f.mul("%rows", WHOLE + _GAP) if by_rows else f.mul(f.div("%rows", rows), tile)
     count = f.mul(f.sub(size, start), 4)
     f.line(f"call void @llvm.memset.p0.i64(ptr {f.at(copied, start)}, i8 0, i64 {count}, i1 false)")
-    with f.loop("%depth", step=DEPTH) as k:
-        some = f.min(DEPTH, f.sub("%depth", k))
+    step = f.choose(f.less("%depth", WHOLE + 1), WHOLE, DEPTH)
+    with f.loop("%depth", step=step) as k:
+        some = f.min(step, f.sub("%depth", k))
         more = f.less(0, f.add(k, held))
         if by_rows:
             with f.loop("%rows") as i:
-                from_, to = f.at("%left", f.mul(i, "%left.apart"), k), f.at(copied, f.mul(i, DEPTH + _GAP))
+                from_, to = f.at("%left", f.mul(i, "%left.apart"), k), f.at(copied, f.mul(i, WHOLE + _GAP))
                 f.call("copy", f"ptr {to}", f"ptr {from_}", f"i64 {some}")
         else:
             from_ = f.at("%left", f.mul(k, "%left.apart"))

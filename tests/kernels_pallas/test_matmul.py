@@ -18,7 +18,7 @@ def drawn(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# Rows, terms and columns around tiles of 12 and 6, vectors of 16, panels of 32, and 256 terms at a time.
+# Rows, terms and columns around tiles of 12 and 6, vectors of 16, panels of 32, and up to 512 or 256 terms at a time.
 SHAPES = [
     (1, 1, 1),
     (5, 7, 3),
