@@ -9,7 +9,10 @@ Pieces are taken in the order of chunks, and each head's state runs through them
                         y = start C S + (scores * decays) x + D x               y silu(z)
     of the group:       RMSNorm
 
-A piece waits for one that a thread has begun before it, so some thread can always go on; alone, a thread never waits.
+A piece waits only for one that some thread took before it (`cpu.py` gives them out in order), so one can always go on,
+and a thread that is alone never waits. The state behind the tokens that a cache counts comes from the piece that holds
+the last of them.
+
 All sums have one order: neither threads nor neighbours in a batch change a bit.
 """
 
@@ -27,9 +30,8 @@ from kernels_pallas.ssd import cpu_parts
 from kernels_pallas.ssd.cpu_parts import CHUNK, Sizes
 
 _MOST_FLOATS = 100_000  # of a piece's matrices: they lie on its thread's stack
-_LONG = (
-    1 << 23
-)  # multiply-adds with the state, about 0.3 ms on two cores, from where XLA's threads share the work
+# Multiply-adds with the state from where XLA's threads share the work: about 0.3 ms on two cores.
+_LONG = 1 << 23
 _TURN = 16  # floats behind a state: the number of the chunk that it waits for, in a cache line of its own
 
 _OPERANDS = (

@@ -7,7 +7,8 @@
     out = W_out RMSNorm(y * silu(z))
 
 The mixer takes the place of a block's `attention`, at any depth, and needs no positions. Its cache is a state of fixed
-size (`research.ssm.recurrent`).
+size (`research.ssm.recurrent`). Without a cache, in float32 on a CPU, one kernel computes what lies between the two
+projections and the state that a cache takes (`kernels_pallas.ssd.mixer`); its gradient is that of the plain form.
 """
 
 import flax.linen as nn
@@ -78,11 +79,11 @@ class Mamba2(nn.Module):
         state_dim, num_groups: N and G, the groups of heads that share B and C, and are normalised each by itself.
         conv_width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan; changes speed alone.
-        scan: how the scan is computed, see `research.ssm.ssd`.
+        scan: how the scan is computed, see `research.ssm.ssd`. Only the plain one gives way to the kernel for a CPU.
         norm_eps: of the gated norm.
         use_bias, conv_bias: of the projections, and of the convolution.
 
-    x is [B, T, width] or [B * T, width]. Returns the output and the `Rows` of the new tokens. Tokens of different
+    x is [B, T, width] or [B * T, width]. Returns the output and the rows of the new tokens. Tokens of different
     segments do not meet. Parameters: input/kernel [width, 2 H P + 2 G N + H] in the order z, x, B, C, dt;
     conv/{kernel,bias} [conv_width, channels], the last tap on the token itself; A_log, D, dt_bias [H];
     norm/scale [H P]; output/kernel.
