@@ -18,17 +18,14 @@ there are cores would slow all of them down, so long jobs are shared out among X
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import os
 import platform
-import tempfile
-import warnings
-from pathlib import Path
 
 import jax
 from llvmlite import binding as llvm
 
 from kernels_pallas.common import Unsupported
+from kernels_pallas.cpu_compile import compile_code
 
 _ARM = platform.machine().lower() in ("arm64", "aarch64")
 _MOST_HELPERS = 15
@@ -544,7 +541,7 @@ class Kernel:
     def engine(self) -> llvm.ExecutionEngine:
         """The machine code."""
         _start_threads()
-        return _compile(_CALL + self.code)
+        return compile_code(_CALL + self.code)
 
     def register(self) -> str:
         """Makes the code known to XLA; returns `name`. Call it once.
@@ -568,64 +565,10 @@ class Kernel:
 @functools.cache
 def _start_threads() -> llvm.ExecutionEngine:
     """Starts threads for all cores that this process may use, one less than those; returns their code."""
-    engine = _compile(_POOL)
+    engine = compile_code(_POOL)
     for name in ("lathe_run", "lathe_run_long"):
         llvm.add_symbol(name, engine.get_function_address(name))
     start = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("lathe_start"))
     start(min(cores() - 1, _MOST_HELPERS))
     os.register_at_fork(after_in_child=ctypes.CFUNCTYPE(None)(engine.get_function_address("lathe_forked")))
     return engine
-
-
-def _compile(code: str) -> llvm.ExecutionEngine:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=name, features=features, opt=3, jit=True
-    )
-    module = llvm.parse_assembly(code)
-    kept = _Kept("\n".join([code, name, features, str(llvm.llvm_version_info)]))
-    if kept.code is None:
-        module.verify()
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-        builder.getModulePassManager().run(module, builder)
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.set_object_cache(lambda _, code: kept.write(code), lambda _: kept.code)
-    engine.finalize_object()
-    # XLA and threads run the code for good, also when the module that made it is loaded again: it is never freed.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
-    return engine
-
-
-class _Kept:
-    """Machine code in the directory in which jax keeps its programs, if it is a local one: LLVM takes a tenth of a
-    second and more for a kernel, which a program's start would have to wait for each time."""
-
-    def __init__(self, source: str) -> None:
-        directory = jax.config.jax_compilation_cache_dir
-        self._path = None
-        if directory and "://" not in directory and jax.config.jax_enable_compilation_cache:
-            self._path = Path(directory) / "lathe_kernels" / hashlib.sha256(source.encode()).hexdigest()
-        self.code = self._read()
-
-    def _read(self) -> bytes | None:
-        """None where it isn't there, or was written by half."""
-        try:
-            content = self._path.read_bytes() if self._path else b""
-        except OSError:
-            return None
-        size = hashlib.sha256().digest_size
-        code = content[size:]
-        return code if code and hashlib.sha256(code).digest() == content[:size] else None
-
-    def write(self, code: bytes) -> None:
-        if self._path is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(file.name, self._path)
-        except OSError as error:
-            warnings.warn(f"the machine code of a kernel can't be kept: {error}", stacklevel=2)

@@ -17,8 +17,8 @@ from kernels_pallas.cpu_code import Function
 
 VECTORS = 2  # of a row of a tile
 DEPTH = 256  # terms of the sums at a time: a panel of 32 KiB,
-WHOLE = 512  # but all of them where there are no more than these: the result is written once, and not read again
-MOST_ROWS = 512  # of a block: 544 KiB of the left operand
+WHOLE = 512  # but all of them where there are no more: the result is written once, and not read again
+MOST_ROWS = 512  # of a block: 0.5 to 1 MiB of the left operand
 _GAP = 16  # floats between rows of the copy, so that they do not fall into the same places of a cache
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from kernels_pallas import cpu
+from kernels_pallas import cpu_compile
 from kernels_pallas.cpu_code import Function
 
 LANES = 4
@@ -33,7 +33,7 @@ def directory(tmp_path):
 
 
 def run(name: str) -> np.ndarray:
-    engine = cpu._compile(twice(name))
+    engine = cpu_compile.compile_code(twice(name))
     function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(engine.get_function_address(name))
     x = np.arange(17, dtype=np.float32)
     function(x.ctypes.data, 15)  # a round of two vectors, one vector, three numbers of a last one
@@ -46,7 +46,7 @@ EXPECTED = [*range(0, 30, 2), 15, 16]
 def test_code_is_made_once(directory, monkeypatch):
     assert run("kept").tolist() == EXPECTED
     (file,) = directory.iterdir()
-    monkeypatch.setattr(cpu.llvm, "create_pass_builder", None)  # nothing is made a second time
+    monkeypatch.setattr(cpu_compile.llvm, "create_pass_builder", None)  # nothing is made a second time
     assert run("kept").tolist() == EXPECTED
     monkeypatch.undo()
     whole = file.read_bytes()
