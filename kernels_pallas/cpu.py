@@ -132,6 +132,27 @@ end:
   ret void
 }}
 
+; Takes pieces, and waits for those that others have begun.
+define internal void @finish(ptr %job) {{
+entry:
+  call void @work(ptr %job)
+  %done.at = getelementptr %job, ptr %job, i64 0, i32 1
+  %count.at = getelementptr %job, ptr %job, i64 0, i32 2
+  %count = load i64, ptr %count.at
+  br label %wait
+wait:
+  %pauses = phi i64 [ 0, %entry ], [ %pauses.next, %pause ]
+  %done = load atomic i64, ptr %done.at acquire, align 8
+  %all = icmp eq i64 %done, %count
+  br i1 %all, label %end, label %pause
+pause:
+  %pauses.next = add i64 %pauses, 1
+  call void @give.way(i64 %pauses.next)
+  br label %wait
+end:
+  ret void
+}}
+
 ; A forked process has no helping threads: its jobs find them taken for good.
 define void @lathe_forked() {{
   store atomic i64 1, ptr @busy seq_cst, align 8
@@ -175,25 +196,12 @@ unlock:
   call i32 @pthread_mutex_unlock(ptr @mutex)
   br label %own
 own:
-  call void @work(ptr @slot)
-  %done.at = getelementptr %job, ptr @slot, i64 0, i32 1
-  %count.at = getelementptr %job, ptr @slot, i64 0, i32 2
-  %count = load i64, ptr %count.at
-  br label %wait
-wait:
-  %pauses = phi i64 [ 0, %own ], [ %pauses.next, %pause ]
-  %done = load atomic i64, ptr %done.at acquire, align 8
-  %all = icmp eq i64 %done, %count
-  br i1 %all, label %close, label %pause
-pause:
-  %pauses.next = add i64 %pauses, 1
-  call void @give.way(i64 %pauses.next)
-  br label %wait
-close:  ; who still looks at the slot finds no piece, and leaves
+  call void @finish(ptr @slot)
+  ; Who still looks at the slot finds no piece, and leaves.
   atomicrmw add ptr @epoch, i64 1 seq_cst
   br label %leaving
 leaving:
-  %more = phi i64 [ 0, %close ], [ %more.next, %leaving.pause ]
+  %more = phi i64 [ 0, %own ], [ %more.next, %leaving.pause ]
   %inside = load atomic i64, ptr @inside seq_cst, align 8
   %none = icmp eq i64 %inside, 0
   br i1 %none, label %free, label %leaving.pause
@@ -275,21 +283,7 @@ made.one:
   %made.next = add i64 %made, 1
   br label %more
 own:
-  call void @work(ptr %content)
-  %done.at = getelementptr %job, ptr %content, i64 0, i32 1
-  %count.at = getelementptr %job, ptr %content, i64 0, i32 2
-  %count = load i64, ptr %count.at
-  br label %wait
-wait:
-  %pauses = phi i64 [ 0, %own ], [ %pauses.next, %pause ]
-  %done = load atomic i64, ptr %done.at acquire, align 8
-  %all = icmp eq i64 %done, %count
-  br i1 %all, label %end, label %pause
-pause:
-  %pauses.next = add i64 %pauses, 1
-  call void @give.way(i64 %pauses.next)
-  br label %wait
-end:
+  call void @finish(ptr %content)
   call void @leave(ptr %shared)
   ret void
 }}
