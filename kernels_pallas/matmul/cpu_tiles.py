@@ -11,8 +11,6 @@ Every element is one chain of fused multiply-adds in the order of k. The form of
 n as they are multiplied, t transposed.
 """
 
-import math
-
 from kernels_pallas.cpu_code import Function
 
 VECTORS = 2  # of a row of a tile
@@ -111,24 +109,6 @@ def _gather(lanes: int) -> str:
     return f.text()
 
 
-def _transpose(f: Function, rows: list[str]) -> list[str]:
-    """The columns of as many vectors as a vector has floats."""
-    lanes, half = len(rows), len(rows) // 2
-    masks = [
-        ", ".join(f"i32 {i // 2 + (lanes if i % 2 else 0) + start}" for i in range(lanes))
-        for start in (0, half)
-    ]
-    for _ in range(int(math.log2(lanes))):  # each step riffles: row i with row i + half
-        rows = [
-            f.value(
-                f"shufflevector {f.vector} {rows[i]}, {f.vector} {rows[i + half]}, <{lanes} x i32> <{mask}>"
-            )
-            for i in range(half)
-            for mask in masks
-        ]
-    return rows
-
-
 def _pack_panel(transposed: bool, lanes: int) -> str:
     """A panel [depth, columns] of the right operand, of which `%left` columns are there; the others become zero."""
     columns = VECTORS * lanes
@@ -148,7 +128,7 @@ def _pack_panel(transposed: bool, lanes: int) -> str:
         with f.loop(even, step=lanes) as k:
             for j in range(VECTORS):
                 rows = [f.load(f.at("%from", f.mul("%width", j * lanes + i), k)) for i in range(lanes)]
-                for i, column in enumerate(_transpose(f, rows)):
+                for i, column in enumerate(f.transposed(rows)):
                     f.store(column, f.at("%panel", f.mul(f.add(k, i), columns), j * lanes))
     else:
         with f.loop(even) as k:

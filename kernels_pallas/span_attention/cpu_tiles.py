@@ -132,18 +132,6 @@ def _shuffle(f: Function, a: str, b: str, places: Sequence[int]) -> str:
     return f.value(f"shufflevector {f.vector} {a}, {f.vector} {b}, <{f.lanes} x i32> <{order}>")
 
 
-def _transpose(f: Function, vectors: list[str]) -> list[str]:
-    """As many vectors as lanes."""
-    half = f.lanes // 2
-    # Two vectors become a b a b ..., each time; after log2(lanes) times the rows are columns.
-    low = [at for i in range(half) for at in (i, f.lanes + i)]
-    high = [at + half for at in low]
-    for _ in range(f.lanes.bit_length() - 1):
-        pairs = list(zip(vectors[:half], vectors[half:], strict=True))
-        vectors = [_shuffle(f, a, b, places) for a, b in pairs for places in (low, high)]
-    return vectors
-
-
 # Products.
 
 
@@ -229,7 +217,7 @@ def _panel(sizes: Sizes) -> str:
     for first in range(0, sizes.step, sizes.lanes):
         rows = [_row(f, first + i) for i in range(sizes.lanes)]
         with f.loop(sizes.dim, step=sizes.lanes) as j:
-            turned = _transpose(f, [f.load(f.at(row, j)) for row in rows])
+            turned = f.transposed([f.load(f.at(row, j)) for row in rows])
             for i, vector in enumerate(turned):
                 f.store(vector, f.at("%to", f.mul(f.add(j, i), sizes.width), first))
     return f.text()
