@@ -42,17 +42,19 @@ def dense_product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> 
         contract = (((x.ndim - 1,), (1 if transposed else 0,)), ((), ()))
         return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
 
-    if large and x.dtype == kernel.dtype == jnp.float32 and kernel.ndim == 2 and use_cpu_kernels():
+    if large and x.dtype == kernel.dtype == jnp.float32 and kernel.ndim == 2:
         return trained_by(functools.partial(matmul, transposed=transposed), plain)(x, kernel)
     return plain(x, kernel)
 
 
 def trained_by(kernel: Callable[..., jax.Array], plain: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Computes `plain`, and where a gradient is taken `kernel`, with its derivative.
+    """Computes `plain`, and where a gradient is taken and there are kernels for a CPU `kernel`, with its derivative.
 
     A model that is only run keeps XLA's operations, which are as fast there and give a row the same bits among few
     rows and, which are too few for a kernel, alone.
     """
+    if not use_cpu_kernels():
+        return plain
     function = jax.custom_vjp(plain)
     function.defvjp(lambda *args: jax.vjp(kernel, *args), lambda pull, cotangent: pull(cotangent))
     return function

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.silu_product import silu_product
 from research.nn.attention import Context
-from research.nn.cpu_kernels import trained_by, use_cpu_kernels
+from research.nn.cpu_kernels import trained_by
 from research.nn.linear import Linear
 
 _LARGE = 1 << 14  # numbers from where on a kernel pays
@@ -38,7 +38,7 @@ def gated(activation: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
         return ACTIVATIONS[activation](gate) * up
 
     suits = activation == "silu" and gate.size >= _LARGE and gate.dtype == up.dtype == jnp.float32
-    return (trained_by(silu_product, plain) if suits and use_cpu_kernels() else plain)(gate, up)
+    return (trained_by(silu_product, plain) if suits else plain)(gate, up)
 
 
 def feed_forward(mlp: nn.Module, x: jax.Array, context: Context) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.rms_norm import rms_norm
-from research.nn.cpu_kernels import trained_by, use_cpu_kernels
+from research.nn.cpu_kernels import trained_by
 from research.nn.linear import parameter
 
 _LARGE = 1 << 14  # numbers from where on a kernel pays
@@ -42,9 +42,7 @@ class RMSNorm(nn.Module):
 
         plain = functools.partial(norm, "reference")
         suits = x.dtype == jnp.float32 and x.size >= _LARGE
-        normalise = (
-            trained_by(functools.partial(norm, "cpu"), plain) if suits and use_cpu_kernels() else plain
-        )
+        normalise = trained_by(functools.partial(norm, "cpu"), plain) if suits else plain
         return normalise(x.astype(jnp.float32), scale).astype(x.dtype).reshape(shape)
 
 
