@@ -25,6 +25,7 @@ import jax
 from llvmlite import binding as llvm
 
 from kernels_pallas.common import Unsupported
+from kernels_pallas.cores import cores
 from kernels_pallas.cpu_compile import compile_code
 
 _ARM = platform.machine().lower() in ("arm64", "aarch64")
@@ -46,11 +47,6 @@ _DECLARE_MODE, _READ_MODE, _WRITE_MODE = (
         "call void @llvm.x86.sse.ldmxcsr(ptr %mode.at)",
     )
 )
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Work that threads share: 0 next piece, 1 pieces done, 2 pieces, 3 pieces taken at once, 4 helpers wanted, 5 the

@@ -1,10 +1,11 @@
-"""What must happen to the process before jax is imported: the allocator and the compilation cache.
+"""What must happen to the process before jax is imported: the allocator, the threads and the compilation cache.
 
 `experiments/cli.py` is the only caller: a library that is imported must not change the process of its user.
 
 Environment:
   LATHE_ALLOCATOR=system          leave malloc alone.
   LATHE_COMPILATION_CACHE=DIR     where compiled programs are kept (default ~/.cache/lathe/xla), or `off`.
+  NPROC=N                         XLA's threads on a CPU (default: as many as the cores this process may use).
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import platform
 import sys
 from pathlib import Path
 
+from kernels_pallas.cores import cores, quota
 from research.errors import UserError
 
 # mallopt parameters of glibc's malloc.h.
@@ -26,15 +28,17 @@ _HEAP = 4 << 30
 
 
 def prepare() -> None:
-    """Tunes the allocator and turns the compilation cache on. Call it once, before jax is imported.
+    """Tunes the allocator, bounds XLA's threads and turns the compilation cache on. Call it once, before jax is
+    imported.
 
     Raises:
       UserError: an environment variable has a value that means nothing, or the cache can't be written.
-      RuntimeError: jax is imported already, so that it would be too late for both.
+      RuntimeError: jax is imported already, so that it would be too late for all of them.
     """
     if "jax" in sys.modules:
         raise RuntimeError("research.runtime.prepare() must run before jax is imported")
     tune_allocator()
+    bound_threads()
     use_compilation_cache()
 
 
@@ -77,6 +81,16 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     start = -(-block // _LARGE_PAGE) * _LARGE_PAGE
     libc.madvise(start, _HEAP - 2 * _LARGE_PAGE, mmap.MADV_HUGEPAGE)
     libc.free(block)
+
+
+def bound_threads() -> None:
+    """Gives XLA as many threads as a container's quota lets compute at once, unless NPROC is set already.
+
+    XLA counts the cores of the machine alone: with 64 threads for 2 cores' worth of time, each product would wait for
+    threads that the system has stopped.
+    """
+    if quota() is not None:
+        os.environ.setdefault("NPROC", str(cores()))
 
 
 def use_compilation_cache() -> Path | None:

@@ -58,6 +58,21 @@ def test_a_meaningless_allocator_is_refused(monkeypatch: pytest.MonkeyPatch):
         runtime.tune_allocator()
 
 
+def test_xla_has_as_many_threads_as_a_quota_allows(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "quota", lambda: None)
+    monkeypatch.setenv("NPROC", "any")  # so that what is set below is undone
+    monkeypatch.delenv("NPROC")
+    runtime.bound_threads()
+    assert "NPROC" not in os.environ  # XLA counts the cores itself
+    monkeypatch.setattr(runtime, "quota", lambda: 1.5)
+    runtime.bound_threads()
+    assert os.environ["NPROC"] == "2"
+    monkeypatch.setenv("NPROC", "7")
+    runtime.bound_threads()
+    assert os.environ["NPROC"] == "7"  # the user's own choice stays
+
+
 def test_the_cache_directory_comes_from_ours_then_from_jax_then_home(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ):

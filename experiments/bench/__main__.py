@@ -38,6 +38,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.bench.shapes import find_shape
+from kernels_pallas.cores import cores
 from research.errors import UserError, nearest
 
 PARTS = (
@@ -239,9 +240,8 @@ def limit_threads(threads: int) -> None:
 
     Raises UserError if the machine lends this process fewer cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads > cores:
-        raise UserError(f"--threads={threads}: this process may use {cores} cores")
+    if threads > cores():
+        raise UserError(f"--threads={threads}: this process may use {cores()} cores")
     os.environ["NPROC"] = str(threads)  # XLA on CPU
     os.environ["OMP_NUM_THREADS"] = str(threads)  # torch
 

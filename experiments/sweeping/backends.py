@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from kernels_pallas.cores import cores
 from research.errors import UserError
 
 GPUS = Path("/proc/driver/nvidia/gpus")
@@ -38,14 +39,13 @@ class Local:
 
     def __init__(self, parallel: int | None):
         self._gpus = len(list(GPUS.iterdir())) if GPUS.is_dir() else 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         tpu = os.path.exists("/dev/accel0")
-        self.slots = parallel or (1 if tpu else self._gpus or max(1, cores // 2))
+        self.slots = parallel or (1 if tpu else self._gpus or max(1, cores() // 2))
         if self._gpus and self.slots > self._gpus:
             raise UserError(f"--parallel={self.slots}: there are {self._gpus} GPUs, and each trial has one")
         if tpu and self.slots > 1:
             raise UserError(f"--parallel={self.slots}: all of a TPU host's chips belong to one process")
-        self._threads = max(1, cores // self.slots)
+        self._threads = max(1, cores() // self.slots)
         self._free = list(range(self.slots))
 
     def start(self, command: Sequence[str], log: Path) -> tuple[subprocess.Popen, int]:
@@ -54,7 +54,8 @@ class Local:
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot)
         else:
-            environment.setdefault("NPROC", str(self._threads))
+            if environment.get("NPROC") in (None, str(cores())):  # the latter for all of them, under a quota
+                environment["NPROC"] = str(self._threads)
             environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         return _start(command, log, environment), slot
 

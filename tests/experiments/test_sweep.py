@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import sweep as program
-from experiments.sweeping import report
+from experiments.sweeping import backends, report
 from experiments.sweeping.search import Search
 from experiments.sweeping.trials import Trial, Trials
 from research.errors import UserError
@@ -215,6 +215,18 @@ def test_crashes_are_retried_and_mistakes_are_not(folder, monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None, reason="Optuna is not installed (extra sweep)"
 )
+@pytest.mark.parametrize("set_before, expected", [(None, "2"), ("4", "2"), ("3", "3")])
+def test_a_trial_has_its_share_of_the_cores(tmp_path, monkeypatch, set_before, expected):
+    """Also where all of them are set for XLA, as under a quota; another choice stays."""
+    monkeypatch.setattr(backends, "cores", lambda: 4)
+    monkeypatch.setenv("NPROC", set_before or "")
+    if set_before is None:
+        monkeypatch.delenv("NPROC")
+    process, _ = backends.Local(parallel=2).start(["sh", "-c", "echo $NPROC"], tmp_path / "log")
+    assert process.wait() == 0
+    assert (tmp_path / "log").read_text().strip() == expected
+
+
 def test_the_searcher_finds_prunes_and_remembers(tmp_path):
     sweep = Sweep(space={"x": uniform(-1, 1), "kind": choice("a", "b"), "n": integers(1, 4)}, trials=30)
     search = Search(sweep, tmp_path)
