@@ -212,9 +212,6 @@ def test_crashes_are_retried_and_mistakes_are_not(folder, monkeypatch):
     assert trials.trials[1].error == "error: said so"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="Optuna is not installed (extra sweep)"
-)
 @pytest.mark.parametrize("set_before, expected", [(None, "2"), ("4", "2"), ("3", "3")])
 def test_a_trial_has_its_share_of_the_cores(tmp_path, monkeypatch, set_before, expected):
     """Also where all of them are set for XLA, as under a quota; another choice stays."""
@@ -227,6 +224,9 @@ def test_a_trial_has_its_share_of_the_cores(tmp_path, monkeypatch, set_before, e
     assert (tmp_path / "log").read_text().strip() == expected
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("optuna") is None, reason="Optuna is not installed (extra sweep)"
+)
 def test_the_searcher_finds_prunes_and_remembers(tmp_path):
     sweep = Sweep(space={"x": uniform(-1, 1), "kind": choice("a", "b"), "n": integers(1, 4)}, trials=30)
     search = Search(sweep, tmp_path)
