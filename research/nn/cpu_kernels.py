@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.matmul import matmul
@@ -18,6 +19,8 @@ from research.errors import UserError
 _allowed = contextvars.ContextVar("cpu_kernels_allowed", default=True)
 # From where on the dense product's kernel pays: fewer rows are the skinny product's.
 _ROWS, _PRODUCTS = 48, 1 << 20
+PRODUCT = "dense_product"
+"""Under which name rematerialisation knows a product of the kernel: to jax it is a call like any other."""
 
 
 @contextlib.contextmanager
@@ -43,7 +46,8 @@ def dense_product(x: jax.Array, kernel: jax.Array, transposed: bool = False) -> 
         return jax.lax.dot_general(x, kernel, contract, preferred_element_type=jnp.float32)
 
     if large and x.dtype == kernel.dtype == jnp.float32 and kernel.ndim == 2:
-        return trained_by(functools.partial(matmul, transposed=transposed), plain)(x, kernel)
+        out = trained_by(functools.partial(matmul, transposed=transposed), plain)(x, kernel)
+        return checkpoint_name(out, PRODUCT)  # a name inside of the gradient's rules is not seen
     return plain(x, kernel)
 
 

@@ -14,6 +14,7 @@ from kernels_pallas.common import target_platform
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
+from research.nn.cpu_kernels import PRODUCT
 from research.nn.mlp import feed_forward
 from research.nn.norm import RMSNorm
 from research.nn.reports import COLLECTIONS
@@ -21,7 +22,10 @@ from research.nn.reports import COLLECTIONS
 Remat = Literal["none", "dots", "full"]
 
 _POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

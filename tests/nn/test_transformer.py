@@ -121,6 +121,22 @@ def test_remat_changes_no_gradient_but_does_recompute(scan, remat):
     assert products(saving) > products(plain)
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_of_all_but_products_keeps_those_of_the_kernel_for_a_cpu(scan):
+    block = Block(Attention(num_heads=2, head_dim=32), GatedMLP(192))
+    x = jnp.zeros((2, 128, 64))  # 256 rows: the kernel takes them
+
+    def products(remat):
+        model = Stack((block,), 2, scan_layers=scan, remat=remat)
+        params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        grad = jax.grad(lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, x)[0])))
+        return jax.jit(grad).lower(params).as_text().count("@lathe_matmul")
+
+    layers = 1 if scan else 2
+    assert products("none") == products("dots") == layers * 3 * 7  # seven kernels and their two gradients
+    assert products("full") == layers * (3 * 7 + 6)  # what follows the last product is not computed again
+
+
 def test_flat_and_batched_layouts_are_the_same():
     flat, batched = make(token_layout="flat"), make(token_layout="batched")
     params = init(flat)
