@@ -189,6 +189,14 @@ def mixer(
     return _mixer(options, *operands, segments, count)
 
 
+def takes_on_cpu(head_dim: int, state_dim: int, taps: int) -> bool:
+    """Whether `mixer` has a kernel for these sizes, with so many taps of the convolution, on this processor.
+
+    Raises Unsupported for a processor without a kernel.
+    """
+    return _mixer_kernel().refusal(head_dim, state_dim, taps) is None
+
+
 def _mixer_kernel() -> Any:
     try:
         # Imported here: only programs that compute on a CPU need LLVM.

@@ -329,23 +329,36 @@ def _register(s: Sizes) -> str:
     return kernel(s).register()
 
 
+def refusal(channels: int, state: int, taps: int) -> str | None:
+    """Why there is no code for heads of `channels`, states of `state` and so many taps; None where there is.
+
+    Raises Unsupported for a processor without a kernel.
+    """
+    if _lanes(channels, state) < 4:
+        return f"heads of {channels} and states of {state}: the cpu kernel takes multiples of 4"
+    floats = CHUNK * (3 * state + 2 * channels + CHUNK) + 2 * state * channels
+    if floats > _MOST_FLOATS or taps > CHUNK:
+        return f"heads of {channels}, states of {state} and {taps} taps are too large for the cpu kernel"
+    return None
+
+
 def sizes(channels: int, state: int, taps: int) -> Sizes:
     """What the code for heads of `channels`, states of `state` and so many taps is made for.
 
     Raises Unsupported for a processor without a kernel, and for sizes that vectors do not divide or that are too large.
     """
+    if (reason := refusal(channels, state, taps)) is not None:
+        raise Unsupported(reason)
+    rows = 4 if cpu.lanes() == 8 else 8  # AVX2 has 16 registers
+    return Sizes(channels, state, taps, _lanes(channels, state), rows)
+
+
+def _lanes(channels: int, state: int) -> int:
+    """Floats of the widest vector that divides both."""
     lanes = cpu.lanes()
-    rows = 4 if lanes == 8 else 8  # AVX2 has 16 registers
     while math.gcd(channels, state) % lanes:
         lanes //= 2
-    if lanes < 4:
-        raise Unsupported(f"heads of {channels} and states of {state}: the cpu kernel takes multiples of 4")
-    floats = CHUNK * (3 * state + 2 * channels + CHUNK) + 2 * state * channels
-    if floats > _MOST_FLOATS or taps > CHUNK:
-        raise Unsupported(
-            f"heads of {channels}, states of {state} and {taps} taps are too large for the cpu kernel"
-        )
-    return Sizes(channels, state, taps, lanes, rows)
+    return lanes
 
 
 def mixer(projected, kernel, bias, a_log, skip, dt_bias, scale, segments, count, epsilon: float, s: Sizes):

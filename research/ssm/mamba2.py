@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import struct
 
 import kernels_pallas.ssd
-from kernels_pallas.ssd import Unsupported
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.compute_once import compute_once
@@ -79,7 +78,8 @@ class Mamba2(nn.Module):
         state_dim, num_groups: N and G, the groups of heads that share B and C, and are normalised each by itself.
         conv_width: tokens that the convolution sees.
         chunk: tokens of a chunk of the scan; changes speed alone.
-        scan: how the scan is computed, see `research.ssm.ssd`. Only the plain one gives way to the kernel for a CPU.
+        scan: how the scan is computed, see `research.ssm.ssd`. Only the plain one gives way to the kernel for a CPU, in
+            float32 and for the sizes that it takes.
         norm_eps: of the gated norm.
         use_bias, conv_bias: of the projections, and of the convolution.
 
@@ -149,9 +149,11 @@ class Mamba2(nn.Module):
     def _read_prompt(
         self, projected: jax.Array, context: Context
     ) -> tuple[jax.Array, Mamba2Prompt] | tuple[None, None]:
-        """The same by the kernel for a CPU, or None where there is none for this layer."""
+        """The same by the kernel for a CPU, or None where it does not take this layer."""
         there = self.has_variable("params", "conv")  # not while parameters are drawn
         if not there or self.scan != PLAIN or projected.dtype != jnp.float32 or not use_cpu_kernels():
+            return None, None
+        if not kernels_pallas.ssd.takes_on_cpu(self.head_dim, self.state_dim, self.conv_width):
             return None, None
         conv = self.get_variable("params", "conv")
         kernel = conv["kernel"].astype(jnp.float32)
@@ -166,10 +168,7 @@ class Mamba2(nn.Module):
             head_dim=self.head_dim, state_dim=self.state_dim, epsilon=self.norm_eps, chunk=self.chunk
         )
         operands = (projected, kernel, bias, a_log, skip, dt_bias, scale, segments, count)
-        try:
-            y, state = kernels_pallas.ssd.mixer(*operands, **options)
-        except Unsupported:
-            return None, None
+        y, state = kernels_pallas.ssd.mixer(*operands, **options)
         return y, Mamba2Prompt(
             projected[:, None],
             None if segments is None else segments[:, None, :, None],

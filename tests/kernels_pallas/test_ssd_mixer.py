@@ -228,6 +228,12 @@ def test_what_cannot_be_computed_is_refused(change, options, message):
         jax.eval_shape(functools.partial(ssd.mixer, **dict(head_dim=8, state_dim=8) | options), *arguments)
 
 
+def test_what_it_takes_can_be_asked():
+    assert ssd.takes_on_cpu(8, 8, 4) and ssd.takes_on_cpu(64, 128, 4)
+    assert not ssd.takes_on_cpu(6, 8, 4)  # no vectors
+    assert not ssd.takes_on_cpu(8, 512, 4) and not ssd.takes_on_cpu(8, 8, 1000)  # too large
+
+
 def test_operands_of_other_shapes_and_dtypes_are_refused():
     projected, *layer = make()
     options = dict(head_dim=8, state_dim=8)

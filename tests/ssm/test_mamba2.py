@@ -13,7 +13,7 @@ from research.decoding.speculative.pearl import Pearl
 from research.decoding.speculative.prompt_lookup import PromptLookup
 from research.errors import UserError
 from research.language.decoder import DecoderLM
-from research.nn.attention import Attention
+from research.nn.attention import Attention, Context
 from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block, scan_params
@@ -187,6 +187,14 @@ def test_a_prompt_of_the_kernel_is_committed_in_its_order():
     for size in (1, 3, 7):
         with pytest.raises(UserError, match="committed in their order, without a path"):
             jax.eval_shape(run, jnp.zeros((2, size), jnp.int32))
+
+
+@pytest.mark.parametrize("sizes, taken", [({}, True), ({"head_dim": 6}, False), ({"state_dim": 512}, False)])
+def test_the_kernel_is_taken_for_the_sizes_that_it_computes(sizes, taken):
+    mamba = Mamba2(**dict(num_heads=4, head_dim=8, state_dim=8) | sizes)
+    u, places = jnp.zeros((1, 3, WIDTH)), Context(jnp.zeros((1, 3), jnp.int32))
+    params = jax.eval_shape(mamba.init, jax.random.key(0), u, places)
+    assert ("lathe_ssd_mixer" in jax.jit(mamba.apply).lower(params, u, places).as_text()) == taken
 
 
 def test_gradients_are_those_without_the_kernel(monkeypatch):
