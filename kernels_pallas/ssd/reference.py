@@ -1,6 +1,7 @@
 """The SSD scan in plain jnp: what the kernels must compute, and a path for every backend."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +84,7 @@ def mixer(
     batch, length, _ = projected.shape
     inner = a_log.shape[0] * head_dim
     z, inputs, dt = jnp.split(projected, [inner, inner + kernel.shape[1]], axis=-1)
-    mixed = inputs * kernel[-1]
-    for back in range(1, len(kernel)):
-        earlier = _earlier(inputs, back)
-        if segments is not None:
-            earlier = jnp.where((_earlier(segments, back) == segments)[..., None], earlier, 0)
-        mixed = mixed + earlier * kernel[-1 - back]
-    mixed = _once(jax.nn.silu(mixed + bias))
+    mixed = _once(jax.nn.silu(convolve(inputs, kernel, segments) + bias))
     x, b, c = jnp.split(mixed, [inner, (inner + mixed.shape[-1]) // 2], axis=-1)
     x = x.reshape(batch, length, -1, head_dim)
     b, c = (y.reshape(batch, length, -1, state_dim) for y in (b, c))
@@ -106,6 +101,27 @@ def mixer(
         segments = jnp.where(real, segments, newest)
     scaled, log_decay = jnp.where(real[..., None, None], scaled, 0), jnp.where(real[..., None], log_decay, 0)
     return y, ssd(scaled, log_decay, b, c, start, segments, chunk)[1]
+
+
+def convolve(inputs: jax.Array, kernel: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Depthwise and causal, within a segment: inputs [b, T, channels], kernel [taps, channels], the last one on the
+    token itself, segments int[b, T] -> [b, T, channels]."""
+
+    def earlier(back: int) -> jax.Array:
+        found = _earlier(inputs, back)
+        if segments is None:
+            return found
+        return jnp.where((_earlier(segments, back) == segments)[..., None], found, 0)
+
+    return sum_taps(inputs, kernel, earlier)
+
+
+def sum_taps(inputs: jax.Array, kernel: jax.Array, earlier: Callable[[int], jax.Array]) -> jax.Array:
+    """The convolution of tokens in any order; earlier(back): the inputs `back` places earlier."""
+    y = inputs * kernel[-1]
+    for back in range(1, len(kernel)):
+        y = y + earlier(back) * kernel[-1 - back]
+    return y
 
 
 def _earlier(y: jax.Array, back: int) -> jax.Array:

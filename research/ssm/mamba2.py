@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from flax import struct
 
 import kernels_pallas.ssd
+from kernels_pallas.ssd.reference import convolve
 from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.compute_once import compute_once
 from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.linear import Linear, parameter
 from research.nn.norm import RMSNorm
-from research.ssm.recurrent import Convolution, RecurrentCache, Rows, convolve, init_a, init_dt, recur
+from research.ssm.recurrent import Convolution, RecurrentCache, Rows, init_a, init_dt, recur
 from research.ssm.ssd import PLAIN, Scan
 
 

@@ -6,7 +6,6 @@ of a tree cost no states of their own and a rejected draft leaves no trace. What
 matter, as it may have to be forgotten: `RecurrentCache.reversible` keeps the states behind the last tokens too.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.ssd.reference import convolve, sum_taps
 from research.nn.attention import Context
 from research.nn.linear import parameter
 from research.ssm.ssd import PLAIN, Scan, advance, ssd_tree
@@ -153,23 +153,10 @@ class Convolution(nn.Module):
             y = convolve(inputs, kernel, context.segments)
         else:
             conv = cache.read(context.length)[0]
-            y = _sum_taps(inputs, kernel, lambda back: _up(inputs, back, context, conv))
+            y = sum_taps(inputs, kernel, lambda back: _up(inputs, back, context, conv))
         if self.use_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (channels,)).astype(y.dtype)
         return y
-
-
-def convolve(inputs: jax.Array, kernel: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """Depthwise and causal, within a segment: inputs [B, T, channels], kernel [width, channels] -> [B, T, channels]."""
-    return _sum_taps(inputs, kernel, lambda back: _back(inputs, back, segments))
-
-
-def _sum_taps(inputs: jax.Array, kernel: jax.Array, earlier: Callable[[int], jax.Array]) -> jax.Array:
-    """earlier(back): the inputs `back` places earlier."""
-    y = inputs * kernel[-1]
-    for back in range(1, len(kernel)):
-        y = y + earlier(back) * kernel[-1 - back]
-    return y
 
 
 def recur(
@@ -201,15 +188,6 @@ def init_dt(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arr
 def init_a(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """log of a rate that is uniform in [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
-
-def _back(inputs: jax.Array, back: int, segments: jax.Array | None) -> jax.Array:
-    """The inputs `back` tokens earlier in the same segment, 0 where there are none."""
-    shifted = jnp.pad(inputs, ((0, 0), (back, 0), (0, 0)))[:, : inputs.shape[1]]
-    if segments is None:
-        return shifted
-    before = jnp.pad(segments, ((0, 0), (back, 0)))[:, : inputs.shape[1]]
-    return jnp.where((before == segments)[..., None], shifted, 0)
 
 
 def _up(inputs: jax.Array, back: int, context: Context, cached: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import pytest
 from kernels_pallas import ssd
 from kernels_pallas.ssd import Unsupported, cpu
 from kernels_pallas.ssd.entry import make_mixer
+from kernels_pallas.ssd.reference import convolve
 
 SIZES = dict(heads=4, channels=8, groups=2, state=8, taps=4)
 LENGTHS = (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 63, 64, 65, 127, 128, 129, 130)
@@ -61,6 +62,12 @@ def test_two_tokens_by_hand():
     right = 2 * raw / np.sqrt(np.mean(raw**2, axis=-1, keepdims=True))
     np.testing.assert_allclose(state[0, 0], state_2, rtol=1e-6)
     np.testing.assert_allclose(y[0], right, rtol=1e-6)
+
+
+def test_the_convolution_sees_earlier_tokens_of_the_segment():
+    inputs, kernel = jnp.array([[[1.0], [2], [3], [4]]]), jnp.array([[100.0], [10], [1]])
+    found = [convolve(inputs, kernel, segments) for segments in (None, jnp.array([[5, 5, 0, 0]]))]
+    np.testing.assert_array_equal(np.ravel(found), [1, 12, 123, 234, 1, 12, 3, 34])
 
 
 def test_the_norm_has_epsilon_and_the_scale():
