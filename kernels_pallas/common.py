@@ -1,5 +1,7 @@
 """What all kernels share: for which platform they are traced, which implementation runs, small parts of their code."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -40,10 +42,27 @@ def choose(
                 "implementation='reference' runs everywhere"
             )
         return platform
-    if implementation not in ("reference", *kernels):
-        names = ", ".join(["reference", *others])
-        raise Unsupported(f"no implementation {implementation!r}: there are {names} and {last}")
+    check_name(implementation, *kernels)
     return implementation
+
+
+def check_name(implementation: Implementation, *kernels: Implementation) -> None:
+    """Raises `Unsupported` for a name that is neither the reference's nor one of `kernels`."""
+    if implementation not in ("reference", *kernels):
+        *names, last = ("reference", *kernels)
+        raise Unsupported(f"no implementation {implementation!r}: there are {', '.join(names)} and {last}")
+
+
+@contextlib.contextmanager
+def needs_llvm() -> Iterator[None]:
+    """Around the import of a kernel for a CPU, in the function that calls it: other programs need no LLVM.
+
+    Raises `Unsupported` where it is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
 
 
 def pad_axis(x: jax.Array, axis: int, size: int, value: float | bool = 0) -> jax.Array:

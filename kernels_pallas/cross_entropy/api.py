@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.cross_entropy import reference
 
 
@@ -24,14 +24,10 @@ def cross_entropy(
         raise Unsupported(f"logits {logits.shape} with labels {labels.shape}: expected [N, V] and [N]")
     if logits.dtype != jnp.float32 or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise Unsupported(f"logits are {logits.dtype}, labels {labels.dtype}: expected float32 and integers")
+    check_name(implementation, "cpu")
     if implementation == "reference":
         return reference.cross_entropy(logits, labels)
-    if implementation != "cpu":
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
-    try:
-        # Imported here: only programs that compute on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.cpu import lanes
         from kernels_pallas.cross_entropy import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu.cross_entropy(logits, labels.astype(jnp.int32), lanes())

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Implementation, Unsupported, choose
+from kernels_pallas.common import Implementation, Unsupported, choose, needs_llvm
 from kernels_pallas.grouped_matmul import reference
 
 
@@ -91,9 +91,6 @@ def _kernel(implementation: Implementation):
 
 
 def _cpu_kernel():
-    try:
-        # Imported here: only programs that run on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.grouped_matmul import cpu_training
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu_training.grouped_dot

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.matmul import reference
 
 
@@ -32,14 +32,13 @@ def matmul(
     if not w.size or not x.size:
         raise Unsupported(f"x {list(x.shape)} or w {list(w.shape)} is empty")
     flat = x.reshape(-1, x.shape[-1])
+    check_name(implementation, "cpu")
     if implementation == "reference":
         out = reference.matmul(flat, w, transposed)
-    elif implementation == "cpu":
+    else:
         if not x.dtype == w.dtype == jnp.float32:
             raise Unsupported(f"x is {x.dtype}, w is {w.dtype}: the kernel takes float32")
         out = _product(flat, w, "nt" if transposed else "nn")
-    else:
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -64,9 +63,6 @@ _product.defvjp(_forward, _backward)
 
 
 def _kernel():
-    try:
-        # Imported here: only programs that run on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.matmul import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu.matmul

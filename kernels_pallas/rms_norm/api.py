@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.rms_norm import reference
 
 
@@ -28,17 +28,13 @@ def rms_norm(
     """
     if x.shape[-1:] != scale.shape or groups < 1 or scale.size % groups:
         raise Unsupported(f"x {x.shape} with a scale {scale.shape} does not fall into {groups} groups")
+    check_name(implementation, "cpu")
     if implementation == "reference":
         return reference.rms_norm(x, scale, epsilon, groups)
-    if implementation != "cpu":
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     if not x.dtype == scale.dtype == jnp.float32:
         raise Unsupported(f"x is {x.dtype}, the scale is {scale.dtype}: the kernel takes float32")
-    try:
-        # Imported here: only programs that compute on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.cpu import lanes
         from kernels_pallas.rms_norm import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     shape = (groups, x.shape[-1] // groups)
     return cpu.rms_norm(x.reshape(-1, *shape), scale.reshape(shape), float(epsilon), lanes()).reshape(x.shape)

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.silu_product import reference
 
 
@@ -20,18 +20,14 @@ def silu_product(
     """
     if gate.shape != up.shape:
         raise Unsupported(f"the gate is {list(gate.shape)}, what it multiplies {list(up.shape)}")
+    check_name(implementation, "cpu")
     if implementation == "reference":
         return reference.silu_product(gate, up)
-    if implementation != "cpu":
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     if not gate.dtype == up.dtype == jnp.float32:
         raise Unsupported(
             f"the gate is {gate.dtype}, what it multiplies {up.dtype}: the kernel takes float32"
         )
-    try:
-        # Imported here: only programs that compute on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.cpu import lanes
         from kernels_pallas.silu_product import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu.silu_product(gate.reshape(-1), up.reshape(-1), lanes()).reshape(gate.shape)

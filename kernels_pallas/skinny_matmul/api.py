@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.skinny_matmul import reference
 
 
@@ -23,15 +23,14 @@ def skinny_matmul(
     """
     _check(x, panels, columns, panels.shape[1])
     flat = x.reshape(-1, x.shape[-1])
+    check_name(implementation, "cpu")
     if implementation == "reference":
         out = reference.skinny_matmul(flat, panels, columns)
-    elif implementation == "cpu":
+    else:
         if not x.dtype == panels.dtype == jnp.float32:
             raise Unsupported(f"x is {x.dtype}, the weights are {panels.dtype}: the kernel takes float32")
         _check_width(panels)
         out = _product(flat, panels, columns)
-    else:
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -65,10 +64,11 @@ def skinny_code_matmul(
             f"a grid {grid.shape} does not divide codes {codes.shape} of {bits} bits into groups"
         )
     flat = x.reshape(-1, inputs)
+    check_name(implementation, "cpu")
     if implementation == "reference":
         weights = reference.dequantize(codes, grid, bits, columns)
         out = jnp.dot(flat, weights, preferred_element_type=jnp.float32).astype(x.dtype)
-    elif implementation == "cpu":
+    else:
         if not x.dtype == grid.dtype == jnp.float32 or codes.dtype != jnp.uint8:
             raise Unsupported(
                 f"x is {x.dtype}, codes are {codes.dtype}, their grid is {grid.dtype}: "
@@ -76,8 +76,6 @@ def skinny_code_matmul(
             )
         _check_width(codes)
         out = _code_product(flat, codes, grid, bits, columns)
-    else:
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     return out.reshape(*x.shape[:-1], columns)
 
 
@@ -101,11 +99,8 @@ def panel_columns() -> int:
 
     Raises `Unsupported` where there is no kernel for it.
     """
-    try:
-        # Imported here: only programs that decode on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.skinny_matmul import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     cpu.register(cpu.lanes())
     return cpu.panel_columns()
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import Implementation, Unsupported, choose
+from kernels_pallas.common import Implementation, Unsupported, choose, needs_llvm
 from kernels_pallas.span_attention import reference
 
 Span = int | tuple[int, ...] | jax.Array
@@ -71,9 +72,7 @@ def span_attention(
             query, key, value, window, sink, segments, scale=scale, softcap=softcap
         )
     if implementation == "cpu":
-        from kernels_pallas.span_attention import cpu
-
-        return cpu.span_attention(query, key, value, window, sink, segments, scale=scale, softcap=softcap)
+        return _cpu().span_attention(query, key, value, window, sink, segments, scale=scale, softcap=softcap)
     config = _Config(implementation, scale, softcap, block, interpret)
     return _attention(query, key, value, window, sink, segments, config)
 
@@ -83,10 +82,14 @@ def takes_on_cpu(dim: int) -> bool:
 
     Raises Unsupported for a processor without a kernel.
     """
-    # Imported here: only programs that run on a CPU need LLVM.
-    from kernels_pallas.span_attention import cpu
-
+    cpu = _cpu()
     return dim % cpu.lanes() == 0 and dim <= cpu.WIDEST
+
+
+def _cpu() -> ModuleType:
+    with needs_llvm():
+        from kernels_pallas.span_attention import cpu
+    return cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +179,7 @@ def _check(query, key, value, segments, implementation: Implementation) -> None:
                 f"{name} is {array.dtype}: the {implementation} kernel takes {names}, all alike"
             )
     if implementation == "cpu" and not takes_on_cpu(dim):
-        from kernels_pallas.span_attention import cpu
-
+        cpu = _cpu()
         raise Unsupported(
             f"head_dim={dim}: the cpu kernel takes multiples of {cpu.lanes()} up to {cpu.WIDEST} on this processor"
         )

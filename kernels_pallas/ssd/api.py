@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kernels_pallas.common import Implementation, Unsupported, choose, pad_axis
+from kernels_pallas.common import Implementation, Unsupported, check_name, choose, needs_llvm, pad_axis
 from kernels_pallas.rms_norm import rms_norm
 from kernels_pallas.ssd import reference
 from kernels_pallas.ssd.common import decays
@@ -178,11 +178,10 @@ def mixer(
     count = jnp.full(batch, length, jnp.int32) if count is None else count.astype(jnp.int32)
     segments = None if segments is None else segments.astype(jnp.int32)
     options = (head_dim, state_dim, float(epsilon), chunk)
+    check_name(implementation, "cpu")
     if implementation == "reference":
         y, state = _before_norm(options, *operands[:-1], segments, count)
         return rms_norm(y, scale, epsilon, groups, implementation="reference"), state
-    if implementation != "cpu":
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
     if any(operand.dtype != jnp.float32 for operand in operands):
         raise Unsupported("the kernel takes float32")
     _mixer_kernel().sizes(head_dim, state_dim, len(kernel))  # raises
@@ -198,11 +197,8 @@ def takes_on_cpu(head_dim: int, state_dim: int, taps: int) -> bool:
 
 
 def _mixer_kernel() -> Any:
-    try:
-        # Imported here: only programs that compute on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.ssd import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu
 
 
