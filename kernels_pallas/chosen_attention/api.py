@@ -1,0 +1,140 @@
+"""Attention that chooses tokens, and over chosen tokens: which implementation runs, and what it can compute.
+
+A choice is int32 [B, s, N, K]: s sets of tokens, one for each query head or each key head. An entry is the slot of a
+cached token, S + j the new token j, where S is the cache's slots; -1 is nobody.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.chosen_attention import reference
+from kernels_pallas.common import Unsupported
+
+Implementation = Literal["reference", "cpu"]
+
+
+def select_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, jax.Array],
+    length: jax.Array,
+    tree: jax.Array,
+    cached_mask: jax.Array | None = None,
+    *,
+    k: int,
+    per: Literal["head", "group"] = "head",
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: Implementation = "cpu",
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of N new tokens as `tree_attention`, and the k tokens with the greatest scores, as one pass.
+
+    Scores are compared in float32 before the softmax, of equal ones the lower entry is taken. Every new token chooses
+    among those that it sees, itself always one of them; NaN is never chosen.
+
+    Args:
+        query, cached, fresh, length, tree, cached_mask: as of `tree_attention`.
+        k: entries of a choice, at least 1.
+        per: a choice for every query head, or one for those of a key head, by their greatest score.
+        scale: factor of the scores, d ** -0.5 by default.
+        softcap: tanh soft cap of the scores, or None.
+        implementation: "reference" runs everywhere.
+
+    Returns:
+        [B, H, N, d] and a choice with K = min(k, S + N): entries ascending and, where fewer are visible, -1 behind.
+
+    On a CPU the first has the bits of `tree_attention`. There is no derivative there.
+
+    Raises:
+        Unsupported: the implementation cannot compute these arguments. Another is never taken instead.
+    """
+    _check(query, cached, fresh, implementation)
+    batch, heads, count, _ = query.shape
+    slots = cached[0].shape[2]
+    if length.shape != (batch,):
+        raise Unsupported(f"length has shape {length.shape}, expected {(batch,)}")
+    for name, mask, keys in (("tree", tree, count), ("cached_mask", cached_mask, slots)):
+        if mask is None:
+            continue
+        places = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if mask.dtype != bool or not places or mask.shape[2:] != (count, keys):
+            expected = f"bool [{batch} or 1, 1 or {heads}, {count}, {keys}]"
+            raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
+    if k < 1 or per not in ("head", "group"):
+        raise Unsupported(f"k={k}, per={per!r}: at least 1 and head or group are expected")
+    options = dict(k=min(k, slots + count), per=per, scale=_scale(query, scale), softcap=softcap)
+    arguments = (query, cached, fresh, length, tree, cached_mask)
+    if implementation == "reference":
+        return reference.select_attention(*arguments, **options)
+    return _cpu().select_attention(*arguments, **options)
+
+
+def listed_attention(
+    query: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
+    fresh: tuple[jax.Array, jax.Array],
+    choice: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: Implementation = "cpu",
+) -> jax.Array:
+    """Attention of N new tokens over chosen ones alone; rows of others are not read.
+
+    Args:
+        query: [B, H, N, d].
+        cached: key and value [B, Hkv, S, d]; query head h reads key head h // (H / Hkv).
+        fresh: key and value of the new tokens, [B, Hkv, N, d].
+        choice: int32 [B, H or Hkv, N, K], in any order, each token at most once. A new token sees itself whether it is
+            listed or not, and who is not there (below 0, from S + N on) is nobody.
+        scale, softcap, implementation: as of `select_attention`.
+
+    Returns:
+        [B, H, N, d] in the dtype of query; sums in float32. There is no derivative on a CPU.
+
+    Raises:
+        Unsupported: the implementation cannot compute these arguments. Another is never taken instead.
+    """
+    _check(query, cached, fresh, implementation)
+    batch, heads, count, _ = query.shape
+    kv_heads = cached[0].shape[1]
+    sets = choice.shape[1] if choice.ndim == 4 else 0
+    if choice.dtype != jnp.int32 or sets not in (heads, kv_heads) or choice.shape[:3] != (batch, sets, count):
+        expected = f"int32 [{batch}, {heads} or {kv_heads}, {count}, K]"
+        raise Unsupported(f"choice is {choice.dtype}{list(choice.shape)}, expected {expected}")
+    run = reference if implementation == "reference" else _cpu()
+    return run.listed_attention(query, cached, fresh, choice, scale=_scale(query, scale), softcap=softcap)
+
+
+def _scale(query: jax.Array, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _cpu():
+    try:
+        # Imported here: only programs that compute on a CPU need LLVM.
+        from kernels_pallas.chosen_attention import cpu
+    except ImportError as error:
+        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
+    return cpu
+
+
+def _check(query: jax.Array, cached, fresh, implementation: str) -> None:
+    if implementation not in ("reference", "cpu"):
+        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
+    batch, heads, count, dim = query.shape
+    kv_heads, slots = cached[0].shape[1:3]
+    if heads % kv_heads:
+        raise Unsupported(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    shapes = {"cached": (batch, kv_heads, slots, dim), "fresh": (batch, kv_heads, count, dim)}
+    for name, pair in {"cached": cached, "fresh": fresh}.items():
+        for part in pair:
+            if part.shape != shapes[name]:
+                raise Unsupported(f"{name} has shape {part.shape}, expected {shapes[name]}")
+    if implementation == "reference":
+        return
+    for name, array in {"query": query, "cached": cached[0], "fresh": fresh[0]}.items():
+        if array.dtype != jnp.float32:
+            raise Unsupported(f"{name} is {array.dtype}: the cpu kernel takes float32")
