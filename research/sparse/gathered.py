@@ -7,11 +7,11 @@ The converted model has the parameters, the caches and the contract of the one i
 one does. In `extend` a layer has one of four roles, which the selector gives out:
 
     full      as it was
-    select    full attention, and the selector chooses tokens for the layers above
+    select    full attention, and the k tokens with the greatest scores are chosen for the layers above
     reuse     attention over the tokens chosen last, below, in the same call
     choose    the selector chooses for this layer alone, and attention is over what it chose
 
-`reuse` and `choose` gather the rows of the chosen tokens and read no others. Every new token (a node of a drafted tree)
+`reuse` and `choose` read the rows of the chosen tokens and no others. Every new token (a node of a drafted tree)
 chooses for itself, among the slots of the cache, its ancestors and itself, and always has itself.
 
 A choice is int32 [B, s, N, K]: s sets, one for each query head or each key head; an entry is the slot of a committed
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.chosen_attention import listed_attention, select_attention
 from kernels_pallas.common import Implementation
 from kernels_pallas.decode_attention import Partial, Unsupported, gather_attention, merge
 from research.errors import UserError
@@ -38,15 +39,17 @@ from research.nn.attention_kernels import (
     cap,
 )
 from research.nn.cache import DenseCache, Fresh, LayerCache
+from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.masks import Causal, Full, Prefix
 from research.nn.transformer import LayerStack, Stream, in_stack, run_block, unscan_layers
 
 Role = Literal["full", "select", "reuse", "choose"]
 Per = Literal["head", "group"]
+Reading = Literal["xla", "auto"] | Implementation | None
 
 
 class Call(NamedTuple):
-    """What a `CachedKernel` is called with, and the layer's cache."""
+    """What a `CachedKernel` is called with, the layer's cache, and whether the kernels for a CPU compute it."""
 
     query: jax.Array
     cached: tuple[jax.Array, jax.Array]
@@ -57,6 +60,7 @@ class Call(NamedTuple):
     scale: float
     softcap: float | None
     cache: LayerCache
+    on_cpu: bool = False
 
     @property
     def slots(self) -> int:
@@ -68,6 +72,26 @@ class Call(NamedTuple):
         numbers = dict(scale=self.scale, softcap=self.softcap)
         return cached_scores(self.query, self.cached[0], self.fresh[0], *masks, **numbers)
 
+    def attend(self, k: int, per: Per) -> tuple[jax.Array, jax.Array]:
+        """Attention over all tokens, [B, H, N, d], and a choice of the k with the greatest scores."""
+        if self.on_cpu:
+            return self._select(self.cached, self.fresh, k, per)
+        scores = self.scores()
+        return cached_values(scores, self.cached[1], self.fresh[1]), choose_greatest(scores, k, per)
+
+    def greatest(self, k: int, per: Per) -> jax.Array:
+        """A choice of the k tokens with the greatest scores; values are not read."""
+        if self.on_cpu:
+            # A key is in the core's cache when it is read again in the place of a value.
+            keys = ((rows[0], rows[0]) for rows in (self.cached, self.fresh))
+            return self._select(*keys, k, per)[1]
+        return choose_greatest(self.scores(), k, per)
+
+    def _select(self, cached, fresh, k: int, per: Per) -> tuple[jax.Array, jax.Array]:
+        masks = (self.length, self.fresh_mask, self.cached_mask)
+        numbers = dict(scale=self.scale, softcap=self.softcap)
+        return select_attention(self.query, cached, fresh, *masks, k=k, per=per, **numbers)
+
     def depth(self) -> jax.Array:
         """int32[b, N]: how many ancestors a new token has in the tree."""
         return jnp.sum(self.fresh_mask[:, 0], axis=-1, dtype=jnp.int32) - 1
@@ -77,7 +101,8 @@ class Selector(Protocol):
     """Which layers choose tokens, and how. Frozen dataclasses: selectors are static and hashable.
 
     k: tokens of a choice, the new token itself among them. per: whether every query head has a choice or the query
-    heads of a key head share one. A selector that keeps something beside keys and values also has
+    heads of a key head share one. A selector that gives out the role `choose` has `choose(call: Call)`, which gives a
+    choice, int32 [B, s, N, at most k], each token at most once; one that keeps something beside keys and values has
     `cache(empty: DenseCache)`, which makes the layer's cache, a `DenseCache` too.
     """
 
@@ -85,10 +110,6 @@ class Selector(Protocol):
     per: Per
 
     def role(self, layer: int) -> Role: ...
-
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        """-> a choice, int32 [B, s, N, at most k], each token at most once. `scores` are `call.scores()` where they are
-        there already."""
 
 
 def choose_greatest(scores: tuple[jax.Array, jax.Array], k: int, per: Per) -> jax.Array:
@@ -116,12 +137,12 @@ class Observer:
     def role(self, layer: int) -> Role:
         return "select"
 
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        return choose_greatest(scores, self.k, self.per)
-
 
 def attend_chosen(call: Call, choice: jax.Array) -> jax.Array:
     """Attention over the chosen tokens alone, [B, H, N, d]. Rows of other tokens are not read."""
+    if call.on_cpu:
+        numbers = dict(scale=call.scale, softcap=call.softcap)
+        return listed_attention(call.query, call.cached, call.fresh, choice, **numbers)
     batch, heads, count, dim = call.query.shape
     kv_heads, slots = call.cached[0].shape[1:3]
     sets = choice.shape[1]
@@ -213,19 +234,25 @@ class _Kernel:
 
     def __call__(self, query, cached, fresh, length, cached_mask, fresh_mask, *, scale, softcap):
         call = Call(query, cached, fresh, length, cached_mask, fresh_mask, scale, softcap, self._cache)
+        if self._implementation is None:
+            call = call._replace(on_cpu=_fits_cpu(query, cached[0]))
         if self._role == "select":
-            scores = call.scores()
-            self.choice = self._selector.choose(call, scores)
-            return cached_values(scores, cached[1], fresh[1])
+            out, self.choice = call.attend(self._selector.k, self._selector.per)
+            return out
         if self._role == "choose":
-            self.choice = self._selector.choose(call, None)
+            self.choice = self._selector.choose(call)
         # Where there are fewer tokens than k, nobody is chosen in the places behind them.
         choice = self.choice[..., : call.slots + query.shape[2]]
-        if self._implementation == "xla":
+        if self._implementation in (None, "xla"):
             return attend_chosen(call, choice)
         return attend_chosen_by_kernel(
             call, choice, None if self._implementation == "auto" else self._implementation
         )
+
+
+def _fits_cpu(query: jax.Array, key: jax.Array) -> bool:
+    """Whether the kernels for a CPU compute heads of this size."""
+    return query.dtype == key.dtype == jnp.float32 and query.shape[3] % 4 == 0 and use_cpu_kernels()
 
 
 class Chosen(struct.PyTreeNode):
@@ -261,7 +288,7 @@ class GatheredBlock(nn.Module):
     role: Role
     sets: int
     carrier: Template | None = None
-    implementation: Literal["xla", "auto"] | Implementation = "xla"
+    implementation: Reading = None
 
     @property
     def attention(self) -> "GatheredBlock":
@@ -317,12 +344,14 @@ def gathered(
     model: LayerStack,
     params: Any,
     selector: Selector,
-    implementation: Literal["xla", "auto"] | Implementation = "xla",
+    implementation: Reading = None,
 ) -> tuple[LayerStack, Any]:
     """The same trained decoder, which decodes by the selector; layers unrolled, parameters otherwise as they are.
 
-    Layers that do not see all tokens (windows, state spaces) and other mixers stay as they are. Chosen rows are
-    gathered by XLA, or by the Pallas kernel of the backend ("auto") or the one named.
+    Layers that do not see all tokens (windows, state spaces) and other mixers stay as they are. The selector's layers
+    are computed by the kernels for a CPU, where there are some and they take the heads, and else by XLA (None); by XLA
+    anywhere ("xla"); or by XLA but for chosen rows, which the Pallas kernel of the backend ("auto") or the one named
+    reads.
 
     Raises:
         UserError: the selector's layers are not there or see a part, no layer is left to gather in, or heads differ.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from research.errors import UserError
 from research.nn.cache import DenseCache, Fresh
-from research.sparse.gathered import Call, Per, Role, choose_greatest
+from research.sparse.gathered import Call, Per, Role
 
 
 def check_budget(selector: str, k: int) -> None:
@@ -36,8 +36,8 @@ class EveryLayer:
     def role(self, layer: int) -> Role:
         return "full" if layer < self.dense else "choose"
 
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        return choose_greatest(call.scores(), self.k, self.per)
+    def choose(self, call: Call) -> jax.Array:
+        return call.greatest(self.k, self.per)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Newest:
     def role(self, layer: int) -> Role:
         return "full" if layer < self.dense else "choose"
 
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    def choose(self, call: Call) -> jax.Array:
         batch, kv_heads, count, _ = call.fresh[0].shape
         window = self.k - self.sinks
         # Ancestors by their depth, the nearest first, and then committed tokens from the last one down.
@@ -138,7 +138,7 @@ class Quest:
     def cache(self, empty: DenseCache) -> PagedCache:
         return PagedCache.of(empty, self.page)
 
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    def choose(self, call: Call) -> jax.Array:
         batch, heads, count, dim = call.query.shape
         if count > 1:
             raise UserError(f"{self} chooses for one token a call, and a draft has {count}")

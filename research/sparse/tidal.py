@@ -30,7 +30,7 @@ import numpy as np
 
 from research.errors import UserError, nearest
 from research.nn.transformer import LayerStack, unscan_layers
-from research.sparse.gathered import Call, Observer, Per, Role, attends_to_all, choose_greatest, gathered
+from research.sparse.gathered import Observer, Per, Role, attends_to_all, gathered
 from research.sparse.selectors import EveryLayer, Newest, Quest, check_budget
 from research.training.feed import Dataset
 from research.training.probes import measure
@@ -71,9 +71,6 @@ class Tidal:
         if layer < self.select:
             return "full"
         return "select" if layer in self.selection else "reuse"
-
-    def choose(self, call: Call, scores: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        return choose_greatest(call.scores() if scores is None else scores, self.k, self.per)
 
 
 def tidal(model: LayerStack, params: Any, selector: Tidal) -> tuple[LayerStack, Any]:

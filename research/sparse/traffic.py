@@ -3,7 +3,8 @@
     bytes = cache_bytes(model, params, cache)
 
 Counting follows the cache's arrays through the program's operations: one that gathers or slices reads what it gives,
-any other (a product) all of its operand, and mere views nothing. Nothing is run.
+any other (a product) all of its operand, and mere views nothing. It is the program without kernels for a CPU, of which
+a trace does not tell what they read. Nothing is run.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 
 from research.nn.cache import Cache
+from research.nn.cpu_kernels import without_cpu_kernels
 
 # A dtype conversion is fused into whatever reads its result.
 _VIEWS = (
@@ -42,7 +44,8 @@ def cache_bytes(model: Any, params: Any, cache: Cache, tokens: int = 1) -> int:
         arguments = ({"params": params}, given, jax.tree.unflatten(treedef, leaves))
         return model.apply(*arguments, method="extend")[0]
 
-    traced = jax.make_jaxpr(step)(*leaves).jaxpr
+    with without_cpu_kernels():
+        traced = jax.make_jaxpr(step)(*leaves).jaxpr
     sizes = [
         leaf.dtype.itemsize if jnp.issubdtype(leaf.dtype, jnp.floating) else 0 for leaf in leaves
     ]  # of what is followed

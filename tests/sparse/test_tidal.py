@@ -65,9 +65,9 @@ def call(tree=TREE, page=None) -> Call:
 
 
 def of_call(function, c: Call):
-    """function(c) in one program. Scale and cap are static, as in a model."""
-    static = dict(scale=c.scale, softcap=c.softcap)
-    return jax.jit(lambda c: function(c._replace(**static)))(c._replace(scale=None, softcap=None))
+    """function(c) in one program. What are not arrays is static, as in a model."""
+    static = dict(scale=c.scale, softcap=c.softcap, on_cpu=c.on_cpu)
+    return jax.jit(lambda c: function(c._replace(**static)))(c._replace(**dict.fromkeys(static)))
 
 
 def by_hand(c: Call) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
 def test_newest_tokens_and_pages():
     # Window of 3 behind 1 sink. Token 3 has ancestors 0 and 1; token 0 itself and slots 10, 9; with 2 slots: 1 and the
     # sink, slot 0, which counts once.
-    found = sets(of_call(lambda c: Newest(4, sinks=1).choose(c, None), call()))
+    found = sets(of_call(lambda c: Newest(4, sinks=1).choose(c), call()))
     new = SLOTS + np.arange(4)
     row = [{0, new[0], 10, 9}, {0, new[0], new[1], 10}, {0, new[0], new[2], 10}, {0, new[0], new[1], new[3]}]
     short = [{0, new[0], 1}, {0, new[0], new[1], 1}, {0, new[0], new[2], 1}, {0, new[0], new[1], new[3]}]
@@ -175,7 +175,7 @@ def test_newest_tokens_and_pages():
     pages = key.reshape(BATCH, KV, 4, 3, DIM)
     np.testing.assert_array_equal(c.cache.least[0, :, :3], pages[0, :, :3].min(2))
     np.testing.assert_array_equal(c.cache.greatest[0, :, :3], pages[0, :, :3].max(2))
-    found = sets(of_call(lambda c: Quest(6, page=3).choose(c, None), c))
+    found = sets(of_call(lambda c: Quest(6, page=3).choose(c), c))
     for head in range(HEADS):
         q = query[0, head, 0]
         corners = np.maximum(q * pages[0, head // 2].min(1), q * pages[0, head // 2].max(1)).sum(-1)
@@ -319,9 +319,9 @@ def test_mistakes_are_told():
         (lambda: tidal(model, params, Tidal(4, select=5)), "layer 5 can't select"),
         (lambda: tidal(model, params, Tidal(4, select=4)), "no layer of this DecoderLM is left"),
         (lambda: gathered(*tidal(model, params, Tidal(4)), Tidal(4)), "has a selector already"),
-        (lambda: Quest(4).choose(call(), None), "not whole pages of 16"),
+        (lambda: Quest(4).choose(call()), "not whole pages of 16"),
         (
-            lambda: Quest(3, page=3).choose(call(page=3), None),
+            lambda: Quest(3, page=3).choose(call(page=3)),
             "chooses for one token a call, and a draft has 4",
         ),
         (lambda: Newest(4, sinks=4), "leave no window"),
