@@ -77,7 +77,7 @@ scored:
   %c.more = icmp ult i64 %c.next, %count
   br i1 %c.more, label %score, label %tops
 tops:
-  %best.one = call float @llvm.vector.reduce.fmax.{type}({vector} %best.next)
+  %best.one = call nnan float @llvm.vector.reduce.fmax.{type}({vector} %best.next)
   %top.new = call float @llvm.maxnum.f32(float %top.old, float %best.one)
   store float %top.new, ptr %top
   %top.1 = insertelement {vector} poison, float %top.new, i32 0
