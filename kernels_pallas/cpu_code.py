@@ -11,6 +11,7 @@ LLVM turns into registers; a list of them in a loop of Python is a tile.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 from kernels_pallas.cpu_math import constant
@@ -207,6 +208,28 @@ class Function:
             ]
         return rows
 
+    # XLA's call: operands 0, 1, ..., results -1, -2, ...
+
+    def array(self, frame: str, number: int) -> "Array":
+        buffer = self.buffer(frame, number)
+        return Array(self, buffer, self.data(buffer))
+
+    def arrays(self, frame: str, numbers: dict[str, int]) -> dict[str, "Array"]:
+        """By names, which the data of each has in the code too: "%name"."""
+        found = {}
+        for name, number in numbers.items():
+            found[name] = Array(self, self.buffer(frame, number), f"%{name}")
+            self.line(f"%{name} = call ptr @data(ptr {found[name].buffer})")
+        return found
+
+    def buffer(self, frame: str, number: int) -> str:
+        """What XLA knows of an array."""
+        return self.value(f"call ptr @buffer(ptr {frame}, i64 {number})")
+
+    def data(self, buffer: str) -> str:
+        """Where an array's first number lies."""
+        return self.value(f"call ptr @data(ptr {buffer})")
+
     # Variables.
 
     def variable(self, initial: Value = "zeroinitializer", kind: str | None = None) -> str:
@@ -270,3 +293,27 @@ class Function:
     def _number(self) -> int:
         self._names += 1
         return self._names
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An operand or a result of XLA's call: its `Function.buffer` and `Function.data`."""
+
+    f: Function
+    buffer: str
+    data: str
+
+    def dim(self, axis: int) -> str:
+        return self.f.value(f"call i64 @dim(ptr {self.buffer}, i64 {axis})")
+
+    def dims(self, count: int) -> list[str]:
+        """The first `count` sizes."""
+        return [self.dim(axis) for axis in range(count)]
+
+    def whole(self, index: Value) -> str:
+        """A whole number of an int32 array."""
+        return self.f.value(f"sext i32 {self.f.load(self.f.at(self.data, index, kind='i32'), 'i32')} to i64")
+
+    def set_whole(self, index: Value, value: Value) -> None:
+        place = self.f.at(self.data, index, kind="i32")
+        self.f.store(self.f.value(f"trunc i64 {value} to i32"), place, "i32")

@@ -30,8 +30,7 @@ _LEAST, _NAN = float("-inf"), float("nan")
 def _execute(lanes: int) -> str:
     """The function that XLA's call runs."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    f.line("%logits = call ptr @buffer(ptr %frame, i64 0)")
-    rows, classes = (f.value(f"call i64 @dim(ptr %logits, i64 {axis})") for axis in range(2))
+    rows, classes = f.array("%frame", 0).dims(2)
     pay = f.div(f.mul(rows, classes), _SHARE)
     f.call("share.long", "ptr %frame", "ptr @block", "ptr %frame", f"i64 {f.ceil(rows, _ROWS)}", f"i64 {pay}")
     return f.text()
@@ -43,14 +42,11 @@ def _each_row(f: Function, operands: dict[str, int]) -> Iterator[tuple[str, str,
 
     operands: numbers by name, whose data has the name.
     """
-    frame = f.field("%job", "%job", 6, "ptr")
-    for name, place in operands.items():
-        f.line(f"%{name}.buffer = call ptr @buffer(ptr {frame}, i64 {place})")
-        f.line(f"%{name} = call ptr @data(ptr %{name}.buffer)")
-    rows, classes = (f.value(f"call i64 @dim(ptr %logits.buffer, i64 {axis})") for axis in range(2))
+    arrays = f.arrays(f.field("%job", "%job", 6, "ptr"), operands)
+    rows, classes = arrays["logits"].dims(2)
     first = f.mul("%index", _ROWS)
     with f.loop(f.min(f.add(first, _ROWS), rows), start=first) as row:
-        given = f.value(f"sext i32 {f.load(f.at('%labels', row, kind='i32'), 'i32')} to i64")
+        given = arrays["labels"].whole(row)
         label = f.choose(f.less(given, 0), f.add(given, classes), given)  # -1: the last one
         yield row, f.at("%logits", f.mul(row, classes)), classes, label
 

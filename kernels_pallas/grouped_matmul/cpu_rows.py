@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from kernels_pallas import cpu
 from kernels_pallas.cpu import Kernel
 from kernels_pallas.cpu_code import Function
-from kernels_pallas.grouped_matmul.cpu_training import Array
 
 _ROWS = 64  # of a piece
 _AT_ONCE = 4  # vectors, whose sums do not wait for each other
@@ -33,7 +32,7 @@ def sort_kernel(lanes: int) -> Kernel:
     """index int32[N, k], mask bool[N] -> slot of every pair int32[N, k], pair of every slot int32[S], counts int32[E]:
     a counting sort."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    index, mask, slots, pairs, counts = (Array(f, "%frame", i) for i in (0, 1, -1, -2, -3))
+    index, mask, slots, pairs, counts = (f.array("%frame", i) for i in (0, 1, -1, -2, -3))
     tokens, k, experts, room = index.dim(0), index.dim(1), counts.dim(0), pairs.dim(0)
     next_ = f.value(f"call ptr @malloc(i64 {f.mul(experts, 8)})")
     _memset(f, next_, f.mul(experts, 8))
@@ -71,9 +70,9 @@ def sort_kernel(lanes: int) -> Kernel:
 def _execute(lanes: int, result: int, cleared: int | None = None) -> str:
     """The function that XLA's call runs: pieces of rows of a result. `cleared` is one that begins as zeros."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    rows, width = (Array(f, "%frame", result).dim(axis) for axis in range(2))
+    rows, width = f.array("%frame", result).dims(2)
     if cleared is not None:
-        array = Array(f, "%frame", cleared)
+        array = f.array("%frame", cleared)
         _memset(f, array.data, f.mul(f.mul(array.dim(0), array.dim(1)), 4))
     pay = f.div(f.mul(rows, width), _SHARE)
     f.call("share.long", "ptr %frame", "ptr @piece", "ptr %frame", f"i64 {f.ceil(rows, _ROWS)}", f"i64 {pay}")
@@ -86,7 +85,7 @@ def weighted_kernel(lanes: int) -> Kernel:
     the rows adds nothing."""
     f = Function("piece", "ptr %job", "i64 %index", lanes=lanes)
     frame = f.field("%job", "%job", 6, "ptr")
-    rows, index, weights, y = (Array(f, frame, i) for i in (0, 1, 2, -1))
+    rows, index, weights, y = (f.array(frame, i) for i in (0, 1, 2, -1))
     count, width, terms, most = y.dim(0), y.dim(1), index.dim(1), rows.dim(0)
     first = f.mul("%index", _ROWS)
     with f.loop(f.min(f.add(first, _ROWS), count), start=first) as n:
@@ -120,7 +119,7 @@ def gradient_kernel(lanes: int) -> Kernel:
     sums over k of the weighed rows, where every pair has one slot at most."""
     f = Function("piece", "ptr %job", "i64 %index", lanes=lanes)
     frame = f.field("%job", "%job", 6, "ptr")
-    rows, weights, pairs, dy, d_rows, d_weights = (Array(f, frame, i) for i in (0, 1, 2, 3, -1, -2))
+    rows, weights, pairs, dy, d_rows, d_weights = (f.array(frame, i) for i in (0, 1, 2, 3, -1, -2))
     slots, width, k = rows.dim(0), rows.dim(1), weights.dim(1)
     all_pairs = f.mul(weights.dim(0), k)
     first = f.mul("%index", _ROWS)

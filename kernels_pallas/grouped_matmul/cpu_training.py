@@ -21,7 +21,7 @@ import numpy as np
 
 from kernels_pallas import cpu
 from kernels_pallas.cpu import Kernel, cores
-from kernels_pallas.cpu_code import Function
+from kernels_pallas.cpu_code import Array, Function
 from kernels_pallas.cpu_math import exponential
 from kernels_pallas.matmul.cpu_tiles import MOST_ROWS, VECTORS, block, rows_of_a_tile
 
@@ -42,27 +42,6 @@ _RECTANGLE = "%rectangle = type { i64, i64, i64, i64, i64, i64, i64, i64 }"
 _STARTS, _SIZES, _CUT, _FIRST = 0, 1, 2, 3
 
 
-class Array:
-    """An operand or a result of the call, by its number."""
-
-    def __init__(self, f: Function, frame: str, number: int) -> None:
-        self.f = f
-        self.buffer = f.value(f"call ptr @buffer(ptr {frame}, i64 {number})")
-        self.data = f.value(f"call ptr @data(ptr {self.buffer})")
-
-    def dim(self, axis: int) -> str:
-        return self.f.value(f"call i64 @dim(ptr {self.buffer}, i64 {axis})")
-
-    def whole(self, index: str | int) -> str:
-        """A whole number of an int32 array."""
-        return self.f.value(f"sext i32 {self.f.load(self.f.at(self.data, index, kind='i32'), 'i32')} to i64")
-
-    def set_whole(self, index: str | int, value: str) -> None:
-        self.f.store(
-            self.f.value(f"trunc i64 {value} to i32"), self.f.at(self.data, index, kind="i32"), "i32"
-        )
-
-
 class _Piece:
     """The function of a piece of rows, written step by step."""
 
@@ -75,11 +54,11 @@ class _Piece:
         rows = f.at(table, f.div("%index", across), kind="%rows")
         self.expert, self.row, self.rows = (f.field(rows, "%rows", i) for i in range(3))
         self.column = f.mul(f.rem("%index", across), wide)
-        columns = Array(f, self.frame, -1).dim(1)
+        columns = f.array(self.frame, -1).dim(1)
         self.columns = f.min(wide, f.sub(columns, self.column))
 
     def array(self, number: int) -> Array:
-        return Array(self.f, self.frame, number)
+        return self.f.array(self.frame, number)
 
     def place(self, array: Array, row: str | int = 0) -> str:
         """Where the piece begins in an array of rows like the result, or a row of the piece."""
@@ -176,11 +155,11 @@ def _groups(f: Function, starts: Array, sizes: Array, rows: str, expert: str, en
 def _execute_rows(outputs: int, products: int, lanes: int) -> str:
     """The function that XLA's call runs, of pieces of rows."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    starts, sizes, cut = (Array(f, "%frame", i) for i in (_STARTS, _SIZES, _CUT))
-    results = [Array(f, "%frame", -1 - i) for i in range(outputs)]
-    depth = Array(f, "%frame", _FIRST).dim(1)
+    starts, sizes, cut = (f.array("%frame", i) for i in (_STARTS, _SIZES, _CUT))
+    results = [f.array("%frame", -1 - i) for i in range(outputs)]
+    depth = f.array("%frame", _FIRST).dim(1)
     tall, wide = cut.whole(0), cut.whole(1)
-    experts, (rows, columns) = starts.dim(0), (results[0].dim(axis) for axis in (0, 1))
+    experts, (rows, columns) = starts.dim(0), results[0].dims(2)
     # At most one block of an expert is not whole.
     count = f.add(f.div(rows, tall), experts)
     table = f.value(f"call ptr @malloc(i64 {f.mul(count, 24)})")
@@ -241,8 +220,8 @@ def _gradient_piece(products: int, lanes: int) -> str:
     )
     for number in range(products):
         with f.when(f.equal(which, number)):
-            x, dy = (Array(f, frame, _FIRST + 2 * number + i) for i in range(2))
-            dw = Array(f, frame, -1 - number)
+            x, dy = (f.array(frame, _FIRST + 2 * number + i) for i in range(2))
+            dw = f.array(frame, -1 - number)
             height, width = x.dim(1), dy.dim(1)
             f.call(
                 "block",
@@ -263,8 +242,8 @@ def _gradient_piece(products: int, lanes: int) -> str:
 def _execute_gradient(products: int, lanes: int) -> str:
     """The function that XLA's call runs, of rectangles of gradients: more of them for an expert of more rows."""
     f = Function("execute", "ptr %frame", lanes=lanes)
-    starts, sizes = (Array(f, "%frame", i) for i in (_STARTS, _SIZES))
-    experts, rows = starts.dim(0), Array(f, "%frame", _FIRST).dim(0)
+    starts, sizes = (f.array("%frame", i) for i in (_STARTS, _SIZES))
+    experts, rows = starts.dim(0), f.array("%frame", _FIRST).dim(0)
     tile = {"rows": rows_of_a_tile(lanes), "columns": VECTORS * lanes}
     wanted = _RECTANGLES * cores()
 
@@ -276,7 +255,7 @@ def _execute_gradient(products: int, lanes: int) -> str:
     all_rows = f.load(total, "i64")
 
     made, most, work = (f.variable(0, "i64") for _ in range(3))
-    results = [Array(f, "%frame", -1 - number) for number in range(products)]
+    results = [f.array("%frame", -1 - number) for number in range(products)]
     for result in results:
         least = f.mul(f.ceil(result.dim(1), MOST_ROWS), experts)
         f.store(f.add(f.load(most, "i64"), f.add(least, f.mul(f.add(experts, wanted), 2))), most, "i64")

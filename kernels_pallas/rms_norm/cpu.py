@@ -44,10 +44,7 @@ def _block(operands: dict[str, int], lanes: int) -> tuple[Function, str, str, st
 
 def _read(f: Function, frame: str, operands: dict[str, int]) -> tuple[str, str, str]:
     """Operands by their names, and the sizes of x [rows, groups, width of a group]."""
-    for name, number in operands.items():
-        f.line(f"%{name}.buffer = call ptr @buffer(ptr {frame}, i64 {number})")
-        f.line(f"%{name} = call ptr @data(ptr %{name}.buffer)")
-    rows, groups, width = (f.value(f"call i64 @dim(ptr %x.buffer, i64 {axis})") for axis in range(3))
+    rows, groups, width = f.arrays(frame, operands)["x"].dims(3)
     return rows, groups, width
 
 

@@ -22,12 +22,8 @@ def _piece(operands: dict[str, int], lanes: int) -> tuple[Function, str]:
     frame = f.field("%job", "%job", 6, "ptr")
     first = f.mul("%index", _PIECE)
     for name, number in operands.items():
-        buffer = f.value(f"call ptr @buffer(ptr {frame}, i64 {number})")
-        data = f.value(f"call ptr @data(ptr {buffer})")
-        f.line(f"%{name} = getelementptr float, ptr {data}, i64 {first}")
-    buffer = f.value(f"call ptr @buffer(ptr {frame}, i64 0)")
-    size = f.value(f"call i64 @dim(ptr {buffer}, i64 0)")
-    return f, f.min(f.sub(size, first), _PIECE)
+        f.line(f"%{name} = getelementptr float, ptr {f.array(frame, number).data}, i64 {first}")
+    return f, f.min(f.sub(f.array(frame, 0).dim(0), first), _PIECE)
 
 
 def _sigmoid(f: Function, x: str) -> str:
@@ -37,8 +33,7 @@ def _sigmoid(f: Function, x: str) -> str:
 
 def _kernel(name: str, piece: Function, lanes: int) -> Kernel:
     f = Function("execute", "ptr %frame", lanes=lanes)
-    buffer = f.value("call ptr @buffer(ptr %frame, i64 0)")
-    pieces = f.ceil(f.value(f"call i64 @dim(ptr {buffer}, i64 0)"), _PIECE)
+    pieces = f.ceil(f.array("%frame", 0).dim(0), _PIECE)
     f.call("share.long", "ptr %frame", "ptr @piece", "ptr %frame", f"i64 {pieces}", f"i64 {pieces}")
     return Kernel(f"{name}_{lanes}", "\n".join([exponential(lanes), piece.text(), f.text()]))
 

@@ -38,12 +38,13 @@ lanes = cpu.lanes
 
 def _execute(sizes: Sizes, backward: bool) -> str:
     f = sizes.function("execute", "ptr %frame")
-    query, key = (f.value(f"call ptr @buffer(ptr %frame, i64 {i})") for i in (0, 1))
-    batch, length, heads = (f.value(f"call i64 @dim(ptr {query}, i64 {axis})") for axis in range(3))
+    query, key = (f.array("%frame", i) for i in (0, 1))
+    batch, length, heads = query.dims(3)
     if backward:
-        pieces = f.mul(batch, f.value(f"call i64 @dim(ptr {key}, i64 2)"))
+        pieces = f.mul(batch, key.dim(2))
     else:
-        pieces = f.mul(f.mul(batch, heads), f.ceil(length, cpu_pieces.SECTION))
+        rows = f.mul(batch, heads)
+        pieces = f.mul(rows, f.ceil(length, cpu_pieces.SECTION))
     work = f.mul(f.mul(f.mul(batch, heads), f.mul(length, length)), sizes.dim)
     f.call("share", "ptr @piece", "ptr %frame", f"i64 {pieces}", f"i64 {f.div(work, _SHARE)}", "i64 0")
     return f.text()

@@ -4,7 +4,7 @@ its query heads backward. Written as LLVM's intermediate representation; what th
 import math
 from collections.abc import Callable
 
-from kernels_pallas.cpu_code import Value
+from kernels_pallas.cpu_code import Array, Value
 from kernels_pallas.cpu_math import constant
 from kernels_pallas.span_attention import cpu_tiles as tiles
 from kernels_pallas.span_attention.cpu_tiles import Labels, Sizes, Span, down, largest, up
@@ -29,16 +29,14 @@ class _Piece:
         self.sizes, self.capped, self.segmented = sizes, capped, segmented
         call = f.field("%job", "%job", 6, "ptr")
         names = [*operands, "segments"] if segmented else operands
-        buffers = {name: f.value(f"call ptr @buffer(ptr {call}, i64 {i})") for i, name in enumerate(names)}
-        for i, name in enumerate(results):
-            buffers["to " + name] = f.value(f"call ptr @buffer(ptr {call}, i64 {-1 - i})")
-        self.data = {name: f.value(f"call ptr @data(ptr {buffer})") for name, buffer in buffers.items()}
-
-        def dim(name: str, axis: int) -> str:
-            return f.value(f"call i64 @dim(ptr {buffers[name]}, i64 {axis})")
-
-        self.batch, self.length, self.heads = (dim("query", axis) for axis in range(3))
-        self.kv_heads = dim("key", 2)
+        numbers = {name: i for i, name in enumerate(names)}
+        numbers |= {"to " + name: -1 - i for i, name in enumerate(results)}
+        # All buffers first: in another order LLVM keeps other values on the stack.
+        buffers = {name: f.buffer(call, number) for name, number in numbers.items()}
+        self.arrays = {name: Array(f, buffer, f.data(buffer)) for name, buffer in buffers.items()}
+        self.data = {name: array.data for name, array in self.arrays.items()}
+        self.batch, self.length, self.heads = self.arrays["query"].dims(3)
+        self.kv_heads = self.arrays["key"].dim(2)
         self.groups = f.div(self.heads, self.kv_heads)
         self.stride, self.kv_stride = f.mul(self.heads, sizes.dim), f.mul(self.kv_heads, sizes.dim)
         # As `cpu._numbers` says.
@@ -66,8 +64,7 @@ class _Piece:
         f = self.f
 
         def read(name: str) -> str:
-            number = f.value(f"sext i32 {f.load(f.at(self.data[name], head), 'i32')} to i64")
-            return f.min(largest(f, number, 0), self.length)
+            return f.min(largest(f, self.arrays[name].whole(head), 0), self.length)
 
         return Span(f, self.sizes, read("window"), read("sink"), labels)
 

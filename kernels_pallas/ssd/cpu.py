@@ -47,6 +47,13 @@ _OPERANDS = (
     "epsilon",
 )
 _RESULTS = ("y", "final", "states")
+# What sizes are called in the code; rows: of the segments, 0 without.
+_DIMS = {
+    "projected": ("batch", "length", "width"),
+    "bias": ("mixed",),
+    "a_log": ("heads",),
+    "segments": ("rows",),
+}
 
 _DECLARE = """
 declare i32 @sched_yield()
@@ -73,20 +80,15 @@ end:
 """
 
 
-def _read(f: Function) -> dict[str, str]:
-    """Operands and results by their names, and sizes: batch, length, width of a projected row, heads, groups."""
+def _read(f: Function, frame: str) -> dict[str, str]:
+    """Operands and results by their names, and the sizes of `_DIMS`."""
     found = {}
     numbered = [*enumerate(_OPERANDS), *((-1 - i, name) for i, name in enumerate(_RESULTS))]
-    for place, name in numbered:
-        buffer = f.value(f"call ptr @buffer(ptr %frame, i64 {place})")
-        found[name] = f.value(f"call ptr @data(ptr {buffer})")
-        if name == "projected":
-            for axis, size in enumerate(("batch", "length", "width")):
-                found[size] = f.value(f"call i64 @dim(ptr {buffer}, i64 {axis})")
-        if name in ("a_log", "segments"):
-            found["heads" if name == "a_log" else "rows"] = f.value(f"call i64 @dim(ptr {buffer}, i64 0)")
-        if name == "bias":
-            found["mixed"] = f.value(f"call i64 @dim(ptr {buffer}, i64 0)")
+    for number, name in numbered:
+        array = f.array(frame, number)
+        found[name] = array.data
+        for axis, size in enumerate(_DIMS.get(name, ())):
+            found[size] = array.dim(axis)
     return found
 
 
@@ -114,8 +116,7 @@ def _first(s: Sizes) -> str:
 
 def _piece(s: Sizes) -> str:
     f = Function("piece", "ptr %job", "i64 %index", lanes=s.lanes)
-    f.line(f"%frame = load ptr, ptr {f.value('getelementptr %job, ptr %job, i64 0, i32 6')}")
-    found = _read(f)
+    found = _read(f, f.field("%job", "%job", 6, "ptr"))
     inner, groups = _groups(f, found, s)
     width, length = found["width"], found["length"]
     group, rest = f.rem("%index", groups), f.div("%index", groups)
@@ -279,7 +280,7 @@ def _piece(s: Sizes) -> str:
 
 def _execute(s: Sizes) -> str:
     f = Function("execute", "ptr %frame", lanes=s.lanes)
-    found = _read(f)
+    found = _read(f, "%frame")
     _, groups = _groups(f, found, s)
     rows = f.mul(found["batch"], found["heads"])
     size = s.state * s.channels
