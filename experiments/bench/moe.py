@@ -7,7 +7,7 @@ the dense FFN has twice an expert's units. Contenders take turns in one process.
   What dispatch costs is the same call with the experts left out.
 - inference: the same weights in `transformers`, at several numbers of tokens; of its implementations of experts the
   fastest counts. Outputs must be equal to 1e-4 of their largest. On one CPU our experts' kernels are laid out for
-  inference beforehand, as decoding does it (`research.nn.stacked_panels`; not with LATHE_CPU_KERNELS=off).
+  inference beforehand, as decoding does it (`research.nn.panels`; not with LATHE_CPU_KERNELS=off).
 - decoding: one token through a layer of 4 to 64 experts, laid out alike, the same token in every call, so that the two
   experts it goes to are as likely to be in the processor's cache at 64 as at 4. The others are not read, so time must
   not grow.
@@ -31,7 +31,7 @@ from research.moe.routing import route
 from research.nn.attention import Context
 from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.mlp import GatedMLP
-from research.nn.stacked_panels import to_stacked_panels
+from research.nn.panels import to_panels
 
 EXPERTS, K, TOKENS = 8, 2, 4096
 SIZES = ((128, 256), (256, 512), (512, 1024))  # width, units of an expert
@@ -217,7 +217,7 @@ def _decoding(
 
 
 def _laid_out(params: Any) -> Any:
-    return to_stacked_panels(params) if use_cpu_kernels() else params
+    return to_panels(params) if use_cpu_kernels() else params
 
 
 def _context(tokens: int) -> Context:

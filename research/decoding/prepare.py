@@ -10,7 +10,6 @@ from research.nn.accounting import count_parameters
 from research.nn.cpu_kernels import use_cpu_kernels
 from research.nn.fuse import fuse_projections
 from research.nn.panels import to_panels
-from research.nn.stacked_panels import to_stacked_panels
 from research.nn.transformer import LayerStack, unscan_layers
 from research.nn.weights import Weight
 
@@ -22,8 +21,8 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
     """The same model and its parameters in the form that decodes fastest; same logits up to rounding.
 
     Arrays of floats are cast to `dtype`; structured weights keep the precision they were given. On one CPU, in float32,
-    large kernels and those of experts are laid out in panels (`research.nn.panels`, `stacked_panels`; not with
-    LATHE_CPU_KERNELS=off in the environment).
+    large kernels and those of experts are laid out in panels (`research.nn.panels`; not with LATHE_CPU_KERNELS=off in
+    the environment).
     """
     model, params = unscan_layers(model, params)
 
@@ -41,7 +40,7 @@ def prepare(model: LayerStack, params: Any, dtype: str = "float32") -> tuple[Lay
 
 def lay_out(params: Any, dtype: str = "float32") -> Any:
     """A tree with its large kernels in panels, where those are used; a proposer's parameters, for one."""
-    return to_stacked_panels(to_panels(params)) if _lays_out(params, dtype) else params
+    return to_panels(params) if _lays_out(params, dtype) else params
 
 
 def _lays_out(params: Any, dtype: str) -> bool:

@@ -11,7 +11,7 @@ place. What they are made for was measured, on two cores:
 - Few rows (decoding): only the experts that have rows, their kernels in blocks of 128 KiB. Such a block is copied
   within the processor's cache, so that a kernel is read from memory once, at the speed of a dense product; copied
   as a whole it takes twice as long. Time does not depend on the number of experts.
-- Inference: kernels in panels (`research.nn.stacked_panels`), which a kernel for CPUs multiplies at any number of rows.
+- Inference: kernels in panels (`research.nn.panels`), which a kernel for CPUs multiplies at any number of rows.
 
 The last tile of an expert runs into the rows of the next one. What it leaves there is overwritten when it is the
 next one's turn, so groups need not begin at a multiple of anything.
@@ -31,7 +31,7 @@ from kernels_pallas.grouped_matmul import Unsupported, grouped_matmul
 from research.errors import UserError
 from research.nn import weights
 from research.nn.cpu_kernels import use_cpu_kernels
-from research.nn.stacked_panels import StackedPanels
+from research.nn.panels import StackedPanels
 from research.nn.weights import Kernel
 
 PIECE = 512  # rows

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from research.moe.grouped import Groups, each_expert, if_even, panels_dot, pieces, varying_like
 from research.nn import weights
 from research.nn.mlp import ACTIVATIONS, Activation
-from research.nn.stacked_panels import StackedPanels
+from research.nn.panels import StackedPanels
 from research.nn.weights import Kernel
 
 Params = Mapping[str, Mapping[str, jax.Array]]

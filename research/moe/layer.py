@@ -21,8 +21,8 @@ from research.moe.routing import Norm, Ranks, Router, Routing, check_choices, ro
 from research.nn.attention import Context
 from research.nn.linear import Linear, parameter
 from research.nn.mlp import Activation
+from research.nn.panels import holds_stacked_panels
 from research.nn.reports import report_loss, report_measurement
-from research.nn.stacked_panels import holds_panels
 
 
 class MoE(nn.Module):
@@ -111,7 +111,7 @@ class MoE(nn.Module):
                 backend,
                 factor,
                 self.grouped_dot,
-                blocks=not holds_panels(placed),
+                blocks=not holds_stacked_panels(placed),
                 dtype=flat.dtype,
             )
             y = dispatch.combine(experts(dispatch, dispatch.scatter(flat)), routing.gate)

@@ -103,26 +103,70 @@ class CodePanels(struct.PyTreeNode):
         return self.replace(codes=codes, grid=self.grid[:count, :groups], outputs=outputs)
 
 
+class StackedPanels(struct.PyTreeNode):
+    """Kernels [E, in, out], each as in `Panels`: panels float32[E, ceil(out / width), in, width].
+
+    A `Weight` that lives while a model is only run: it has no gradient. Rows that are sorted by expert are multiplied
+    by `kernels_pallas.grouped_matmul.cpu`, whoever maps over experts meets the product of one.
+    """
+
+    panels: jax.Array
+    outputs: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.panels.shape[:-3], self.panels.shape[-2], self.outputs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.panels.dtype
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return Panels(self.panels, self.outputs).dot(x)
+
+    def materialize(self) -> jax.Array:
+        if self.panels.ndim == 3:
+            return unpack(self.panels, self.outputs)
+        return jax.vmap(lambda panels: unpack(panels, self.outputs))(self.panels)
+
+    def narrow(self, inputs: int | None, outputs: int | None) -> "StackedPanels":
+        outputs = self.outputs if outputs is None else min(outputs, self.outputs)
+        count = -(-outputs // self.panels.shape[-1])
+        return StackedPanels(self.panels[..., :count, :inputs, :], outputs)
+
+
+def holds_stacked_panels(params: Any) -> bool:
+    """Whether a tree has kernels that are `StackedPanels`."""
+    found = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, StackedPanels))
+    return any(isinstance(leaf, StackedPanels) for leaf in found)
+
+
 def to_panels(params: Any) -> Any:
     """Every large float32 kernel of a tree as `Panels`, and an embedding table that is the head too has them beside it;
-    every large `Quantized` one of 8 or 4 bits that XLA multiplies as `CodePanels`.
+    every large `Quantized` one of 8 or 4 bits that XLA multiplies as `CodePanels`; every float32 kernel [E, in, out]
+    below an `experts` as `StackedPanels`.
 
-    Other structured kernels, stacked and small ones and the taps of convolutions stay as they are.
+    Other structured kernels, other stacked and small ones and the taps of convolutions stay as they are.
 
     Raises `Unsupported` where this processor has no such product.
     """
-    return _to_panels(params, Memory())
+    return _to_panels(params, False, Memory())
 
 
-def _to_panels(params: Any, memory: "Memory") -> Any:
+def _to_panels(params: Any, of_experts: bool, memory: "Memory") -> Any:
     if not isinstance(params, dict):
         return params
-    changed = {name: value if name == "conv" else _to_panels(value, memory) for name, value in params.items()}
+    changed = {
+        name: value if name == "conv" else _to_panels(value, of_experts or name == "experts", memory)
+        for name, value in params.items()
+    }
     kernel = params.get("kernel")
     if _is_large(kernel):
         changed["kernel"] = _panels(np.asarray(kernel), memory)
     elif _has_codes(kernel):
         changed["kernel"] = _code_panels(kernel, memory)
+    elif of_experts and isinstance(kernel, jax.Array) and kernel.ndim == 3 and kernel.dtype == jnp.float32:
+        changed["kernel"] = _stacked_panels(np.asarray(kernel), memory)
     table = params["embedding"].get("table") if isinstance(params.get("embedding"), dict) else None
     if "head" not in params and _is_large(table):
         changed["embedding"]["head"] = _panels(np.asarray(table).T, memory)
@@ -164,6 +208,15 @@ def _code_panels(kernel: Quantized, memory: "Memory") -> CodePanels:
     pack_codes(np.asarray(kernel.unpacked()), bits, width, codes)
     pack_grid(scale, zero, width, grid)
     return CodePanels(jax.device_put(codes), jax.device_put(grid), bits, outputs)
+
+
+def _stacked_panels(kernels: np.ndarray, memory: "Memory") -> StackedPanels:
+    experts, inputs, outputs = kernels.shape
+    width = panel_columns()
+    panels = memory.take((experts, -(-outputs // width), inputs, width), np.float32)
+    for kernel, out in zip(kernels, panels, strict=True):
+        pack(kernel, width, out)
+    return StackedPanels(jax.device_put(panels), outputs)
 
 
 class Memory:

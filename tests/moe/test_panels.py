@@ -17,8 +17,8 @@ from research.moe.layer import MoE
 from research.moe.routing import route
 from research.nn import weights
 from research.nn.attention import Attention, Context
+from research.nn.panels import StackedPanels, holds_stacked_panels, to_panels
 from research.nn.quantized import quantize
-from research.nn.stacked_panels import StackedPanels, holds_panels, to_stacked_panels
 from research.nn.transformer import Block
 
 E, D, F = 4, 40, 100
@@ -29,7 +29,7 @@ def whole(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def stacked(kernel: np.ndarray) -> StackedPanels:
-    return to_stacked_panels({"experts": {"kernel": jnp.asarray(kernel)}})["experts"]["kernel"]
+    return to_panels({"experts": {"kernel": jnp.asarray(kernel)}})["experts"]["kernel"]
 
 
 def test_kernels_of_experts_are_laid_out_and_others_stay():
@@ -43,7 +43,7 @@ def test_kernels_of_experts_are_laid_out_and_others_stay():
             "down": {"kernel": quantized},
         },
     }
-    found = to_stacked_panels(tree)
+    found = to_panels(tree)
     up = found["experts"]["up"]["kernel"]
     assert isinstance(up, StackedPanels) and up.shape == (E, D, F) and up.dtype == jnp.float32
     assert np.array_equal(up.materialize(), tree["experts"]["up"]["kernel"])
@@ -103,7 +103,7 @@ def drawn_experts() -> dict:
 @pytest.mark.parametrize("ffn", ["one", "two products"])
 def test_a_token_has_the_same_bits_alone_and_among_others(ffn: str):
     # 400 tokens go in blocks of an expert's rows, few of them sorted.
-    params = to_stacked_panels(drawn_experts())["experts"]
+    params = to_panels(drawn_experts())["experts"]
     draw = np.random.default_rng(0).normal
     logits, x = draw(size=(400, E)).astype(np.float32), draw(size=(400, D)).astype(np.float32)
 
@@ -122,7 +122,7 @@ def test_a_token_has_the_same_bits_alone_and_among_others(ffn: str):
 
 def test_the_whole_ffn_in_panels():
     params = drawn_experts()["experts"]
-    panels = to_stacked_panels({"experts": params})["experts"]
+    panels = to_panels({"experts": params})["experts"]
     groups = Groups.sorted(jnp.asarray([5, 0, 1, 30]))
     rows = np.random.default_rng(0).normal(size=(40, D)).astype(np.float32)
     rows[36:] = 0
@@ -134,7 +134,7 @@ def test_the_whole_ffn_in_panels():
 
 def test_whose_ffn_is_in_panels():
     plain = drawn_experts()["experts"]
-    panels = to_stacked_panels({"experts": plain})["experts"]
+    panels = to_panels({"experts": plain})["experts"]
     assert in_panels(panels, "silu")
     assert not in_panels(panels, "relu")
     assert not in_panels(plain, "silu")
@@ -148,7 +148,7 @@ def test_the_layer_computes_the_same(tokens: int, bias: bool):
     layer, context = MoE(E, 2, F, use_bias=bias), Context(jnp.arange(tokens)[None])
     x = jax.random.normal(jax.random.key(0), (1, tokens, D))
     params = layer.init(jax.random.key(1), x, context)["params"]
-    wanted, found = (layer.apply({"params": p}, x, context) for p in (params, to_stacked_panels(params)))
+    wanted, found = (layer.apply({"params": p}, x, context) for p in (params, to_panels(params)))
     # Sums of at most 100 products in another order, of values near 1: 100 * 2**-24 = 6e-6.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
@@ -157,7 +157,11 @@ def test_rows_of_panels_are_sorted_and_not_in_blocks(monkeypatch):
     # Where training has kernels, rows are never in blocks: as on a processor without them.
     monkeypatch.setattr("research.moe.dispatch.use_cpu_kernels", lambda: False)
     plain = drawn_experts()
-    assert holds_panels(to_stacked_panels(plain)) and not holds_panels(plain) and not holds_panels(None)
+    assert (
+        holds_stacked_panels(to_panels(plain))
+        and not holds_stacked_panels(plain)
+        and not holds_stacked_panels(None)
+    )
     routing = route(np.random.default_rng(0).normal(size=(400, E)).astype(np.float32), 2)
     assert make_dispatch(routing).groups.block > 0 and make_dispatch(routing, blocks=False).groups.block == 0
     # So does the layer: the programs of a model with and without panels sort into buffers of different sizes.
@@ -165,8 +169,7 @@ def test_rows_of_panels_are_sorted_and_not_in_blocks(monkeypatch):
     params = layer.init(jax.random.key(1), x, context)["params"]
     sorted_rows = f"{make_dispatch(routing, blocks=False).pair_of_slot.shape[0]}x{D}xf32"
     shown = [
-        jax.jit(layer.apply).lower({"params": p}, x, context).as_text()
-        for p in (params, to_stacked_panels(params))
+        jax.jit(layer.apply).lower({"params": p}, x, context).as_text() for p in (params, to_panels(params))
     ]
     assert [sorted_rows in text for text in shown] == [False, True]
 

@@ -23,7 +23,7 @@ def tree() -> dict:
         "up": {"kernel": jnp.asarray(whole(128, 200)), "bias": jnp.zeros(200)},
         "conv": {"kernel": jnp.asarray(whole(128, 200))},
         "router": {"kernel": jnp.asarray(whole(128, 8))},
-        "experts": {"up": {"kernel": jnp.asarray(whole(4, 128, 200))}},
+        "layers": {"up": {"kernel": jnp.asarray(whole(4, 128, 200))}},
         "half": {"kernel": jnp.asarray(whole(128, 200), jnp.bfloat16)},
         "embedding": {"table": jnp.asarray(whole(300, 64))},
     }
@@ -36,7 +36,7 @@ def test_large_kernels_and_a_tied_head_are_laid_out():
     assert np.array_equal(found["embedding"]["head"].materialize(), plain["embedding"]["table"].T)
     for name in ("conv", "router", "half"):  # taps, a small kernel, another dtype
         assert isinstance(found[name]["kernel"], jax.Array)
-    assert isinstance(found["experts"]["up"]["kernel"], jax.Array)
+    assert isinstance(found["layers"]["up"]["kernel"], jax.Array)  # scanned
     assert "head" not in to_panels(tree() | {"head": {"kernel": jnp.asarray(whole(64, 300))}})["embedding"]
 
 
