@@ -21,6 +21,7 @@ FOLDERS = (
     "span_attention",
     "decode_attention",
     "topk_attention",
+    "chosen_attention",
     "qmoe_decode",
     "matmul",
     "skinny_matmul",

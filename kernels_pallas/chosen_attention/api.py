@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chosen_attention import reference
-from kernels_pallas.common import Unsupported
+from kernels_pallas.common import Unsupported, check_name, needs_llvm
 
 Implementation = Literal["reference", "cpu"]
 
@@ -113,17 +113,13 @@ def _scale(query: jax.Array, scale: float | None) -> float:
 
 
 def _cpu():
-    try:
-        # Imported here: only programs that compute on a CPU need LLVM.
+    with needs_llvm():
         from kernels_pallas.chosen_attention import cpu
-    except ImportError as error:
-        raise Unsupported(f"llvmlite is missing ({error}); pip install llvmlite") from error
     return cpu
 
 
 def _check(query: jax.Array, cached, fresh, implementation: str) -> None:
-    if implementation not in ("reference", "cpu"):
-        raise Unsupported(f"no implementation {implementation!r}: there are reference and cpu")
+    check_name(implementation, "cpu")
     batch, heads, count, dim = query.shape
     kv_heads, slots = cached[0].shape[1:3]
     if heads % kv_heads:
