@@ -9,7 +9,7 @@ import jax
 from research.nn.accounting import active_share
 from research.training.feed import Dataset, batch_spec
 from research.training.paths import PyTree, named_leaves
-from research.training.progress import peak_flops
+from research.training.topologies import peak_flops
 
 
 class Clock:

@@ -4,26 +4,7 @@ import sys
 import time
 from typing import Any
 
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets. Longest name first, because
-# "TPU v5" starts "TPU v5 lite". Where a device is missing, no utilisation is shown.
-PEAK_FLOPS = {
-    "TPU v6 lite": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "Tesla V100": 125e12,
-}
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of one device of this `jax.Device.device_kind`, if known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
 def duration(seconds: float) -> str:

@@ -68,6 +68,24 @@ CHIPS = {
 }
 
 
+# bfloat16 FLOP/s by the beginnings of jax's names, which for a TPU are of either kind, also of devices for which no plan
+# is made.
+_PEAKS = {name: chip.bfloat16 for chip in CHIPS.values() for name in (chip.kind, chip.name)} | {
+    "NVIDIA A100": CHIPS["a100"].bfloat16,
+    "NVIDIA H100": CHIPS["h100"].bfloat16,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100": 125e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+    """bfloat16 FLOP/s of dense products of one device of this `jax.Device.device_kind`, None where none are known."""
+    # The longest: "TPU v5" begins "TPU v5 lite". A number is not cut: "NVIDIA L4" is no "NVIDIA L40S".
+    names = [name for name in _PEAKS if re.match(rf"{re.escape(name)}(?!\d)", kind)]
+    return _PEAKS[max(names, key=len)] if names else None
+
+
 # TPU v5e's compiler gathers weights beside products of itself; v6e's is to be told, by both of these
 # (openxla.org/xla/flags_guidance; experiments.bench.aot shows what they make).
 _ASYNCHRONOUS = {

@@ -28,7 +28,7 @@ from research.training.planning import plan
 from research.training.propagation import tally
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
-from research.training.topologies import CHIPS, Topology, compiler_options, parse_topology
+from research.training.topologies import CHIPS, Topology, compiler_options, parse_topology, peak_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, NONE = ("data", "fsdp"), ()
@@ -172,6 +172,25 @@ def test_a_step_is_traced_for_the_devices_that_are_not_here():
             with jax.sharding.use_abstract_mesh(Topology(chip, CHIPS[chip], 1).mesh({"fsdp": 1})):
                 assert products() == 2
                 assert parameter in kernel()
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5e", 197e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_known_by_the_longest_name(kind, peak):
+    assert peak_flops(kind) == peak
 
 
 def test_what_a_compiler_is_told_reaches_it(monkeypatch):

@@ -3,7 +3,6 @@
 import io
 
 import jax
-import pytest
 
 from research.training import progress
 from research.training.clock import matrix_elements
@@ -51,14 +50,6 @@ def test_elsewhere_lines_are_sparse(monkeypatch, capsys):
 def test_warnings_are_shown_even_when_nothing_is(capsys):
     show(shown=False)
     assert capsys.readouterr().err == "warning: checkpoint 5 is damaged\n"
-
-
-@pytest.mark.parametrize(
-    "kind, peak",
-    [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)],
-)
-def test_peaks_are_known_by_the_longest_name(kind, peak):
-    assert progress.peak_flops(kind) == peak
 
 
 def test_numbers_are_short():
