@@ -68,8 +68,8 @@ CHIPS = {
 }
 
 
-# bfloat16 FLOP/s by the beginnings of jax's names, which for a TPU are of either kind, also of devices for which no plan
-# is made.
+# bfloat16 FLOP/s by the beginnings of jax's names, which for a TPU are of either kind; also of devices that no plan is
+# made for.
 _PEAKS = {name: chip.bfloat16 for chip in CHIPS.values() for name in (chip.kind, chip.name)} | {
     "NVIDIA A100": CHIPS["a100"].bfloat16,
     "NVIDIA H100": CHIPS["h100"].bfloat16,
