@@ -24,7 +24,6 @@ from research.sparse.gathered import (
     Call,
     attend_chosen,
     attend_chosen_by_kernel,
-    choose_greatest,
     gathered,
 )
 from research.sparse.selectors import EveryLayer, Newest, PagedCache, Quest
@@ -125,17 +124,23 @@ def extend(model, params, cache):
     return logits, fresh
 
 
+@pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("per", ["head", "group"])
-def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
-    c, k = call(), 5
+def test_the_greatest_are_chosen_and_nothing_else_is_read(per, on_cpu):
+    c, k = call()._replace(on_cpu=on_cpu), 5
     scores = by_hand(c)
 
     def attended(c):
-        choice = choose_greatest(c.scores(), k, per)
+        whole, choice = c.attend(k, per)
         plain, other = attend_chosen(c, choice), attend_chosen(c, choice[..., ::-1])
-        return choice, plain, other, attend_chosen_by_kernel(c, choice, "reference")
+        return (
+            (whole, choice, c.greatest(k, per)),
+            plain,
+            other,
+            attend_chosen_by_kernel(c, choice, "reference"),
+        )
 
-    choice, out, other, by_kernel = of_call(attended, c)
+    (whole, choice, again), out, other, by_kernel = of_call(attended, c)
     rank = scores if per == "head" else scores.reshape(BATCH, KV, HEADS // KV, *scores.shape[2:]).max(2)
     rank = rank.copy()
     for token in range(len(TREE)):
@@ -145,16 +150,17 @@ def test_the_greatest_are_chosen_and_nothing_else_is_read(per):
         expected.append({int(i) for i in np.argsort(-row)[:k] if row[i] > -np.inf})
     assert sets(choice) == expected
     assert min(map(len, expected)) == 3 < k  # the root behind two tokens sees no more
+    np.testing.assert_array_equal(again, choice)
 
     # Masked: the softmax of all scores with -inf off the choice, times all values.
     index = np.repeat(np.asarray(choice), HEADS // choice.shape[1], axis=1)
     kept = (index[..., None] == np.arange(scores.shape[-1])).any(-2)
-    masked = np.where(kept, scores, -np.inf)
-    weights = np.exp(masked - masked.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
     value = np.concatenate([c.cached[1], c.fresh[1]], axis=2).astype(np.float64)
-    expected = np.einsum("bhns,bhsd->bhnd", weights, np.repeat(value, HEADS // KV, axis=1))
-    np.testing.assert_allclose(out, expected, atol=2e-6)  # float32, five terms of order 1
+    for found, masked in ((whole, scores), (out, np.where(kept, scores, -np.inf))):
+        weights = np.exp(masked - masked.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("bhns,bhsd->bhnd", weights, np.repeat(value, HEADS // KV, axis=1))
+        np.testing.assert_allclose(found, expected, atol=2e-6)  # float32, at most 15 terms of order 1
     np.testing.assert_allclose(by_kernel, out, atol=2e-6)
     # In any order. Sums of five terms may round differently.
     np.testing.assert_allclose(other, out, atol=1e-6)
@@ -213,6 +219,48 @@ def test_enough_tokens_are_all_and_few_change_only_later_layers():
             np.testing.assert_allclose(own, whole, atol=1e-5)  # their attentions add in different orders
     assert not np.allclose(rows[3][0], fresh[3][0], atol=1e-3)
     assert not np.allclose(few, logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Tidal(4, select=1, reselect=3),
+        Tidal(4, select=1, per="group"),
+        EveryLayer(4, dense=1),
+        Newest(4, sinks=1, dense=1),
+        Quest(4, page=2, dense=1),
+    ],
+    ids=str,
+)
+def test_kernels_decode_the_same_tokens(selector, monkeypatch):
+    model, params = trained()
+
+    def decoded(*implementation):
+        found = gathered(model, params, selector, *implementation)
+        cache = found[0].init_cache(1, 16)
+        step = jax.jit(
+            lambda params, cache: found[0].apply(
+                {"params": params}, np.zeros((1, 1), int), cache, method="extend"
+            )
+        )
+        text = step.lower(params, cache).as_text()
+        return text, Generator(*found).generate(PROMPTS, max_new_tokens=9).samples
+
+    text, tokens = decoded()
+    plain, same = decoded("xla")
+    chooses = isinstance(selector, Tidal | EveryLayer)
+    assert ("lathe_select_attention" in text) == chooses and "lathe_listed_attention" in text
+    assert "lathe_tree_attention" in text  # full layers as ever
+    assert (
+        "select_attention" not in plain
+        and "listed_attention" not in plain
+        and "lathe_tree_attention" in plain
+    )
+    assert tokens == same
+    assert tokens != Generator(model, params).generate(PROMPTS, max_new_tokens=9).samples
+    monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
+    text, same = decoded()
+    assert "lathe" not in text and tokens == same
 
 
 def test_a_choice_is_for_one_call():
