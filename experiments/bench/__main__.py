@@ -112,7 +112,7 @@ RECORD = PROGRAM.define(
     flags.DEFINE_bool,
     "record",
     False,
-    "Write the page of kernels on this device, or of drafters, in docs/results.",
+    "Write the page of kernels on this device, or of drafters (at least those that it has), in docs/results.",
 )
 JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every number into this file.")
 
@@ -214,6 +214,7 @@ def measure(part: str, shapes: list[Any]) -> Any:
             figure=FIGURE.value,
             updates=UPDATES.value,
             rounds=ROUNDS.value,
+            replaces=drafters_page.FOLDER if RECORD.value else None,
         )
         if RECORD.value:
             settings = {"machine": machine(), "versions": versions()}

@@ -9,7 +9,7 @@ more than a hundred held-out prompts in batches of unequal lengths, and every to
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from research import config as configs
 from research.config_capture import capture
 from research.decoding.generator import Generator
 from research.decoding.sampling import argmax
-from research.decoding.speculative.loading import LoadedDrafter, find_drafter
+from research.decoding.speculative.loading import find_drafter
 from research.decoding.speculative.training import DrafterTraining
 from research.decoding.verify import Accept, Draft
 from research.errors import UserError
@@ -101,6 +101,7 @@ def run(
     figure: str | None = None,
     updates: int | None = None,
     rounds: int = 1,
+    replaces: Path | None = None,
     report: Callable[[str], None] = print,
 ) -> Report:
     """Measure the drafters `names` on the model at `target`, see `open_target`.
@@ -108,12 +109,12 @@ def run(
     names: what `find_drafter` knows; a config that trains a drafter, which is trained below `runs` where it has
     not been; "all", every such config of the catalogue. prompts: a JSONL file. count: prompts of every kind.
     updates: of the longest stage of every drafter that is trained here, the others in proportion; without it those of
-    its config. rounds: turns that the prompts which are timed are decoded in.
+    its config. rounds: turns that the prompts which are timed are decoded in. replaces: the folder of a recorded page.
     dtype: of parameters and cache; in bfloat16 held-out prompts are also compared with decoding that keeps one
     token a call in the drafter's own program, from which nothing may differ.
 
     Raises:
-        UserError: a drafter or file that can't be used.
+        UserError: a drafter or file that can't be used; the page that is replaced has what is not measured here.
     """
     loaded = open_target(target)
     if loaded.tokenizer is None or not hasattr(loaded.model, "extend"):
@@ -121,7 +122,14 @@ def run(
     kinds = {kind: drafting.prompts(kind, count, loaded.tokenizer) for kind in drafting.KINDS}
     if prompts is not None:
         kinds |= read_prompts(prompts, loaded, count, new_tokens, report)
-    named = find_all(names, loaded, target, runs, report, updates)
+    labels = label(names)
+    if replaces is not None:
+        refuse_loss(replaces, {"drafter": labels, "kind": kinds})
+    named = []
+    for short, name in labels.items():
+        config = name.partition(":")[0].endswith(".py")
+        path = train(name, target, runs, report, updates) if config else name
+        named.append((short, find_drafter(path, loaded)))
     rows: list[Row] = []
     differences: dict[str, list[Difference]] = {}
     options = dict(max_new_tokens=new_tokens)
@@ -234,15 +242,8 @@ def read_prompts(
     return kinds
 
 
-def find_all(
-    names: Sequence[str],
-    loaded: Loaded,
-    target: str,
-    runs: str,
-    report: Callable[[str], None],
-    updates: int | None = None,
-) -> list[tuple[str, LoadedDrafter]]:
-    """The drafters by name, trained where they are configs."""
+def label(names: Sequence[str]) -> dict[str, str]:
+    """{what a row calls it: drafter}, each once, with those of "all"."""
     wanted: list[str] = []
     for name in names:
         if name == "all":
@@ -251,13 +252,23 @@ def find_all(
             wanted += ["prompt_lookup", "submodel", "aded", *dict.fromkeys(trains)]
         else:
             wanted.append(name)
-    found: dict[str, LoadedDrafter] = {}
+    found: dict[str, str] = {}
     for name in dict.fromkeys(wanted):
-        file = name.partition(":")[0]
-        path = train(name, target, runs, report, updates) if file.endswith(".py") else name
-        short = Path(file).stem
-        found[name if short in found else short] = find_drafter(path, loaded)
-    return list(found.items())
+        short = Path(name.partition(":")[0]).stem
+        found[name if short in found else short] = name
+    return found
+
+
+def refuse_loss(page: Path, measured: Mapping[str, Collection[str]]) -> None:
+    """Raises UserError where a recorded page has drafters or kinds of prompts that are not measured."""
+    path = page / "result.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    for field, here in measured.items():
+        lost = [name for name in dict.fromkeys(row[field] for row in rows) if name not in here]
+        if lost:
+            raise UserError(
+                f"--record: {path} also has {', '.join(lost)}: measure all, or move it away first"
+            )
 
 
 def _trains(config: str) -> bool:

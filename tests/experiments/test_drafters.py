@@ -261,11 +261,14 @@ def test_targets_that_are_grown():
         drafters.train("configs/medusa.py", "grown:40M", "runs", print)
 
 
-def test_the_bench_in_bfloat16(folder, monkeypatch):
+def test_the_bench_in_bfloat16(folder, monkeypatch, tmp_path):
     texts = [list(range(3 + i, 3 + i + 30)) for i in range(8)]
     monkeypatch.setattr(drafting, "prompts", lambda kind, count, tokenizer: texts[:count])
     lines: list[str] = []
     options = dict(count=4, new_tokens=8, held_out=8, dtype="bfloat16", report=lines.append)
+    (tmp_path / "result.json").write_text(json.dumps({"rows": [{"drafter": "eagle", "kind": "code"}]}))
+    with pytest.raises(UserError, match="also has eagle"):  # before anything is trained or decoded
+        drafters.run(["no_such.py"], str(folder / "target"), replaces=tmp_path, **options)
     found = drafters.run(["prompt_lookup"], str(folder / "target"), **options)
     assert set(found.differences) == {"prompt_lookup", "prompt_lookup, one token a call"}
     assert found.differences["prompt_lookup, one token a call"] == []
@@ -349,6 +352,12 @@ def test_the_page_of_drafters(tmp_path):
         "| *loopiness of the text* | 0.25 | 0.25 |" in text and "updates: 75." in text and "load: 2.5" in text
     )
     assert "| a | 25% | 100.0% | 0 | - |" in text and "| b | 25% | 75.0% | 2 | 0.5 |" in text
+    drafters.refuse_loss(tmp_path, {"drafter": ["b", "new", "a"], "kind": ["code", "maths"]})
+    with pytest.raises(UserError, match="^--record: .*result.json also has a: measure all, or move it away"):
+        drafters.refuse_loss(tmp_path, {"drafter": ["b"], "kind": ["code", "maths"]})
+    with pytest.raises(UserError, match="also has code, maths: measure all"):
+        drafters.refuse_loss(tmp_path, {"drafter": ["a", "b"], "kind": ["prose"]})
+    drafters.refuse_loss(tmp_path / "new", {"drafter": ["b"]})
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["machine"] == {"load": 2.5} and found["rows"][0]["tokens_per_call"] == 1.5
     assert (tmp_path / "figure.png").stat().st_size > 5000
