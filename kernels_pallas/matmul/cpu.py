@@ -44,15 +44,12 @@ def _rectangle(form: str, lanes: int) -> str:
 
 def _execute(form: str, lanes: int) -> str:
     f = Function("execute", "ptr %frame", lanes=lanes)
-    left, right, plan, y = (f.value(f"call ptr @buffer(ptr %frame, i64 {i})") for i in (0, 1, 2, -1))
-    height, width = (f.value(f"call i64 @dim(ptr {y}, i64 {axis})") for axis in (0, 1))
-    depth = f.value(f"call i64 @dim(ptr {left}, i64 {1 if form[0] == 'n' else 0})")
-    plan = f.value(f"call ptr @data(ptr {plan})")
-    tall, wide, across, count = (
-        f.value(f"sext i32 {f.load(f.at(plan, i, kind='i32'), 'i32')} to i64") for i in range(4)
-    )
+    left, right, cut, y = (f.array("%frame", i) for i in (0, 1, 2, -1))
+    height, width = y.dims(2)
+    depth = left.dim(1 if form[0] == "n" else 0)
+    tall, wide, across, count = (cut.whole(i) for i in range(4))
     product = f.variable("zeroinitializer", "%product")
-    pointers = [f.value(f"call ptr @data(ptr {x})") for x in (left, right, y)]
+    pointers = left.data, right.data, y.data
     for i, value in enumerate([*pointers, height, width, depth, tall, wide, across]):
         f.set_field(value, product, "%product", i, "ptr" if i < 3 else "i64")
     pay = f.div(f.mul(f.mul(height, width), depth), _SHARE)
