@@ -178,15 +178,15 @@ def _keep(f: Function, size: str, low: str, places: str) -> tuple[str, str]:
 
 
 def finish_kept(lanes: int, group: bool) -> str:
-    """The function `@finish.kept` that tree attention calls at the end of a piece; see `cpu_piece.head`. Result 2 is
-    the choice, of every query head, or of the `group`."""
+    """The function `@finish.kept` that tree attention calls at the end of a piece; see `cpu_piece.head`. The third
+    result is the choice, of every query head, or of the `group`."""
     f = Function(
         "finish.kept", "ptr %frame", "i64 %index", "ptr %kept", "i64 %width", "i64 %turn", lanes=lanes
     )
-    query, key, choice = (f.value(f"call ptr @buffer(ptr %frame, i64 {i})") for i in (0, 1, -3))
-    heads, tokens = (f.value(f"call i64 @dim(ptr {query}, i64 {axis})") for axis in (1, 2))
-    kv_heads, slots = (f.value(f"call i64 @dim(ptr {key}, i64 {axis})") for axis in (1, 2))
-    k = f.value(f"call i64 @dim(ptr {choice}, i64 3)")
+    choice = f.array("%frame", -3)
+    _, heads, tokens = f.array("%frame", 0).dims(3)
+    _, kv_heads, slots = f.array("%frame", 1).dims(3)
+    k = choice.dim(3)
     size = f.add("%turn", f.mul(f.ceil(tokens, lanes), lanes))
     rows = f.mul(f.div(heads, kv_heads), tokens)
     if group:
@@ -196,7 +196,7 @@ def finish_kept(lanes: int, group: bool) -> str:
                 to = f.at(best, place)
                 f.store(f.fmax(f.load(f.at(other, place)), f.load(to)), to)
         rows = tokens
-    entries = f.at(f.value(f"call ptr @data(ptr {choice})"), f.mul(f.mul("%index", rows), k), kind="i32")
+    entries = f.at(choice.data, f.mul(f.mul("%index", rows), k), kind="i32")
     with f.loop(rows) as row:
         f.call(
             "greatest",
