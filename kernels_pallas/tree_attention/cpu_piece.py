@@ -372,8 +372,8 @@ def softmax(dim: int, lanes: int, keep: bool = False) -> str:
 def head(dim: int, lanes: int, keep: bool = False) -> str:
     """The function of a piece, `@head(job, index)`; needs `softmax` beside it, of the same `keep`.
 
-    keep: the second result, [B, H N, width] of whatever use, gets the scores of every row: those of the held slots, and
-    from the next whole vector on (`turn`) those of the new tokens. At the end of a piece the function is called
+    keep: the second result, [B, H N, width], gets the scores of every row: those of the held slots, and from the next
+    whole vector on (`turn`) those of the new tokens. At the end of a piece this function is called, for its rows:
 
         @finish.kept(ptr %frame, i64 %index, ptr %kept, i64 %width, i64 %turn)
     """
