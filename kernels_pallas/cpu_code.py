@@ -70,9 +70,9 @@ class Function:
     def rem(self, a: Value, b: Value) -> str:
         return self.value(f"urem i64 {a}, {b}")
 
-    def ceil(self, a: Value, b: int) -> str:
+    def ceil(self, a: Value, b: Value) -> str:
         """a / b rounded up."""
-        return self.div(self.add(a, b - 1), b)
+        return self.div(self.add(a, b - 1 if isinstance(b, int) else self.sub(b, 1)), b)
 
     def min(self, a: Value, b: Value) -> str:
         return self.value(f"call i64 @llvm.smin.i64(i64 {a}, i64 {b})")

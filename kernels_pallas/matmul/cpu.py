@@ -74,15 +74,15 @@ def register(form: str, lanes: int) -> str:
 
 
 @functools.cache
-def plan(height: int, width: int, threads: int, lanes: int) -> tuple[int, int, int, int]:
+def plan(form: str, height: int, width: int, threads: int, lanes: int) -> tuple[int, int, int, int]:
     """How a result [height, width] is cut: rows and columns of a rectangle, rectangles side by side, and all of them.
 
-    Of the cuts whose rectangles are low enough, one that leaves the fewest tiles to the busiest thread, counting what
-    is copied for them.
+    Of the cuts whose rectangles are low enough for the form, one that leaves the fewest tiles to the busiest thread,
+    counting what is copied for them.
     """
     rows, columns = rows_of_a_tile(lanes), VECTORS * lanes
     tiles, panels = -(-height // rows), -(-width // columns)
-    fewest = -(-height // MOST_ROWS)
+    fewest = 1 if form[0] == "n" else -(-height // MOST_ROWS)
     best = None
     for down in range(fewest, min(tiles, max(fewest, 4 * threads)) + 1):
         for across in range(1, min(panels, 4 * threads) + 1):
@@ -103,6 +103,6 @@ def matmul(left: jax.Array, right: jax.Array, form: str, lanes: int | None = Non
     name = register(form, lanes)
     height = left.shape[0 if form[0] == "n" else 1]
     width = right.shape[1 if form[1] == "n" else 0]
-    cut = np.array(plan(height, width, cores(), lanes), np.int32)
+    cut = np.array(plan(form, height, width, cores(), lanes), np.int32)
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((height, width), left.dtype), vmap_method="sequential")
     return call(left, right, cut)

@@ -1,23 +1,47 @@
 """The parts of the dense product on a CPU as LLVM's intermediate representation: a block of the result, by tiles.
 
-A block copies its part of the left operand into memory of its own, `DEPTH` terms of the sums at a time, which stays in
-the second-level cache, and of the right operand one panel of `columns` after another, which stays in the first:
+A block takes `DEPTH` terms of the sums at a time. It packs its part of the right operand into panels of `columns`,
+which stay in the second-level cache, and one band of rows of the left operand after another, which stays in the first:
 
-    for k0 in 0, DEPTH, ...:          left[m, k] of the block, k in k0 ... k0 + DEPTH
-        for each panel:               right[k, columns]
-            for each tile of rows:    tile[r, :] += left[r, k] right[k, :], in registers while k runs
+    for k0 in 0, DEPTH, ...:          right[k, columns] of all panels, k in k0 ... k0 + DEPTH
+        for each band:                left[r, k]
+            for each panel:           tile[r, :] += left[r, k] right[k, :], in registers while k runs
+
+So the result is written along its rows. Of a transposed left operand a band lies in short pieces far apart: there all
+rows of the block are copied at once and the two inner loops are exchanged, one panel packed before each. What is copied
+next is announced while sums run, a few lines at a time: more at once would hold up the reading of the operands.
 
 Every element is one chain of fused multiply-adds in the order of k. The form of a product says how its operands lie:
 n as they are multiplied, t transposed.
 """
 
+import functools
+import os
+
 from kernels_pallas.cpu_code import Function
 
 VECTORS = 2  # of a row of a tile
-DEPTH = 256  # terms of the sums at a time: a panel of 32 KiB,
+DEPTH = 256  # terms of the sums at a time,
 WHOLE = 512  # but all of them where there are no more: the result is written once, and not read again
-MOST_ROWS = 512  # of a block: 0.5 to 1 MiB of the left operand
+MOST_ROWS = 512  # of a block with a transposed left operand: 512 KiB of it
+_LINE = 16  # floats of a cache line
 _GAP = 16  # floats between rows of the copy, so that they do not fall into the same places of a cache
+
+
+# What a tile announces, see `_tile`.
+_ANNOUNCED = ("ptr %next", "ptr %ahead", "i64 %outer", "i64 %inner", "i64 %count")
+
+
+@functools.cache
+def _most_columns(lanes: int) -> int:
+    """Of the right operand at a time: `WHOLE` rows of them fill three quarters of the second-level cache, which is
+    taken to have half a megabyte where the system doesn't say."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (ValueError, OSError):
+        size = 0
+    columns = VECTORS * lanes
+    return max((size if size > 0 else 1 << 19) * 3 // 4 // (4 * WHOLE * columns), 1) * columns
 
 
 def rows_of_a_tile(lanes: int) -> int:
@@ -34,7 +58,8 @@ def _tile_floats(by_rows: bool, lanes: int) -> int:
 def _tile(rows: int, by_rows: bool, lanes: int) -> str:
     """The function `tile.ROWS`: y [rows, columns] = left panel, plus what y holds where `%more`.
 
-    left [rows, WHOLE + gap] where `by_rows`, else [depth, rows of a whole tile].
+    left [rows, WHOLE + gap] where `by_rows`, else [depth, rows of a whole tile]. Announced are the tile at `%next` and,
+    for each row, `%count` lines behind `%ahead`, `%inner` floats apart, those of two rows `%outer` apart.
     """
     f = Function(
         f"tile.{rows}",
@@ -44,23 +69,29 @@ def _tile(rows: int, by_rows: bool, lanes: int) -> str:
         "ptr noalias %y",
         "i64 %stride",
         "i1 %more",
+        *_ANNOUNCED,
         lanes=lanes,
     )
     places = [(r, j) for r in range(rows) for j in range(VECTORS)]
     sums = {place: f.variable() for place in places}
-    for r, j in places:
-        f.announce(f.at("%y", f.mul("%stride", r), j * lanes), write=True)
     with f.when("%more"):
         for r, j in places:
             f.store(f.load(f.at("%y", f.mul("%stride", r), j * lanes)), sums[r, j])
-    with f.loop("%depth") as k:
-        panel = f.at("%panel", f.mul(k, VECTORS * lanes))
-        columns = [f.load(f.at(panel, j * lanes)) for j in range(VECTORS)]
-        here = f.at("%left", k if by_rows else f.mul(k, rows_of_a_tile(lanes)))
-        for r in range(rows):
-            value = f.splat(f.load(f.at(here, r * (WHOLE + _GAP) if by_rows else r), "float"))
-            for j in range(VECTORS):
-                f.store(f.fma(value, columns[j], f.load(sums[r, j])), sums[r, j])
+    part = f.ceil("%depth", rows)
+    with f.loop(rows) as row:
+        for j in range(VECTORS):
+            f.announce(f.at("%next", f.mul("%stride", row), j * lanes), write=True)
+        with f.loop("%count") as i:
+            f.announce(f.at("%ahead", f.mul("%outer", row), f.mul("%inner", i)), level=2)
+        start = f.mul(row, part)
+        with f.loop(f.min("%depth", f.add(start, part)), start=start) as k:
+            panel = f.at("%panel", f.mul(k, VECTORS * lanes))
+            columns = [f.load(f.at(panel, j * lanes)) for j in range(VECTORS)]
+            here = f.at("%left", k if by_rows else f.mul(k, rows_of_a_tile(lanes)))
+            for r in range(rows):
+                value = f.splat(f.load(f.at(here, r * (WHOLE + _GAP) if by_rows else r), "float"))
+                for j in range(VECTORS):
+                    f.store(f.fma(value, columns[j], f.load(sums[r, j])), sums[r, j])
     for r, j in places:
         f.store(f.load(sums[r, j]), f.at("%y", f.mul("%stride", r), j * lanes))
     return f.text()
@@ -164,11 +195,11 @@ def _move_edge(lanes: int) -> str:
     return f.text()
 
 
-def _tiles(by_rows: bool, lanes: int) -> str:
-    """The tiles of a panel: y [rows, columns of the panel that are there], whose rows lie `%stride` apart."""
+def _inside(lanes: int) -> str:
+    """The function `inside`: a tile of which `rows` x `columns` are there, as `tile.ROWS`."""
     columns, rows = VECTORS * lanes, rows_of_a_tile(lanes)
     f = Function(
-        "tiles",
+        "inside",
         "ptr %left",
         "ptr %panel",
         "i64 %depth",
@@ -177,38 +208,28 @@ def _tiles(by_rows: bool, lanes: int) -> str:
         "i64 %rows",
         "i64 %columns",
         "i1 %more",
+        *_ANNOUNCED,
         lanes=lanes,
     )
     edge = f.room(rows * columns)
-    narrow = f.less("%columns", columns)
-    with f.loop("%rows", step=rows) as r:
-        rest = f.sub("%rows", r)
-        y = f.at("%y", f.mul(r, "%stride"))
-        left = f.at("%left", f.mul(f.div(r, rows), _tile_floats(by_rows, lanes)))
-        outside = f.value(f"or i1 {narrow}, {f.less(rest, rows)}")
-        to, stride = f.choose(outside, edge, y, "ptr"), f.choose(outside, columns, "%stride")
-        inside = f.min(rest, rows), f.min("%columns", columns)
-        part = [f"ptr {edge}", f"ptr {y}", "i64 %stride", *(f"i64 {x}" for x in inside)]
-        with f.when(f.value(f"and i1 {outside}, %more")):
-            f.call("move.edge", *part, "i1 true")
-        few = 0
-        for height in _heights(lanes):
-            fits = f.value(f"icmp sgt i64 {rest}, {few}")
-            if height < rows:
-                fits = f.value(f"and i1 {fits}, {f.less(rest, height + 1)}")
-            with f.when(fits):
-                f.call(
-                    f"tile.{height}",
-                    f"ptr {left}",
-                    "ptr %panel",
-                    "i64 %depth",
-                    f"ptr {to}",
-                    f"i64 {stride}",
-                    "i1 %more",
-                )
-            few = height
-        with f.when(outside):
-            f.call("move.edge", *part, "i1 false")
+    outside = f.value(f"or i1 {f.less('%columns', columns)}, {f.less('%rows', rows)}")
+    to, stride = f.choose(outside, edge, "%y", "ptr"), f.choose(outside, columns, "%stride")
+    next_ = f.choose(outside, edge, "%next", "ptr")
+    there = f.min("%rows", rows), f.min("%columns", columns)
+    part = [f"ptr {edge}", "ptr %y", "i64 %stride", *(f"i64 {x}" for x in there)]
+    with f.when(f.value(f"and i1 {outside}, %more")):
+        f.call("move.edge", *part, "i1 true")
+    few = 0
+    for height in _heights(lanes):
+        fits = f.value(f"icmp sgt i64 %rows, {few}")
+        if height < rows:
+            fits = f.value(f"and i1 {fits}, {f.less('%rows', height + 1)}")
+        with f.when(fits):
+            operands = "ptr %left", "ptr %panel", "i64 %depth", f"ptr {to}", f"i64 {stride}"
+            f.call(f"tile.{height}", *operands, "i1 %more", f"ptr {next_}", *_ANNOUNCED[1:])
+        few = height
+    with f.when(outside):
+        f.call("move.edge", *part, "i1 false")
     return f.text()
 
 
@@ -218,49 +239,125 @@ def _heights(lanes: int) -> tuple[int, ...]:
     return rows // 3, 2 * rows // 3, rows
 
 
-def _block(form: str, lanes: int, onto: bool) -> str:
+class _Block:
     """The function `block`: y [rows, columns] = left right, where the rows of each lie so far apart."""
-    columns, rows, by_rows = VECTORS * lanes, rows_of_a_tile(lanes), form[0] == "n"
-    operands = ("ptr %left", "i64 %left.apart", "ptr %right", "i64 %right.apart", "ptr %y", "i64 %y.apart")
-    sizes = "i64 %rows", "i64 %columns", "i64 %depth"
-    f = Function("block", *operands, *sizes, *(["i1 %onto"] if onto else []), lanes=lanes)
-    tile = _tile_floats(by_rows, lanes)
-    held = f.choose("%onto", 1, 0) if onto else 0  # whether there are terms before the first
-    size = f.mul(f.ceil("%rows", rows), tile)
-    memory = f.value(f"call ptr @malloc(i64 {f.add(f.mul(size, 4), 4 * WHOLE * columns + 128)})")
-    address = f.value(f"ptrtoint ptr {memory} to i64")
-    panel = f.value(f"inttoptr i64 {f.value(f'and i64 {f.add(address, 63)}, -64')} to ptr")
-    copied = f.at(panel, WHOLE * columns)
-    # Rows of the last tile that are not there are multiplied, too: they are zeros, or a number might be a slow one.
-    start = f.mul("%rows", WHOLE + _GAP) if by_rows else f.mul(f.div("%rows", rows), tile)
-    count = f.mul(f.sub(size, start), 4)
-    f.line(f"call void @llvm.memset.p0.i64(ptr {f.at(copied, start)}, i8 0, i64 {count}, i1 false)")
-    step = f.choose(f.less("%depth", WHOLE + 1), WHOLE, DEPTH)
-    with f.loop("%depth", step=step) as k:
-        some = f.min(step, f.sub("%depth", k))
-        more = f.less(0, f.add(k, held))
-        if by_rows:
-            with f.loop("%rows") as i:
-                from_, to = f.at("%left", f.mul(i, "%left.apart"), k), f.at(copied, f.mul(i, WHOLE + _GAP))
-                f.call("copy", f"ptr {to}", f"ptr {from_}", f"i64 {some}")
-        else:
-            from_ = f.at("%left", f.mul(k, "%left.apart"))
-            sizes = "i64 %left.apart", f"i64 {some}", "i64 %rows"
-            f.call("gather", f"ptr {copied}", f"ptr {from_}", *sizes)
-        with f.loop("%columns", step=columns) as j:
-            left = f.sub("%columns", j)
-            offsets = (f.mul(k, "%right.apart"), j) if form[1] == "n" else (f.mul(j, "%right.apart"), k)
-            sizes = "i64 %right.apart", f"i64 {some}", f"i64 {left}"
-            f.call("pack.panel", f"ptr {f.at('%right', *offsets)}", *sizes, f"ptr {panel}")
-            y = f"ptr {f.at('%y', j)}", "i64 %y.apart"
-            sizes = "i64 %rows", f"i64 {left}", f"i1 {more}"
-            f.call("tiles", f"ptr {copied}", f"ptr {panel}", f"i64 {some}", *y, *sizes)
-    # A sum of nothing.
-    with f.when(f.equal(f.add("%depth", held), 0)), f.loop("%rows") as i:
-        y = f.at("%y", f.mul(i, "%y.apart"))
-        f.line(f"call void @llvm.memset.p0.i64(ptr {y}, i8 0, i64 {f.mul('%columns', 4)}, i1 false)")
-    f.line(f"call void @free(ptr {memory})")
-    return f.text()
+
+    def __init__(self, form: str, lanes: int, onto: bool) -> None:
+        operands = (
+            "ptr %left",
+            "i64 %left.apart",
+            "ptr %right",
+            "i64 %right.apart",
+            "ptr %y",
+            "i64 %y.apart",
+        )
+        sizes = "i64 %rows", "i64 %columns", "i64 %depth"
+        f = self.f = Function("block", *operands, *sizes, *(["i1 %onto"] if onto else []), lanes=lanes)
+        self.form, self.lanes, self.columns, self.rows = form, lanes, VECTORS * lanes, rows_of_a_tile(lanes)
+        self.tile = _tile_floats(form[0] == "n", lanes)
+        held = f.choose("%onto", 1, 0) if onto else 0  # whether there are terms before the first
+        step = f.choose(f.less("%depth", WHOLE + 1), WHOLE, DEPTH)
+        memory = self._by_bands(step, held) if form[0] == "n" else self._by_panels(step, held)
+        # A sum of nothing.
+        with f.when(f.equal(f.add("%depth", held), 0)), f.loop("%rows") as i:
+            y = f.at("%y", f.mul(i, "%y.apart"))
+            f.line(f"call void @llvm.memset.p0.i64(ptr {y}, i8 0, i64 {f.mul('%columns', 4)}, i1 false)")
+        f.line(f"call void @free(ptr {memory})")
+
+    def _by_bands(self, step: str, held: str | int) -> str:
+        """A left operand as it is multiplied. -> the memory to be freed"""
+        f, most = self.f, _most_columns(self.lanes)
+        wide = f.mul(f.ceil(f.min("%columns", most), self.columns), self.columns)
+        deep = f.min("%depth", step)
+        memory, band = self._memory(f.add(f.mul(wide, deep), self.tile))
+        panels = f.at(band, self.tile)
+        # Rows of the last tile that are not there are multiplied, too: what lies there must not be a slow number.
+        f.line(f"call void @llvm.memset.p0.i64(ptr {band}, i8 0, i64 {4 * self.tile}, i1 false)")
+        with f.loop("%columns", step=most) as first, f.loop("%depth", step=step) as k:
+            some, more = f.min(step, f.sub("%depth", k)), f.less(0, f.add(k, held))
+            end = f.min("%columns", f.add(first, most))
+            # Of each row of the next band, while one panel's sums run.
+            lines = f.ceil(some, f.mul(_LINE, f.ceil(f.sub(end, first), self.columns)))
+
+            def panel(j: str) -> str:
+                return f.at(panels, f.mul(f.sub(j, first), some))  # noqa: B023
+
+            with f.loop(end, start=first, step=self.columns) as j:
+                self._pack(j, k, some, panel(j))
+            with f.loop("%rows", step=self.rows) as r:
+                with f.loop(f.min(self.rows, f.sub("%rows", r))) as i:
+                    from_ = f.at("%left", f.mul(f.add(r, i), "%left.apart"), k)
+                    to = f.at(band, f.mul(i, WHOLE + _GAP))
+                    f.call("copy", f"ptr {to}", f"ptr {from_}", f"i64 {some}")
+                with f.loop(end, start=first, step=self.columns) as j:
+                    y = f.at("%y", f.mul(r, "%y.apart"), j)
+                    before = f.mul(f.div(f.sub(j, first), self.columns), f.mul(lines, _LINE))
+                    ahead = f.at("%left", f.mul(f.add(r, self.rows), "%left.apart"), k, before)
+                    announced = f.at(y, self.columns), ahead, "%left.apart", _LINE, lines
+                    self._inside(band, panel(j), some, (r, y), j, more, announced)
+        return memory
+
+    def _by_panels(self, step: str, held: str | int) -> str:
+        """A transposed left operand. -> the memory to be freed"""
+        f = self.f
+        size = f.mul(f.ceil("%rows", self.rows), self.tile)
+        memory, panel = self._memory(f.add(size, WHOLE * self.columns))
+        copied = f.at(panel, WHOLE * self.columns)
+        # As above.
+        start = f.mul(f.div("%rows", self.rows), self.tile)
+        count = f.mul(f.sub(size, start), 4)
+        f.line(f"call void @llvm.memset.p0.i64(ptr {f.at(copied, start)}, i8 0, i64 {count}, i1 false)")
+        with f.loop("%depth", step=step) as k:
+            some, more = f.min(step, f.sub("%depth", k)), f.less(0, f.add(k, held))
+            from_, sizes = f.at("%left", f.mul(k, "%left.apart")), (f"i64 {some}", "i64 %rows")
+            f.call("gather", f"ptr {copied}", f"ptr {from_}", "i64 %left.apart", *sizes)
+            # Of the next terms, while one panel's sums run: each band announces the columns that are its rows.
+            next_ = f.add(k, some)
+            terms = f.ceil(f.min(step, f.sub("%depth", next_)), f.ceil("%columns", self.columns))
+            terms = f.ceil(terms, self.rows)
+            with f.loop("%columns", step=self.columns) as j:
+                self._pack(j, k, some, panel)
+                term = f.add(next_, f.mul(f.div(j, self.columns), f.mul(terms, self.rows)))
+                with f.loop("%rows", step=self.rows) as r:
+                    left = f.at(copied, f.mul(f.div(r, self.rows), self.tile))
+                    y = f.at("%y", f.mul(r, "%y.apart"), j)
+                    ahead = f.at("%left", f.mul(term, "%left.apart"), r), f.mul("%left.apart", terms)
+                    announced = f.at(y, f.mul("%y.apart", self.rows)), *ahead, "%left.apart", terms
+                    self._inside(left, panel, some, (r, y), j, more, announced)
+        return memory
+
+    def _memory(self, floats: str) -> tuple[str, str]:
+        """Memory for so many floats: as it is to be freed, and where it begins."""
+        f = self.f
+        memory = f.value(f"call ptr @malloc(i64 {f.add(f.mul(floats, 4), 64)})")
+        address = f.value(f"ptrtoint ptr {memory} to i64")
+        return memory, f.value(f"inttoptr i64 {f.value(f'and i64 {f.add(address, 63)}, -64')} to ptr")
+
+    def _pack(self, j: str, k: str, some: str, panel: str) -> None:
+        """Columns from j on, rows from k on of the right operand."""
+        f = self.f
+        offsets = (f.mul(k, "%right.apart"), j) if self.form[1] == "n" else (f.mul(j, "%right.apart"), k)
+        sizes = "i64 %right.apart", f"i64 {some}", f"i64 {f.sub('%columns', j)}"
+        f.call("pack.panel", f"ptr {f.at('%right', *offsets)}", *sizes, f"ptr {panel}")
+
+    def _inside(
+        self,
+        left: str,
+        panel: str,
+        some: str,
+        row: tuple[str, str],
+        j: str,
+        more: str,
+        announced: tuple[str | int, ...],
+    ) -> None:
+        """The tile of the band that begins with the row (its number, where it lies in y), columns from j on."""
+        f, (r, y) = self.f, row
+        sizes = f"i64 {f.sub('%rows', r)}", f"i64 {f.sub('%columns', j)}"
+        announced = [
+            f"{place.split()[0]} {value}" for place, value in zip(_ANNOUNCED, announced, strict=True)
+        ]
+        operands = f"ptr {left}", f"ptr {panel}", f"i64 {some}", f"ptr {y}", "i64 %y.apart"
+        f.call("inside", *operands, *sizes, f"i1 {more}", *announced)
 
 
 _DECLARE = """
@@ -277,8 +374,9 @@ def block(form: str, lanes: int, onto: bool = False) -> str:
     block(ptr left, i64 apart, ptr right, i64 apart, ptr y, i64 apart, i64 rows, i64 columns, i64 depth)
 
     for y [rows, columns]; left [rows, depth] or, transposed, [depth, rows]; right [depth, columns] or [columns, depth];
-    `apart` floats lie between the rows of each. At most `MOST_ROWS` rows suit the caches. With `onto` it has one more
-    parameter, i1 onto: the product is added to what y holds, as further terms of its sums.
+    `apart` floats lie between the rows of each. With a transposed left operand at most `MOST_ROWS` rows suit the
+    caches. With `onto` it has one more parameter, i1 onto: the product is added to what y holds, as further terms of
+    its sums.
     """
     by_rows = form[0] == "n"
     code = [
@@ -288,7 +386,7 @@ def block(form: str, lanes: int, onto: bool = False) -> str:
         _pack_panel(form[1] == "t", lanes),
         *(_tile(height, by_rows, lanes) for height in _heights(lanes)),
         _move_edge(lanes),
-        _tiles(by_rows, lanes),
-        _block(form, lanes, onto),
+        _inside(lanes),
+        _Block(form, lanes, onto).f.text(),
     ]
     return "\n\n".join(code)

@@ -18,7 +18,8 @@ def drawn(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-# Rows, terms and columns around tiles of 12 and 6, vectors of 16, panels of 32, and up to 512 or 256 terms at a time.
+# Rows, terms and columns around tiles of 12 and 6, vectors of 16, panels of 32, up to 512 or 256 terms at a time, and
+# more columns than fit into a second-level cache of 2 MiB.
 SHAPES = [
     (1, 1, 1),
     (5, 7, 3),
@@ -28,6 +29,7 @@ SHAPES = [
     (4, 256, 64),
     (31, 257, 95),
     (600, 40, 40),
+    (14, 520, 801),
 ]
 
 
@@ -96,11 +98,12 @@ def test_what_is_not_a_number_stays_in_its_row_and_column():
     assert np.isposinf(np.delete(found[:, 50], 2)).all()
 
 
+@pytest.mark.parametrize("form", ["nn", "tn"])
 @pytest.mark.parametrize(
     "height, width, threads", [(4096, 1024, 2), (128, 512, 2), (1536, 384, 16), (1, 1, 8), (13, 33, 3)]
 )
-def test_rectangles_cover_the_result(height: int, width: int, threads: int):
-    tall, wide, across, count = cpu.plan(height, width, threads, 16)
+def test_rectangles_cover_the_result(form: str, height: int, width: int, threads: int):
+    tall, wide, across, count = cpu.plan(form, height, width, threads, 16)
     down = count // across
     assert count == across * down
     assert (across - 1) * wide < width <= across * wide and (down - 1) * tall < height <= down * tall
@@ -108,7 +111,10 @@ def test_rectangles_cover_the_result(height: int, width: int, threads: int):
 
 def test_equal_rectangles_for_two_threads():
     # 11 tiles of 12 rows (128) and 16 panels of 32 columns: the columns are halved, the rows would leave 6 and 5 tiles.
-    assert cpu.plan(128, 512, 2, 16) == (132, 256, 2, 2)
+    assert cpu.plan("nn", 128, 512, 2, 16) == (132, 256, 2, 2)
+    # All rows of a transposed left operand are copied at once, at most 512 of them and a tile.
+    assert cpu.plan("nn", 4096, 1024, 2, 16) == (2052, 1024, 1, 2)
+    assert cpu.plan("tn", 4096, 1024, 2, 16)[0] == 516
 
 
 def test_reference_is_the_same_product():
