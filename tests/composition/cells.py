@@ -32,7 +32,7 @@ from research.training.stages import Stage
 from research.training.state import initial_state
 from research.training.step import make_step
 from research.training.task import LanguageModelling
-from tests.programs import drawn, scaled
+from tests.programs import drawn, drawn_like, scaled
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "composition.md"
 VOCAB, WIDTH, HIDDEN, LENGTH, ROWS = 32, 8, 16, 6, 8
@@ -199,7 +199,7 @@ def materialize_up(kernel):
 
 
 # Drafters whose ways into the target differ: heads on its output, rows between its layers, a layer with a cache of its
-# own, a search in the text. Parameters are as created: exactness does not depend on good guesses.
+# own, a search in the text. Parameters are drawn: exactness does not depend on good guesses.
 TREE = RankTree(((0,), (1,), (0, 0), (0, 1)))
 DRAFTERS = {
     "Medusa": Medusa(TREE, num_heads=2),
@@ -212,7 +212,7 @@ DRAFTERS = {
 def drafted_as_plain(name: str, model, params, **options) -> None:
     """The drafter's output is that of plain decoding, for prompts of unequal lengths."""
     drafter, target = DRAFTERS[name], Target(*reversed(prepare(model, params)))
-    own = jax.jit(lambda: drafter.create(KEY, target))() if name != "ADED" else text_table()
+    own = drawn_like(lambda: drafter.create(KEY, target)) if name != "ADED" else text_table()
     drafted = Generator(model, params, proposer=drafter, proposer_params=own)
     options = dict(max_new_tokens=20) | options
     prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6]]

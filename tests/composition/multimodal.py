@@ -41,7 +41,7 @@ from research.nn.weights import Weight, materialize
 from research.ssm.mamba2 import Mamba2
 from research.ssm.mmmamba import graft, seed_mixers, student_model
 from tests.multimodal.toys import WIDTH, decoder, image, tower, video_tower, vlm
-from tests.programs import call, drawn
+from tests.programs import call, drawn, drawn_like
 
 from .cells import DRAFTERS, KEY, louder, refused, runs
 
@@ -60,7 +60,7 @@ def asked(model):
 def drafted_as_plain(name, model, params, prompts=None):
     """The drafter's output is that of plain decoding, for prompts with images."""
     drafter, target = DRAFTERS[name], Target(*reversed(prepare(model, params)))
-    own = jax.jit(lambda: drafter.create(KEY, target))()
+    own = drawn_like(lambda: drafter.create(KEY, target))
     prompts = asked(model) if prompts is None else prompts
     options = dict(max_new_tokens=10, beside=prompts.beside)
     plain = Generator(model, params).generate(prompts.tokens, **options)

@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.rotary import Rotary
 from research.nn.transformer import Block
 from research.training.workdir import save_model
+from tests.programs import drawn
 
 from .members import PROMPTS, tiny_target
 
@@ -67,7 +67,7 @@ def corpus(tmp_path_factory):
         mlp=of(GatedMLP, hidden_dim=24),
     )
     model = of(DecoderLM, blocks=(block,), num_layers=1, vocab_size=259, width=16, max_length=16)
-    params = build(model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = drawn(build(model), jnp.zeros((1, 1), jnp.int32))
     save_model(folder / "target", model, params, train_tokenizer([], vocab_size=259))
     return folder
 

@@ -12,6 +12,7 @@ from research.decoding.speculative.eagle import ConfidenceTree, Eagle
 from research.decoding.speculative.training import Teacher
 from research.decoding.speculative.trees import RankTree
 from research.errors import UserError
+from tests.programs import drawn_like
 
 from .members import VOCAB, WIDTH, Walks, tiny_target
 
@@ -32,7 +33,7 @@ def target() -> Target:
 
 def random_params(drafter: Eagle):
     """Unlike those that `create` gives, with a projection that lets the drafter be sure of some guesses."""
-    params = jax.jit(lambda key: drafter.create(key, target()))(jax.random.key(0))
+    params = drawn_like(lambda: drafter.create(jax.random.key(0), target()))
     params["projection"]["kernel"] *= 3.0
     return params
 

@@ -13,6 +13,7 @@ from research.decoding.speculative.follower import last_layer
 from research.decoding.verify import Greedy
 from research.nn.transformer import scan_params
 from research.nn.weights import LowRank
+from tests.programs import drawn_like
 
 from .members import PROMPTS, tiny_target
 
@@ -37,7 +38,7 @@ def target() -> Target:
 def test_the_cache_is_that_of_one_pass_over_what_was_accepted(name, calls):
     """Prompts of unequal lengths, then calls that accept unequal numbers of drafts."""
     drafter, (model, params) = DRAFTERS[name], (target().model, target().params)
-    own = jax.jit(lambda key: drafter.create(key, target()))(jax.random.key(0))
+    own = drawn_like(lambda: drafter.create(jax.random.key(0), target()))
     engine = engines.Engine(model, drafter, Greedy(), 64)
     lengths = [len(prompt) for prompt in PROMPTS]
     tokens = np.zeros((len(PROMPTS), 16), np.int32)

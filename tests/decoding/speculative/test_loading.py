@@ -24,6 +24,7 @@ from research.training.optimizers import adamw, constant
 from research.training.stages import Stage
 from research.training.task import LanguageModelling
 from research.training.workdir import load_model, open_workdir
+from tests.programs import drawn
 
 from .members import PROMPTS, Walks, tiny_target
 
@@ -103,7 +104,7 @@ def test_another_target_is_refused(run, target):
 def test_another_vocabulary_and_tokenizer_are_refused(run, target, tmp_path):
     folder, params = run
     model = target.model.copy(vocab_size=40)
-    wide = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    wide = drawn(model, jnp.zeros((1, 1), jnp.int32))
     message = "drafts from a vocabulary of 32 tokens, and the target has 40"
     with pytest.raises(UserError, match=message):
         load_drafter(folder, dataclasses.replace(target, model=model, params=wide))
