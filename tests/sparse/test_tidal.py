@@ -235,32 +235,28 @@ def test_enough_tokens_are_all_and_few_change_only_later_layers():
 def test_kernels_decode_the_same_tokens(selector, monkeypatch):
     model, params = trained()
 
-    def decoded(*implementation):
+    def program(*implementation) -> tuple[str, tuple]:
         found = gathered(model, params, selector, *implementation)
         cache = found[0].init_cache(1, 16)
-        step = jax.jit(
-            lambda params, cache: found[0].apply(
-                {"params": params}, np.zeros((1, 1), int), cache, method="extend"
-            )
-        )
-        text = step.lower(params, cache).as_text()
-        return text, Generator(*found).generate(PROMPTS, max_new_tokens=9).samples
+        token = np.zeros((1, 1), int)
+        step = jax.jit(lambda p, cache: found[0].apply({"params": p}, token, cache, method="extend"))
+        return step.lower(params, cache).as_text(), found
 
-    text, tokens = decoded()
-    plain, same = decoded("xla")
+    text, kernels = program()
+    plain, xla = program("xla")
     chooses = isinstance(selector, Tidal | EveryLayer)
     assert ("lathe_select_attention" in text) == chooses and "lathe_listed_attention" in text
-    assert "lathe_tree_attention" in text  # full layers as ever
-    assert (
-        "select_attention" not in plain
-        and "listed_attention" not in plain
-        and "lathe_tree_attention" in plain
-    )
-    assert tokens == same
-    assert tokens != Generator(model, params).generate(PROMPTS, max_new_tokens=9).samples
+    assert "lathe_tree_attention" in text and "lathe_tree_attention" in plain  # full layers as ever
+    assert "select_attention" not in plain and "listed_attention" not in plain
     monkeypatch.setenv("LATHE_CPU_KERNELS", "off")
-    text, same = decoded()
-    assert "lathe" not in text and tokens == same
+    assert "lathe" not in program()[0]
+    monkeypatch.undo()
+    tokens = decoded(*kernels)
+    assert tokens == decoded(*xla) != decoded(model, params)
+
+
+def decoded(*model) -> list:
+    return Generator(*model).generate(PROMPTS, max_new_tokens=9).samples
 
 
 def test_a_choice_is_for_one_call():
