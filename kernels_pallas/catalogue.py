@@ -28,6 +28,7 @@ FOLDERS = (
     "rms_norm",
     "cross_entropy",
     "silu_product",
+    "append_rows",
 )
 
 

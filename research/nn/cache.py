@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from kernels_pallas.append_rows import append_rows
 from research.errors import UserError
+from research.nn.cpu_kernels import use_cpu_kernels
 
 Fresh = tuple[jax.Array, jax.Array]  # key and value rows of new tokens, each [B, Hkv, N, d]
 
@@ -79,14 +81,21 @@ class DenseCache(struct.PyTreeNode):
         return self.key, self.value, index, index < length[:, None]
 
     def append(self, fresh: Fresh, length: jax.Array, count: jax.Array) -> "DenseCache":
-        # Rows beyond `count` are written too: they lie beyond the new length and the next append covers them.
-        # The place is made to depend on `count` (which is never negative), and so on every read of the cache
-        # that decided it: only then may a compiler without an order of its own overwrite the buffer in place.
-        start = length + jnp.minimum(count, 0)
+        start = _start(length, count)
         return DenseCache(_write(self.key, fresh[0], start), _write(self.value, fresh[1], start))
 
     def select(self, rows: jax.Array) -> "DenseCache":
         return DenseCache(self.key[rows], self.value[rows])
+
+
+def _start(length: jax.Array, count: jax.Array) -> jax.Array:
+    """Where rows are appended. Those beyond `count` are written too: they lie beyond the new length, and the next
+    append covers them.
+
+    The place is made to depend on `count` (which is never negative), and so on every read of the cache that decided
+    it: only then may a compiler without an order of its own overwrite the buffer in place.
+    """
+    return length + jnp.minimum(count, 0)
 
 
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
@@ -97,6 +106,19 @@ def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     for row in range(batch):
         buffer = jax.lax.dynamic_update_slice(buffer, rows[row : row + 1], (row, 0, start[row], 0))
     return buffer
+
+
+def _by_kernel(layer: LayerCache, fresh: Fresh) -> bool:
+    return type(layer) is DenseCache and all(x.dtype == jnp.float32 for x in (layer.key, layer.value, *fresh))
+
+
+def _append_all(
+    layers: tuple[DenseCache, ...], rows: list[Fresh], start: jax.Array
+) -> tuple[DenseCache, ...]:
+    """All layers at once, on a CPU."""
+    buffers = [x for layer in layers for x in (layer.key, layer.value)]
+    written = append_rows(buffers, [x for pair in rows for x in pair], start)
+    return tuple(DenseCache(*pair) for pair in zip(written[::2], written[1::2], strict=True))
 
 
 class RingCache(struct.PyTreeNode):
@@ -187,10 +209,13 @@ class Cache(struct.PyTreeNode):
         def along(x: jax.Array) -> jax.Array:
             return x if path is None else jnp.take_along_axis(x, path[:, None, :, None], axis=2)
 
-        layers = tuple(
-            layer.append(jax.tree.map(along, rows), self.length, count)
-            for layer, rows in zip(self.layers, fresh, strict=True)
-        )
+        rows = [jax.tree.map(along, new) for new in fresh]
+        if all(map(_by_kernel, self.layers, rows)) and use_cpu_kernels():
+            layers = _append_all(self.layers, rows, _start(self.length, count))
+        else:
+            layers = tuple(
+                layer.append(new, self.length, count) for layer, new in zip(self.layers, rows, strict=True)
+            )
         return Cache(layers, self.length + count)
 
     def reversible(self, margin: int) -> "Cache":

@@ -36,7 +36,8 @@ def test_every_case_has_arguments_and_a_cost():
     for kernel in catalogue():
         for case in (*kernel.cases, kernel.small):
             assert jax.tree.leaves(kernel.shapes(case)), (kernel.name, case.name)
-            assert min(kernel.cost(case)) > 0
+            cost = kernel.cost(case)
+            assert cost.bytes > 0 and (cost.flops > 0 or kernel.name == "append_rows")  # which only moves
             assert case.sizes["dtype"] in ("float32", "bfloat16")
 
 
