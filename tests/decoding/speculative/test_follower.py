@@ -1,5 +1,7 @@
 """Layers that follow the target: read call by call as in one pass, accepted tokens only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,28 +35,36 @@ def target() -> Target:
     return Target(tiny_target().params, tiny_target().model)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("calls", [0, 3])
-def test_the_cache_is_that_of_one_pass_over_what_was_accepted(name, calls):
-    """Prompts of unequal lengths, then calls that accept unequal numbers of drafts."""
-    drafter, (model, params) = DRAFTERS[name], (target().model, target().params)
+@functools.cache
+def programs(name: str):
+    """The drafter's parameters; prefill, decoding, and one pass over whole texts, each compiled once."""
+    drafter, model, params = DRAFTERS[name], target().model, target().params
     own = drawn_like(lambda: drafter.create(jax.random.key(0), target()))
     engine = engines.Engine(model, drafter, Greedy(), 64)
-    lengths = [len(prompt) for prompt in PROMPTS]
-    tokens = np.zeros((len(PROMPTS), 16), np.int32)
-    for row, prompt in enumerate(PROMPTS):
-        tokens[row, : len(prompt)] = prompt
-    weights, ends = engines.Weights(params, own, ()), jnp.zeros((0,), jnp.int32)
-    keys = engines.row_keys(0, jnp.arange(len(PROMPTS)), 1)
-    limit = jnp.full((len(PROMPTS),), 30)
-    state = jax.jit(engine.prefill)(weights, tokens, jnp.asarray(lengths), limit, keys, ends)
-    state = jax.jit(engine.decode)(weights, state, jnp.zeros((3,), bool), jnp.int32(calls), ends)
-    assert np.asarray(state.count).sum() >= 3 * (calls + 1)
 
     @jax.jit
     def one_pass(text):
         hidden, _ = model.apply({"params": params}, text[:, :-1], method="features")
         return drafter.network(target()).apply({"params": own}, hidden, target().embed(text[:, 1:]))
+
+    return own, jax.jit(engine.prefill), jax.jit(engine.decode), one_pass
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("calls", [0, 3])
+def test_the_cache_is_that_of_one_pass_over_what_was_accepted(name, calls):
+    """Prompts of unequal lengths, then calls that accept unequal numbers of drafts."""
+    own, prefill, decode, one_pass = programs(name)
+    lengths = [len(prompt) for prompt in PROMPTS]
+    tokens = np.zeros((len(PROMPTS), 16), np.int32)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, : len(prompt)] = prompt
+    weights, ends = engines.Weights(target().params, own, ()), jnp.zeros((0,), jnp.int32)
+    keys = engines.row_keys(0, jnp.arange(len(PROMPTS)), 1)
+    limit = jnp.full((len(PROMPTS),), 30)
+    state = prefill(weights, tokens, jnp.asarray(lengths), limit, keys, ends)
+    state = decode(weights, state, jnp.zeros((3,), bool), jnp.int32(calls), ends)
+    assert np.asarray(state.count).sum() >= 3 * (calls + 1)
 
     text = np.zeros((len(PROMPTS), 48), np.int32)  # what is behind the root is padding that nothing sees
     for row, prompt in enumerate(PROMPTS):
