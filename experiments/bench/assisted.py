@@ -7,16 +7,16 @@ such text: the rows compare two implementations and say nothing about drafters.
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiments.bench.contender import PAUSE
 from experiments.bench.decode import NEW, PROMPT, peer_generate, peer_model, random_model
 from experiments.bench.shapes import SHAPES, Shape
+from experiments.bench.turns import take_turns
 from research.decoding.generator import Generator
 from research.decoding.speculative.draft_model import DraftModel
 from research.decoding.speculative.prompt_lookup import PromptLookup
@@ -83,27 +83,20 @@ def run(
     rows = []
     for name, (drafting, options) in methods.items():
         generator = Generator(model, params, **drafting)
-        seconds, peer_seconds = [], []
-        for number in range(rounds + 1):  # the first one compiles
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            ours = generator.generate(prompt.tolist(), max_new_tokens=new_tokens)
-            seconds.append(time.perf_counter() - start)
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            theirs = peer_generate(peer, prompt, new_tokens, **options)
-            peer_seconds.append(time.perf_counter() - start)
-            if not number:
-                seconds.clear()
-                peer_seconds.clear()
+        calls = {
+            "ours": functools.partial(generator.generate, prompt.tolist(), max_new_tokens=new_tokens),
+            "theirs": functools.partial(peer_generate, peer, prompt, new_tokens, **options),
+        }
+        seconds = take_turns(calls, rounds)
+        outputs = {name: call() for name, call in calls.items()}
         row = Row(
             method=name,
-            tokens_per_call=ours.stats.tokens_per_call,
-            median=new_tokens / statistics.median(seconds),
-            best=new_tokens / min(seconds),
-            peer_median=new_tokens / statistics.median(peer_seconds),
-            peer_best=new_tokens / min(peer_seconds),
-            equal=ours.samples[0].tokens == theirs[0].tolist(),
+            tokens_per_call=outputs["ours"].stats.tokens_per_call,
+            median=new_tokens / statistics.median(seconds["ours"]),
+            best=new_tokens / min(seconds["ours"]),
+            peer_median=new_tokens / statistics.median(seconds["theirs"]),
+            peer_best=new_tokens / min(seconds["theirs"]),
+            equal=outputs["ours"].samples[0].tokens == outputs["theirs"][0].tolist(),
         )
         rows.append(row)
         report(

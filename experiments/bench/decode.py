@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.contender import PAUSE
 from experiments.bench.peak import memory_bandwidth
 from experiments.bench.shapes import SHAPES, Shape, make_decoder
+from experiments.bench.turns import take_turns
 from research.decoding.generator import Generator
 from research.errors import UserError
 from research.language.decoder import DecoderLM
@@ -107,19 +106,12 @@ def _measure(
     bandwidth: float,
 ) -> Row:
     prompts = np.random.default_rng(0).integers(0, shape.vocab, (batch, PROMPT))
-    ours, theirs, seconds, peer_seconds = None, None, [], []
-    for number in range(rounds + 1):  # the first one compiles
-        time.sleep(PAUSE)
-        start = time.perf_counter()
-        ours = generator.generate(prompts.tolist(), max_new_tokens=new_tokens)
-        seconds.append(time.perf_counter() - start)
-        time.sleep(PAUSE)
-        start = time.perf_counter()
-        theirs = peer(prompts, new_tokens)
-        peer_seconds.append(time.perf_counter() - start)
-        if not number:
-            seconds.clear()
-            peer_seconds.clear()
+    calls = {
+        "ours": functools.partial(generator.generate, prompts.tolist(), max_new_tokens=new_tokens),
+        "theirs": functools.partial(peer, prompts, new_tokens),
+    }
+    seconds = take_turns(calls, rounds)
+    outputs = {name: call() for name, call in calls.items()}
     total = count_parameters(params)
     streamed = 4 * (total - shape.vocab * shape.width)
     work = batch * new_tokens
@@ -127,12 +119,12 @@ def _measure(
         shape=shape.name,
         parameters=total,
         batch=batch,
-        median=work / statistics.median(seconds),
-        best=work / min(seconds),
-        peer_median=work / statistics.median(peer_seconds),
-        peer_best=work / min(peer_seconds),
-        bandwidth_fraction=streamed * new_tokens / min(seconds) / bandwidth,
-        equal=[sample.tokens for sample in ours.samples] == theirs.tolist(),
+        median=work / statistics.median(seconds["ours"]),
+        best=work / min(seconds["ours"]),
+        peer_median=work / statistics.median(seconds["theirs"]),
+        peer_best=work / min(seconds["theirs"]),
+        bandwidth_fraction=streamed * new_tokens / min(seconds["ours"]) / bandwidth,
+        equal=[sample.tokens for sample in outputs["ours"].samples] == outputs["theirs"].tolist(),
     )
 
 

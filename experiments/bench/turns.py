@@ -45,19 +45,35 @@ class Row(Ratios):
         return f"{self.kind} {self.length:>6}: {ours:9.2f} ms, {other} {theirs:9.2f} ms: {ratios}"
 
 
+WARM = 0.1  # seconds of calls before those that are timed, one at least
+
+
+def take_turn(call: Callable[[], Any], at_least: float = 0.0) -> float:
+    """Seconds a call, after a pause and calls that are not timed; it is called for `at_least` seconds, once if that is
+    0.
+
+    The pause lets the other side's threads go to sleep. After it, and after another's work, nothing of a process is in
+    the caches: a program of a millisecond takes many times that for a while, a slow one hardly longer.
+    """
+    time.sleep(PAUSE)
+    _call_for(WARM, call)
+    return _call_for(at_least, call)
+
+
+def _call_for(seconds: float, call: Callable[[], Any]) -> float:
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - start < seconds:
+        call()
+        count += 1
+    return (time.perf_counter() - start) / count
+
+
 def take_turns(
     calls: dict[Any, Callable[[], Any]], rounds: int, at_least: float = 0.0
 ) -> dict[Any, tuple[float, ...]]:
-    """Seconds a call of each, for every round, the first of which is not counted; in a round each is called for
-    `at_least` seconds, once if that is 0."""
+    """`take_turn` of each, in every round."""
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
-            time.sleep(PAUSE)
-            start, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - start < at_least:
-                call()
-                count += 1
-            if number:
-                seconds[name].append((time.perf_counter() - start) / count)
+            seconds[name].append(take_turn(call, at_least))
     return {name: tuple(times) for name, times in seconds.items()}
