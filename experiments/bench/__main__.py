@@ -57,6 +57,20 @@ PARTS = (
     "costs",
     "drafters",
 )
+# Flags that some parts alone read.
+READ_BY = {
+    "sizes": ("train", "scaling"),
+    "peers": ("train",),
+    "drafters": ("drafters", "costs"),
+    "target": ("drafters", "costs"),
+    "prompts": ("drafters",),
+    "per_kind": ("drafters",),
+    "runs": ("drafters",),
+    "updates": ("drafters",),
+    "dtype": ("drafters",),
+    "figure": ("drafters",),
+    "record": ("kernels", "drafters"),
+}
 PEERS = ("eager", "compile")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
@@ -120,6 +134,9 @@ JSON = PROGRAM.define(flags.DEFINE_string, "json", None, "Also write every numbe
 def main(arguments: list[str]) -> None:
     """Runs the parts named, in the order of PARTS."""
     chosen = select(arguments)
+    for flag, parts in READ_BY.items():
+        if PROGRAM.values[flag].present and not chosen.intersection(parts):
+            raise UserError(f"--{flag}: read by {' and '.join(parts)}, not by {', '.join(sorted(chosen))}")
     shapes = [find_shape(name) for name in SIZES.value]
     for peer in PEER_FLAG.value:
         if peer not in PEERS:

@@ -116,6 +116,7 @@ def test_everything_is_what_is_measured_by_default():
         (["--threads=4096"], "--threads=4096: this process may use "),
         (["--rounds=0"], "rounds"),
         (["--json=absent/x.json"], "--json=absent/x.json: its folder does not exist"),
+        (["decode", "peak", "--sizes=1M"], "--sizes: read by train and scaling, not by decode, peak"),
     ],
 )
 def test_mistakes_are_one_line(capsys, flags, message):
