@@ -108,17 +108,16 @@ def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
     return buffer
 
 
-def _by_kernel(layer: LayerCache, fresh: Fresh) -> bool:
+def _takes(layer: LayerCache, fresh: Fresh) -> bool:
+    """Whether the kernel for a CPU writes such rows."""
     return type(layer) is DenseCache and all(x.dtype == jnp.float32 for x in (layer.key, layer.value, *fresh))
 
 
-def _append_all(
-    layers: tuple[DenseCache, ...], rows: list[Fresh], start: jax.Array
-) -> tuple[DenseCache, ...]:
-    """All layers at once, on a CPU."""
-    buffers = [x for layer in layers for x in (layer.key, layer.value)]
-    written = append_rows(buffers, [x for pair in rows for x in pair], start)
-    return tuple(DenseCache(*pair) for pair in zip(written[::2], written[1::2], strict=True))
+def _append_together(layers: list[tuple[DenseCache, Fresh]], start: jax.Array) -> list[DenseCache]:
+    """All layers by one call of the kernel for a CPU."""
+    buffers = [x for layer, _ in layers for x in (layer.key, layer.value)]
+    written = append_rows(buffers, [x for _, fresh in layers for x in fresh], start)
+    return [DenseCache(*pair) for pair in zip(written[::2], written[1::2], strict=True)]
 
 
 class RingCache(struct.PyTreeNode):
@@ -209,13 +208,14 @@ class Cache(struct.PyTreeNode):
         def along(x: jax.Array) -> jax.Array:
             return x if path is None else jnp.take_along_axis(x, path[:, None, :, None], axis=2)
 
-        rows = [jax.tree.map(along, new) for new in fresh]
-        if all(map(_by_kernel, self.layers, rows)) and use_cpu_kernels():
-            layers = _append_all(self.layers, rows, _start(self.length, count))
-        else:
-            layers = tuple(
-                layer.append(new, self.length, count) for layer, new in zip(self.layers, rows, strict=True)
-            )
+        pairs = [(layer, jax.tree.map(along, new)) for layer, new in zip(self.layers, fresh, strict=True)]
+        by_kernel = [use_cpu_kernels() and _takes(*pair) for pair in pairs]
+        dense = [pair for pair, takes in zip(pairs, by_kernel, strict=True) if takes]
+        written = iter(_append_together(dense, _start(self.length, count)))
+        layers = tuple(
+            next(written) if takes else layer.append(new, self.length, count)
+            for (layer, new), takes in zip(pairs, by_kernel, strict=True)
+        )
         return Cache(layers, self.length + count)
 
     def reversible(self, margin: int) -> "Cache":
