@@ -24,7 +24,7 @@ _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 
 _LARGE_PAGE = 2 << 20
-_HEAP = 4 << 30
+_LEAST_HEAP = 1 << 30
 
 
 def prepare() -> None:
@@ -68,19 +68,23 @@ def tune_allocator() -> bool:
 
 
 def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
-    """Grows the heap once and asks for pages of 2 MiB in what it grew by. Memory is taken only when it is touched.
+    """Grows the heap once, by half of the memory or what a limit leaves, and asks for pages of 2 MiB in what it grew
+    by. Memory is taken only when it is touched.
 
     Training steps took 0.90 to 0.93 of the time at 1M parameters, 0.96 at 6M, with as much memory resident.
     """
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    block = libc.malloc(_HEAP)
-    if block is None:  # a limit on address space: small pages serve
-        return
-    start = -(-block // _LARGE_PAGE) * _LARGE_PAGE
-    libc.madvise(start, _HEAP - 2 * _LARGE_PAGE, mmap.MADV_HUGEPAGE)
-    libc.free(block)
+    heap = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    while heap >= _LEAST_HEAP:
+        block = libc.malloc(heap)
+        if block is not None:
+            start = -(-block // _LARGE_PAGE) * _LARGE_PAGE
+            libc.madvise(start, heap - 2 * _LARGE_PAGE, mmap.MADV_HUGEPAGE)
+            libc.free(block)
+            return
+        heap //= 2  # a limit on address space
 
 
 def bound_threads() -> None:

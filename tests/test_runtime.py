@@ -52,6 +52,32 @@ def test_the_tuned_allocator_maps_memory_once_and_can_be_left_alone():
     assert remapped > 20 * kept  # 30 times, less the few faults of anything else
 
 
+# KiB of memory for which pages of 2 MiB were asked.
+LARGE = """
+from research import runtime
+runtime.tune_allocator()
+size = total = 0
+for line in open("/proc/self/smaps"):
+    name, _, rest = line.partition(":")
+    size = int(rest.split()[0]) if name == "Size" else size
+    total += size if name == "VmFlags" and "hg" in rest.split() else 0
+print(total)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no pages of 2 MiB by request here"
+)
+def test_half_of_the_memory_may_lie_in_large_pages():
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", LARGE], env=env, capture_output=True, text=True, check=True
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 10
+    # All but the two pages at the ends.
+    assert memory // 2 - 3 * 2048 < int(result.stdout) <= memory // 2
+
+
 def test_a_meaningless_allocator_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LATHE_ALLOCATOR", "jemalloc")
     with pytest.raises(UserError, match="LATHE_ALLOCATOR=jemalloc: expected tuned or system"):
