@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.chosen_attention import reference
 from kernels_pallas.common import Unsupported, check_name, needs_llvm
+from kernels_pallas.tree_attention.common import check_masks, check_rows
 
 Implementation = Literal["reference", "cpu"]
 
@@ -51,20 +52,11 @@ def select_attention(
         Unsupported: the implementation cannot compute these arguments. Another is never taken instead.
     """
     _check(query, cached, fresh, implementation)
-    batch, heads, count, _ = query.shape
     slots = cached[0].shape[2]
-    if length.shape != (batch,):
-        raise Unsupported(f"length has shape {length.shape}, expected {(batch,)}")
-    for name, mask, keys in (("tree", tree, count), ("cached_mask", cached_mask, slots)):
-        if mask is None:
-            continue
-        places = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
-        if mask.dtype != bool or not places or mask.shape[2:] != (count, keys):
-            expected = f"bool [{batch} or 1, 1 or {heads}, {count}, {keys}]"
-            raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
+    check_masks(query, slots, length, tree, cached_mask)
     if k < 1 or per not in ("head", "group"):
         raise Unsupported(f"k={k}, per={per!r}: at least 1 and head or group are expected")
-    options = dict(k=min(k, slots + count), per=per, scale=_scale(query, scale), softcap=softcap)
+    options = dict(k=min(k, slots + query.shape[2]), per=per, scale=_scale(query, scale), softcap=softcap)
     arguments = (query, cached, fresh, length, tree, cached_mask)
     if implementation == "reference":
         return reference.select_attention(*arguments, **options)
@@ -120,15 +112,7 @@ def _cpu():
 
 def _check(query: jax.Array, cached, fresh, implementation: str) -> None:
     check_name(implementation, "cpu")
-    batch, heads, count, dim = query.shape
-    kv_heads, slots = cached[0].shape[1:3]
-    if heads % kv_heads:
-        raise Unsupported(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-    shapes = {"cached": (batch, kv_heads, slots, dim), "fresh": (batch, kv_heads, count, dim)}
-    for name, pair in {"cached": cached, "fresh": fresh}.items():
-        for part in pair:
-            if part.shape != shapes[name]:
-                raise Unsupported(f"{name} has shape {part.shape}, expected {shapes[name]}")
+    check_rows(query, cached, fresh)
     if implementation == "reference":
         return
     for name, array in {"query": query, "cached": cached[0], "fresh": fresh[0]}.items():

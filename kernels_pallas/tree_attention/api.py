@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Implementation, Unsupported, choose
+from kernels_pallas.common import Implementation, Unsupported, choose, needs_llvm
 from kernels_pallas.tree_attention import reference
+from kernels_pallas.tree_attention.common import check_masks, check_rows
 
 
 def tree_attention(
@@ -48,8 +49,8 @@ def tree_attention(
     if implementation == "reference":
         return reference.tree_attention(*arguments, scale=scale, softcap=softcap)
     if implementation == "cpu":
-        from kernels_pallas.tree_attention import cpu
-
+        with needs_llvm():
+            from kernels_pallas.tree_attention import cpu
         return cpu.tree_attention(*arguments, scale=scale, softcap=softcap)
     # Imported here: Pallas takes half a second to import, and most programs run no kernel.
     if implementation == "tpu":
@@ -60,26 +61,9 @@ def tree_attention(
 
 
 def _check(query, cached, fresh, length, tree, cached_mask, implementation: Implementation) -> None:
-    batch, heads, count, dim = query.shape
-    kv_heads, slots = cached[0].shape[1:3]
-    if heads % kv_heads:
-        raise Unsupported(f"{heads} query heads are not a multiple of {kv_heads} key heads")
-    shapes = {"cached": (batch, kv_heads, slots, dim), "fresh": (batch, kv_heads, count, dim)}
-    for name, pair in {"cached": cached, "fresh": fresh}.items():
-        for part in pair:
-            if part.shape != shapes[name]:
-                raise Unsupported(f"{name} has shape {part.shape}, expected {shapes[name]}")
-    if length.shape != (batch,):
-        raise Unsupported(f"length has shape {length.shape}, expected {(batch,)}")
-    for name, mask, keys in (("tree", tree, count), ("cached_mask", cached_mask, slots)):
-        if mask is None:
-            continue
-        right = (
-            mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads) and mask.shape[2:] == (count, keys)
-        )
-        if mask.dtype != bool or not right:
-            expected = f"bool [{batch} or 1, 1 or {heads}, {count}, {keys}]"
-            raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
+    check_rows(query, cached, fresh)
+    check_masks(query, cached[0].shape[2], length, tree, cached_mask)
+    dim = query.shape[3]
     if implementation == "reference":
         return
     taken = (jnp.float32,) if implementation == "cpu" else (jnp.float32, jnp.bfloat16)

@@ -1,13 +1,45 @@
-"""What the reference and the kernels share: the layout of rows, one step of the online softmax."""
+"""What the reference and the kernels share: checks, the layout of rows, one step of the online softmax."""
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import precision_of
+from kernels_pallas.common import Unsupported, precision_of
 
 NEGATIVE = (
     -1e30
 )  # finite: a fully masked block gets weight exp(NEGATIVE - real) = 0 once a real score is seen
+
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def check_rows(query: jax.Array, cached: Pair, fresh: Pair) -> None:
+    """Raises Unsupported unless keys and values belong to the queries, as `tree_attention` says."""
+    batch, heads, count, dim = query.shape
+    kv_heads, slots = cached[0].shape[1:3]
+    if heads % kv_heads:
+        raise Unsupported(f"{heads} query heads are not a multiple of {kv_heads} key heads")
+    shapes = {"cached": (batch, kv_heads, slots, dim), "fresh": (batch, kv_heads, count, dim)}
+    for name, pair in {"cached": cached, "fresh": fresh}.items():
+        for part in pair:
+            if part.shape != shapes[name]:
+                raise Unsupported(f"{name} has shape {part.shape}, expected {shapes[name]}")
+
+
+def check_masks(
+    query: jax.Array, slots: int, length: jax.Array, tree: jax.Array, cached_mask: jax.Array | None
+) -> None:
+    """Raises Unsupported unless lengths and masks belong to the queries and a cache of so many slots."""
+    batch, heads, count, _ = query.shape
+    if length.shape != (batch,):
+        raise Unsupported(f"length has shape {length.shape}, expected {(batch,)}")
+    for name, mask, keys in (("tree", tree, count), ("cached_mask", cached_mask, slots)):
+        if mask is None:
+            continue
+        places = mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if mask.dtype != bool or not places or mask.shape[2:] != (count, keys):
+            expected = f"bool [{batch} or 1, 1 or {heads}, {count}, {keys}]"
+            raise Unsupported(f"{name} is {mask.dtype}{list(mask.shape)}, expected {expected}")
 
 
 def grouped_rows(query: jax.Array, kv_heads: int) -> jax.Array:
