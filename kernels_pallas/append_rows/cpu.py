@@ -24,8 +24,8 @@ def _buffer(lanes: int) -> str:
     batch, heads, slots, dim = result.dims(4)
     new = f.mul(rows.dim(2), dim)
     with f.loop(batch) as b:
-        place = f.choose(f.less(start.whole(b), 0), 0, start.whole(b))
-        place = f.min(place, f.sub(slots, rows.dim(2)))
+        wanted = start.whole(b)
+        place = f.min(f.choose(f.less(wanted, 0), 0, wanted), f.sub(slots, rows.dim(2)))
         with f.loop(heads) as h:
             head = f.add(f.mul(b, heads), h)
             from_ = f.at(rows.data, f.mul(head, new))

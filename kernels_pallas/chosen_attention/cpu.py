@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kernels_pallas import cpu
 from kernels_pallas.chosen_attention.cpu_greatest import finish_kept, greatest, threshold, width
 from kernels_pallas.chosen_attention.cpu_listed import listed
-from kernels_pallas.tree_attention.cpu import execute, lanes_for
+from kernels_pallas.tree_attention.cpu import execute, lanes_for, mask_or_none, numbers
 from kernels_pallas.tree_attention.cpu_piece import head, softmax
 
 
@@ -61,11 +61,9 @@ def select_attention(
         jax.ShapeDtypeStruct((batch, heads * count, width(slots, count, lanes)), jnp.float32),
         jax.ShapeDtypeStruct((batch, heads if per == "head" else kv_heads, count, k), jnp.int32),
     )
-    if cached_mask is None:
-        cached_mask = jnp.zeros((0, 1, 1, 1), bool)
     call = jax.ffi.ffi_call(_register(select_kernel, dim, lanes, per), results, vmap_method="sequential")
-    length = length.astype(jnp.int32)
-    out, _, choice = call(query, *cached, *fresh, length, tree, cached_mask, _numbers(scale, softcap))
+    masks = length.astype(jnp.int32), tree, mask_or_none(cached_mask)
+    out, _, choice = call(query, *cached, *fresh, *masks, numbers(scale, softcap))
     return out, choice
 
 
@@ -82,8 +80,4 @@ def listed_attention(
     dim = query.shape[3]
     name = _register(listed_kernel, dim, lanes_for(dim))
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(query.shape, jnp.float32), vmap_method="sequential")
-    return call(query, *cached, *fresh, choice, _numbers(scale, softcap))
-
-
-def _numbers(scale: float, softcap: float | None) -> jax.Array:
-    return jnp.asarray([scale, softcap or 0.0], jnp.float32)
+    return call(query, *cached, *fresh, choice, numbers(scale, softcap))

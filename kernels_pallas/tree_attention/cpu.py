@@ -70,6 +70,16 @@ def lanes_for(dim: int) -> int:
     return lanes
 
 
+def mask_or_none(cached_mask: jax.Array | None) -> jax.Array:
+    """The mask as the code reads it: without rows where there is none."""
+    return jnp.zeros((0, 1, 1, 1), bool) if cached_mask is None else cached_mask
+
+
+def numbers(scale: float, softcap: float | None) -> jax.Array:
+    """Scale and cap as the code reads them: 0 without a cap."""
+    return jnp.asarray([scale, softcap or 0.0], jnp.float32)
+
+
 def tree_attention(
     query: jax.Array,
     cached: tuple[jax.Array, jax.Array],
@@ -89,11 +99,9 @@ def tree_attention(
 def _attention(query, cached, fresh, length, tree, cached_mask, scale, softcap):
     dim = query.shape[-1]
     name = _register(dim, lanes_for(dim))
-    if cached_mask is None:
-        cached_mask = jnp.zeros((0, 1, 1, 1), bool)
-    numbers = jnp.asarray([scale, softcap or 0.0], jnp.float32)
     call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(query.shape, query.dtype), vmap_method="sequential")
-    return call(query, *cached, *fresh, length, tree, cached_mask, numbers)
+    masks = tree, mask_or_none(cached_mask)
+    return call(query, *cached, *fresh, length, *masks, numbers(scale, softcap))
 
 
 def _forward(query, cached, fresh, length, tree, cached_mask, scale, softcap):
