@@ -1,7 +1,11 @@
 """Every notebook runs from top to bottom as it is, and is stored without outputs."""
 
+import io
+import json
 import os
 import re
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -41,7 +45,49 @@ def test_stored_without_outputs(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and all(cell.execution_count is None and not cell.outputs for cell in code)
-    assert any("%pip install" in cell.source for cell in code)
+    assert code[0].source == install_cell()
+
+
+def install_cell() -> str:
+    """Every notebook's first code: installs Lathe where it is missing."""
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.fixture
+def opened_from(monkeypatch) -> Callable[[bytes | OSError], str]:
+    """What the install cell takes for the repository's address where Colab answers that."""
+
+    def run(answer: bytes | OSError) -> str:
+        def urlopen(address: str, timeout: float) -> io.BytesIO:
+            assert address.endswith(":9000/api/sessions")
+            if isinstance(answer, OSError):
+                raise answer
+            return io.BytesIO(answer)
+
+        definitions, command = install_cell().split("\nif importlib")
+        assert "%pip install -q git+{ADDRESS or opened_from()}" in command
+        names: dict = {}
+        exec(definitions, names)
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        return names["opened_from"]()
+
+    return run
+
+
+def test_colab_tells_the_address(opened_from):
+    """A notebook that was opened from GitHub: Colab quotes the address, and a branch may have a slash."""
+    place = "fileId=https%3A%2F%2Fgithub.com%2Fowner%2Fname%2Fblob%2Fnew%2Fidea%2Fnotebooks%2F01_matformer.ipynb"
+    answer = json.dumps([{"name": "01_matformer.ipynb", "path": place}]).encode()
+    assert opened_from(answer) == "https://github.com/owner/name@new/idea"
+
+
+@pytest.mark.parametrize(
+    "answer", [b'[{"path": "fileId=1AbC"}]', b"[]", b"{}", b"<html>", OSError("refused")], ids=repr
+)
+def test_asks_for_the_address_where_colab_does_not_tell(answer, opened_from):
+    with pytest.raises(RuntimeError, match="fill in ADDRESS"):
+        opened_from(answer)
 
 
 def executed(name: str, folder: Path, smaller: dict[str, str] | None = None) -> tuple[str, int]:
