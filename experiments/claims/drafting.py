@@ -132,7 +132,7 @@ def _candidates(kind: str, tokenizer: Tokenizer) -> list[list[int]]:
         source = open_source("builtin", "test")
         texts = [source[i] for i in range(len(source))]
         lines = [[found.end() for found in re.finditer(r"\n(?=\S)", text)] for text in texts]
-        starts = [found[4::12] if kind == "code" else found[10::12] for found in lines]
+        starts = [found[4::6] if kind == "code" else found[10::12] for found in lines]
     size = _PASSAGE if kind == "copy" else _PROMPT - 1  # and <bos>
     found: list[list[int]] = []
     for turn in range(max(map(len, starts))):
