@@ -30,6 +30,7 @@ from research.training.stages import Stage
 from research.training.task import Classification, LanguageModelling
 from research.training.workdir import load_model, open_workdir
 
+LENGTH = 128  # bytes of a text record
 SIZES = ("S", "M", "L", "XL")
 DIVISORS = (8, 4, 2, 1)
 
@@ -46,7 +47,7 @@ class Family:
 
     def model(self, divisor: int):
         if self.name == "text":
-            return matlm.decoder(96, 4, 4, self.hidden_dim // divisor, 256, vocab_size=259)
+            return matlm.decoder(96, 4, 4, self.hidden_dim // divisor, LENGTH, vocab_size=259)
         return matvit.vit(64, 4, 4, self.hidden_dim // divisor, 2, 10)
 
     def task(self, divisor: int):
@@ -59,7 +60,7 @@ class Family:
             return of(
                 TokenDataset,
                 split=split,
-                length=256,
+                length=LENGTH,
                 tokenizer=tokenizer,
                 seed=seed,
                 shuffle=split == "train",
@@ -67,7 +68,7 @@ class Family:
         return of(ImageDataset, split=split, seed=seed, shuffle=split == "train")
 
 
-TEXT = Family("text", steps=100, batch_size=8, hidden_dim=384, held_out_records=96)
+TEXT = Family("text", steps=160, batch_size=8, hidden_dim=384, held_out_records=192)
 IMAGE = Family("image", steps=120, batch_size=64, hidden_dim=256, held_out_records=183)
 
 
@@ -193,7 +194,7 @@ def step_flops(family: Family, divisor: int) -> float:
     key = jax.random.key(0)
     params = jax.eval_shape(task.init, key)
     if family.name == "text":
-        shape = (family.batch_size, 256)
+        shape = (family.batch_size, LENGTH)
         names = ("tokens", "targets", "segments", "positions", "target_bytes")
         batch: dict[str, Any] = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names}
         batch["weights"] = jax.ShapeDtypeStruct(shape, np.float32)
@@ -316,8 +317,8 @@ CLAIM = Claim(
     paper="arXiv 2310.07707, abstract and sections 4.1 to 4.3",
     statement="One universal model gives submodels, several of them never trained, whose loss is comparable to that of "
     "independently trained ones, and whose behaviour is more consistent with the largest model.",
-    setting="MatLM: 4 layers of width 96, FFN 384, 0.6M parameters, bytes of Python's standard library, 100 updates of "
-    "2048 bytes. MatViT: 4 layers of width 64, FFN 256, 0.2M parameters, scikit-learn's 8x8 digits, 120 updates of "
+    setting="MatLM: 4 layers of width 96, FFN 384, 0.6M parameters, bytes of Python's standard library, 160 updates of "
+    "1024 bytes. MatViT: 4 layers of width 64, FFN 256, 0.2M parameters, scikit-learn's 8x8 digits, 120 updates of "
     "64 images. AdamW, the same data and updates for all arms but `sampled`, which spends the nested arm's compute in "
     "four times the updates. Held-out files and images; three seeds.",
     measures={
