@@ -18,22 +18,24 @@ def quota(root: Path = Path("/")) -> float | None:
     """Cores' worth of time that the control groups of this process give it (`docker --cpus`), None without a limit.
 
     A thread more than that is stopped for the rest of a period, tens of milliseconds. A group is bound by those above
-    it as well. Reads Linux's groups of both versions, where they are usually mounted.
+    it as well. Reads Linux's groups of both versions where they are usually mounted, below /sys/fs/cgroup; the first
+    version's also as `cpu,cpuacct`.
 
     root: where `proc` and `sys` are.
     """
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
     mount, limits = root / "sys/fs/cgroup", []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if not controllers:
             limits += [_limit(group / "cpu.max") for group in _groups(mount, path)]
         elif "cpu" in controllers.split(","):
             names = "cpu.cfs_quota_us", "cpu.cfs_period_us"
-            limits += [_limit(*(group / name for name in names)) for group in _groups(mount / "cpu", path)]
+            hierarchies = {mount / "cpu", mount / controllers}
+            groups = [group for hierarchy in hierarchies for group in _groups(hierarchy, path)]
+            limits += [_limit(*(group / name for name in names)) for group in groups]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -20,6 +20,8 @@ import dataclasses
 import functools
 import os
 import platform
+import threading
+import warnings
 
 import jax
 from llvmlite import binding as llvm
@@ -33,6 +35,8 @@ _MOST_HELPERS = 15
 _LOOKS = 300  # for a job before a thread sleeps: about 0.1 to 0.3 ms
 _PAUSE = ("llvm.aarch64.hint", "i32 1", "i32") if _ARM else ("llvm.x86.sse2.pause", "", "")
 _PAUSES = 1000  # before who waits gives way
+_LOADING = threading.RLock()  # a kernel is compiled and registered once, whichever threads ask for it first
+_REGISTERED: set[str] = set()
 # How a thread rounds and treats the smallest numbers is a register of its own: XLA's threads flush them to zero.
 _DECLARE_MODE, _READ_MODE, _WRITE_MODE = (
     (
@@ -237,6 +241,7 @@ end:
 define void @lathe_run_long(ptr %job, ptr %frame) {{
 entry:
   %arguments = alloca [5 x i64]
+  %failure = alloca [3 x i64]
   %wanted.at = getelementptr %job, ptr %job, i64 0, i32 4
   %wanted = load i64, ptr %wanted.at
   %shared = call ptr @malloc(i64 128)
@@ -273,6 +278,12 @@ make:
   %failed = icmp ne ptr %error, null
   br i1 %failed, label %without, label %made.one
 without:
+  store i64 24, ptr %failure
+  %f.1 = getelementptr i64, ptr %failure, i64 1
+  store i64 0, ptr %f.1
+  %f.2 = getelementptr i64, ptr %failure, i64 2
+  store ptr %error, ptr %f.2
+  call void %destroy(ptr %failure)
   atomicrmw sub ptr %users.at, i64 1 monotonic
   br label %made.one
 made.one:
@@ -376,6 +387,7 @@ declare void @lathe_run(ptr)
 declare void @lathe_run_long(ptr, ptr)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare i64 @llvm.smin.i64(i64, i64)
+declare i64 @llvm.smax.i64(i64, i64)
 
 ; Answers XLA's question which version of the interface this code was written for: true where it was one.
 define internal i1 @describe(ptr %frame) {{
@@ -409,7 +421,8 @@ define internal void @fill(ptr %job, ptr %function, ptr %operand, i64 %count, i6
 entry:
   %count.less = sub i64 %count, 1
   %helpers.all = call i64 @llvm.smin.i64(i64 %pay, i64 %count.less)
-  %helpers = call i64 @llvm.smin.i64(i64 %helpers.all, i64 {cores() - 1})
+  %helpers.some = call i64 @llvm.smax.i64(i64 %helpers.all, i64 0)
+  %helpers = call i64 @llvm.smin.i64(i64 %helpers.some, i64 {cores() - 1})
   %threads = add i64 %helpers, 1
   %takes.all = mul i64 %threads, %takes
   %single = icmp eq i64 %takes, 0
@@ -530,35 +543,43 @@ class Kernel:
     @functools.cached_property
     def engine(self) -> llvm.ExecutionEngine:
         """The machine code."""
-        _start_threads()
-        return compile_code(_CALL + self.code)
+        with _LOADING:
+            _start_threads()
+            return compile_code(_CALL + self.code)
 
     def register(self) -> str:
-        """Makes the code known to XLA; returns `name`. Call it once.
+        """Makes the code known to XLA, once; returns `name`. Threads may ask for the same kernel at once.
 
         Raises Unsupported where XLA refuses it.
         """
+        with _LOADING:
+            if self.name not in _REGISTERED:
+                self._register()
+                _REGISTERED.add(self.name)
+        return self.name
+
+    def _register(self) -> None:
         new_capsule = ctypes.pythonapi.PyCapsule_New
         new_capsule.restype = ctypes.py_object
         new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         capsule = new_capsule(self.engine.get_function_address("handler"), None, None)
-        jax.devices(
-            "cpu"
-        )  # before there is a backend, a refusal would come only when it starts, and as its failure
+        # Before there is a backend, a refusal would come only when it starts, and as its failure.
+        jax.devices("cpu")
         try:
             jax.ffi.register_ffi_target(self.name, capsule, platform="cpu")
         except Exception as error:  # whatever XLA's registry raises: its interface has changed
             raise Unsupported(f"XLA refuses a function written for its interface 0.3: {error}") from error
-        return self.name
 
 
 @functools.cache
 def _start_threads() -> llvm.ExecutionEngine:
-    """Starts threads for all cores that this process may use, one less than those; returns their code."""
+    """Starts a thread for all cores that this process may use but one, 15 at most; returns their code."""
     engine = compile_code(_POOL)
     for name in ("lathe_run", "lathe_run_long"):
         llvm.add_symbol(name, engine.get_function_address(name))
     start = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("lathe_start"))
-    start(min(cores() - 1, _MOST_HELPERS))
+    wanted = min(cores() - 1, _MOST_HELPERS)
+    if (started := start(wanted)) < wanted:
+        warnings.warn(f"the system gave {started} of {wanted} threads for short kernels", stacklevel=2)
     os.register_at_fork(after_in_child=ctypes.CFUNCTYPE(None)(engine.get_function_address("lathe_forked")))
     return engine

@@ -10,20 +10,22 @@ from pathlib import Path
 import jax
 from llvmlite import binding as llvm
 
+_LEVEL = 3  # of LLVM's optimizations
+_MADE = 1  # to be raised where `compile_code` makes other machine code of the same source
+
 
 def compile_code(code: str) -> llvm.ExecutionEngine:
     """The machine code of a module of IR for this processor, kept from one process to the next."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=name, features=features, opt=3, jit=True
-    )
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=name, features=features, opt=_LEVEL, jit=True)
     module = llvm.parse_assembly(code)
-    kept = _Kept("\n".join([code, name, features, str(llvm.llvm_version_info)]))
+    kept = _Kept("\n".join([code, target.triple, name, features, str(llvm.llvm_version_info), str(_MADE)]))
     if kept.code is None:
         module.verify()
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=_LEVEL))
         builder.getModulePassManager().run(module, builder)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.set_object_cache(lambda _, code: kept.write(code), lambda _: kept.code)
@@ -48,7 +50,10 @@ class _Kept:
         """None where it isn't there, or was written by half."""
         try:
             content = self._path.read_bytes() if self._path else b""
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            warnings.warn(f"the kept machine code of a kernel can't be read: {error}", stacklevel=2)
             return None
         size = hashlib.sha256().digest_size
         code = content[size:]
@@ -59,8 +64,9 @@ class _Kept:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(file.name, self._path)
+            with tempfile.TemporaryDirectory(dir=self._path.parent) as folder:  # nothing is left of a failed write
+                written = Path(folder) / self._path.name
+                written.write_bytes(hashlib.sha256(code).digest() + code)
+                os.replace(written, self._path)
         except OSError as error:
             warnings.warn(f"the machine code of a kernel can't be kept: {error}", stacklevel=2)

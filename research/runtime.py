@@ -4,11 +4,13 @@
 
 Environment:
   LATHE_ALLOCATOR=system          leave malloc alone.
-  LATHE_COMPILATION_CACHE=DIR     where compiled programs are kept (default ~/.cache/lathe/xla), or `off`.
+  LATHE_COMPILATION_CACHE=DIR     where compiled programs are kept (default ~/.cache/lathe/xla), or `off`. A folder,
+                                  or a place that jax knows, such as gs://bucket/folder.
   NPROC=N                         XLA's threads on a CPU (default: as many as the cores this process may use).
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -90,33 +92,46 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
 def bound_threads() -> None:
     """Gives XLA as many threads as a container's quota lets compute at once, unless NPROC is set already.
 
-    XLA counts the cores of the machine alone: with 64 threads for 2 cores' worth of time, each product would wait for
+    XLA knows the affinity mask and no quota: with 64 threads for 2 cores' worth of time, each product would wait for
     threads that the system has stopped.
+
+    Raises UserError for an NPROC that XLA would ignore without a word.
     """
-    if quota() is not None:
-        os.environ.setdefault("NPROC", str(cores()))
+    chosen = os.environ.get("NPROC")
+    if chosen is not None and not (chosen.isdecimal() and int(chosen) > 0):
+        raise UserError(f"NPROC={chosen}: expected a number of threads")
+    if chosen is None and quota() is not None:
+        os.environ["NPROC"] = str(cores())
 
 
-def use_compilation_cache() -> Path | None:
-    """Points jax at a persistent compilation cache that keeps every program. Returns its directory.
+def use_compilation_cache() -> str | None:
+    """Points jax at a persistent compilation cache that keeps every program. Returns where it is, None where it is off.
 
     Small programs are kept too (jax's own thresholds skip them): the dozens that initialisation compiles cost
     as much as the training step. What the user set through jax's own variables is left as it is.
     """
     choice = os.environ.get("LATHE_COMPILATION_CACHE")
     if choice == "off":
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
         return None
-    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    directory = Path(choice or own or Path.home() / ".cache" / "lathe" / "xla")
+    place = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/lathe/xla"
+    if "://" not in place:  # those are jax's to open
+        place = str(_writable_folder(Path(place).expanduser().absolute()))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = place
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return place
+
+
+def _writable_folder(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"compilation cache {directory}: {error.strerror}; set LATHE_COMPILATION_CACHE to a folder or off"
         ) from error
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     return directory
 
 

@@ -97,6 +97,10 @@ def test_xla_has_as_many_threads_as_a_quota_allows(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NPROC", "7")
     runtime.bound_threads()
     assert os.environ["NPROC"] == "7"  # the user's own choice stays
+    for meaningless in ("many", "", "0", "-1"):
+        monkeypatch.setenv("NPROC", meaningless)
+        with pytest.raises(UserError, match=f"NPROC={meaningless}: expected a number of threads"):
+            runtime.bound_threads()
 
 
 def test_the_cache_directory_comes_from_ours_then_from_jax_then_home(
@@ -106,16 +110,40 @@ def test_the_cache_directory_comes_from_ours_then_from_jax_then_home(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "7")
     monkeypatch.setenv("LATHE_COMPILATION_CACHE", str(tmp_path / "ours"))
-    assert runtime.use_compilation_cache() == tmp_path / "ours"
+    assert runtime.use_compilation_cache() == str(tmp_path / "ours")
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "ours")
     assert os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] == "7"  # the user's own choice stays
     monkeypatch.delenv("LATHE_COMPILATION_CACHE")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
-    assert runtime.use_compilation_cache() == tmp_path / "jax"
+    assert runtime.use_compilation_cache() == str(tmp_path / "jax")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    assert runtime.use_compilation_cache() == tmp_path / ".cache" / "lathe" / "xla"
+    assert runtime.use_compilation_cache() == str(tmp_path / ".cache" / "lathe" / "xla")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "1")
     monkeypatch.setenv("LATHE_COMPILATION_CACHE", "off")
     assert runtime.use_compilation_cache() is None
+    assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "0"  # also where jax's own variable names a folder
+
+
+@pytest.mark.parametrize("name", ["LATHE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR"])
+def test_a_place_that_only_jax_knows_is_left_to_it(tmp_path, name, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "any")  # so that what is set below is undone
+    monkeypatch.setenv(name, "gs://bucket/cache")
+    assert runtime.use_compilation_cache() == os.environ["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/cache"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("choice, expected", [("~/mine", "home/mine"), ("here", "work/here")])
+def test_a_folder_may_be_told_from_home_or_from_here(
+    tmp_path, choice, expected, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "any")
+    monkeypatch.setenv("LATHE_COMPILATION_CACHE", choice)
+    assert runtime.use_compilation_cache() == str(tmp_path / expected)
+    assert (tmp_path / expected).is_dir()
 
 
 def test_a_cache_that_can_not_be_made_is_one_line(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,11 @@ def append_rows(
     check_name(implementation, "cpu")
     if len(buffers) != len(rows):
         raise Unsupported(f"{len(buffers)} buffers, and rows for {len(rows)}")
+    if start.dtype != jnp.int32:
+        raise Unsupported(f"start is {start.dtype}, not int32")
     for buffer, new in zip(buffers, rows, strict=True):
+        if buffer.ndim != 4 or new.ndim != 4:
+            raise Unsupported(f"a buffer {list(buffer.shape)} or its rows {list(new.shape)} have not 4 dimensions")
         batch, heads, slots, dim = buffer.shape
         if new.shape != (batch, heads, new.shape[2], dim) or new.shape[2] > slots or start.shape != (batch,):
             raise Unsupported(

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from kernels_pallas.common import Unsupported, check_name, needs_llvm
 from kernels_pallas.matmul import reference
 
+_LONGEST = 2**31 - 2**16  # dimensions are passed on in 32 bits, rounded up to whole tiles
+
 
 def matmul(
     x: jax.Array,
@@ -19,8 +21,8 @@ def matmul(
 ) -> jax.Array:
     """x float32[..., K] times w float32[K, N], or float32[N, K] where `transposed` -> float32[..., N].
 
-    For training, and for prompts: a kernel of a CPU that is as fast as the machine where there are some dozens of rows.
-    Both operands have gradients, which are products of the same kernel. On a CPU every element is one chain of fused
+    For training: a kernel of a CPU that is as fast as the machine where there are some dozens of rows. Both operands
+    have gradients, which are products of the same kernel, and so have those. On a CPU every element is one chain of fused
     multiply-adds in the order of K: its bits depend on its row and its column alone.
 
     Raises `Unsupported` for other dtypes and shapes, and on a processor without a kernel.
@@ -32,6 +34,8 @@ def matmul(
     if not w.size or not x.size:
         raise Unsupported(f"x {list(x.shape)} or w {list(w.shape)} is empty")
     flat = x.reshape(-1, x.shape[-1])
+    if max(*flat.shape, *w.shape) > _LONGEST:
+        raise Unsupported(f"x {list(x.shape)} or w {list(w.shape)} is longer than {_LONGEST:,} along a dimension")
     check_name(implementation, "cpu")
     if implementation == "reference":
         out = reference.matmul(flat, w, transposed)
@@ -44,8 +48,10 @@ def matmul(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: jax.Array, form: str) -> jax.Array:
-    """x [M, K], w [K, N] ("nn") or [N, K] ("nt") -> [M, N]."""
-    return _kernel()(x, w, form)
+    """x [M, K], or [K, M] where the form begins with t; w [K, N], or [N, K] where it ends with t -> [M, N]."""
+    with needs_llvm():
+        from kernels_pallas.matmul import cpu
+    return cpu.matmul(x, w, form)
 
 
 def _forward(x: jax.Array, w: jax.Array, form: str) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -55,14 +61,10 @@ def _forward(x: jax.Array, w: jax.Array, form: str) -> tuple[jax.Array, tuple[ja
 def _backward(form: str, saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = saved
     if form == "nn":
-        return _kernel()(d_out, w, "nt"), _kernel()(x, d_out, "tn")
-    return _kernel()(d_out, w, "nn"), _kernel()(d_out, x, "tn")
+        return _product(d_out, w, "nt"), _product(x, d_out, "tn")
+    if form == "nt":
+        return _product(d_out, w, "nn"), _product(d_out, x, "tn")
+    return _product(w, d_out, "nt"), _product(x, d_out, "nn")
 
 
 _product.defvjp(_forward, _backward)
-
-
-def _kernel():
-    with needs_llvm():
-        from kernels_pallas.matmul import cpu
-    return cpu.matmul

@@ -1,7 +1,8 @@
 """The parts of the dense product on a CPU as LLVM's intermediate representation: a block of the result, by tiles.
 
-A block takes `DEPTH` terms of the sums at a time. It packs its part of the right operand into panels of `columns`,
-which stay in the second-level cache, and one band of rows of the left operand after another, which stays in the first:
+A block takes `DEPTH` terms of the sums at a time, or all where there are at most `WHOLE`, and of the right operand as
+many columns as the second-level cache holds. It packs those into panels, and one band of rows of the left operand after
+another, which stays in the first:
 
     for k0 in 0, DEPTH, ...:          right[k, columns] of all panels, k in k0 ... k0 + DEPTH
         for each band:                left[r, k]
@@ -23,7 +24,7 @@ from kernels_pallas.cpu_code import Function
 VECTORS = 2  # of a row of a tile
 DEPTH = 256  # terms of the sums at a time,
 WHOLE = 512  # but all of them where there are no more: the result is written once, and not read again
-MOST_ROWS = 512  # of a block with a transposed left operand: 512 KiB of it
+MOST_ROWS = 512  # of a block with a transposed left operand: 512 KiB of it, 1 MiB where all terms are taken
 _LINE = 16  # floats of a cache line
 _GAP = 16  # floats between rows of the copy, so that they do not fall into the same places of a cache
 

@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import precision_of
+
 
 def matmul(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
     """x [M, K] times w [K, N], or w [N, K] where `transposed` -> [M, N]."""
-    return jnp.dot(x, w.T if transposed else w, preferred_element_type=jnp.float32).astype(x.dtype)
+    w = w.T if transposed else w
+    return jnp.dot(x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

@@ -95,7 +95,7 @@ def _start(length: jax.Array, count: jax.Array) -> jax.Array:
     The place is made to depend on `count` (which is never negative), and so on every read of the cache that decided
     it: only then may a compiler without an order of its own overwrite the buffer in place.
     """
-    return length + jnp.minimum(count, 0)
+    return (length + jnp.minimum(count, 0)).astype(jnp.int32)
 
 
 def _write(buffer: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

@@ -25,7 +25,10 @@ PRODUCT = "dense_product"
 
 @contextlib.contextmanager
 def without_cpu_kernels() -> Iterator[None]:
-    """What is traced inside has no kernels for a CPU: for those who read or count the program."""
+    """What is traced inside has no kernels for a CPU: for those who read or count the program.
+
+    Trace a function of your own: jax keeps what it traced of a function, inside or outside, and takes it again.
+    """
     token = _allowed.set(False)
     try:
         yield
@@ -65,8 +68,9 @@ def trained_by(kernel: Callable[..., jax.Array], plain: Callable[..., jax.Array]
 
 
 def use_cpu_kernels() -> bool:
-    """They do on a CPU that is alone (XLA divides no foreign function among devices), unless the environment has
-    LATHE_CPU_KERNELS=off. Where this processor has no such kernels, a warning says so once.
+    """They do on a CPU that is alone in jax's mesh (XLA divides no foreign function among devices, and would gather
+    arrays that are divided without a mesh being set), unless the environment has LATHE_CPU_KERNELS=off. Where this
+    processor has no such kernels, a warning says so once.
 
     Raises UserError for another value of LATHE_CPU_KERNELS.
     """

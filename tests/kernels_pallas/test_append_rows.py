@@ -84,8 +84,24 @@ def test_a_cache_is_the_same_with_and_without():
         ),
         (BUFFERS[:1], ROWS[:1], 2, r"rows \[3, 2, 2, 5\] at \[2\] places do not fit"),
         ([BUFFERS[0].astype(np.float16)], ROWS[:1], 3, "an array is float16: the kernel takes float32"),
+        (BUFFERS[:1], [ROWS[0][0]], 3, r"a buffer \[3, 2, 7, 5\] or its rows \[2, 2, 5\] have not 4 dimensions"),
     ],
 )
 def test_bad_arguments(buffers: list, rows: list, start: int, message: str):
     with pytest.raises(Unsupported, match=message):
         append_rows(buffers, rows, np.zeros(start, np.int32))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.float32, bool])
+def test_places_are_counted_in_32_bits(dtype: type, implementation: str):
+    with pytest.raises(Unsupported, match=f"start is {np.dtype(dtype)}, not int32"):
+        append_rows(BUFFERS, ROWS, np.zeros(3, dtype), implementation=implementation)
+
+
+def test_a_cache_whose_count_has_64_bits():
+    with jax.enable_x64(True):
+        cache = Cache((DenseCache(BUFFERS[0], BUFFERS[0]),), jnp.array([1, 5, 3], jnp.int32))
+        (layer,) = cache.commit(((ROWS[0], ROWS[0]),), None, np.array([2, 2, 2])).layers
+    for b, place in enumerate((1, 5, 3)):
+        assert np.array_equal(layer.key[b, :, place : place + 2], ROWS[0][b])

@@ -31,6 +31,7 @@ def write(root, files: dict[str, str]):
         ("0::/../other\n", {"cpu.max": "200000 100000\n"}, 2.0),
         (DIVIDED, {"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.5),
         (DIVIDED, {"cpu/docker/cpu.cfs_quota_us": "1000", "cpu/docker/cpu.cfs_period_us": "2000"}, 0.5),
+        ("\n" + DIVIDED, {"cpu,cpuacct/cpu.cfs_quota_us": "3", "cpu,cpuacct/cpu.cfs_period_us": "2"}, 1.5),
         (DIVIDED, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
         # Another controller's group, a file that says nothing, a neighbour's, no files at all.
         (DIVIDED, {"cpu/other/cpu.cfs_quota_us": "1", "cpu/other/cpu.cfs_period_us": "1"}, None),

@@ -1,11 +1,14 @@
 """Caches hold what was appended: against a record of tokens kept in Python lists."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.nn.cache import Cache, DenseCache, RingCache
+from research.nn.cpu_kernels import without_cpu_kernels
 
 SLOTS, CAPACITY, ROWS = 4, 16, 3
 
@@ -113,12 +116,16 @@ def test_a_path_picks_the_rows_of_an_accepted_branch(kind):
     assert contents(cache.layers[0], cache.length) == [{0: 10, 1: 11, 2: 30, 3: 32}, {0: 20, 1: 40}]
 
 
-def test_many_rows_are_written_like_few():
-    """Above 16 rows the dense cache writes by a scatter."""
+@pytest.mark.parametrize("kernels", [True, False])
+def test_many_rows_are_written_like_few(kernels):
+    """Without kernels the dense cache writes more than 16 rows by a scatter."""
+    way = contextlib.nullcontext() if kernels else without_cpu_kernels()
+    commit = jax.jit(lambda cache, *rest: cache.commit(*rest))  # traced anew
     rows = np.arange(40).reshape(20, 2)
     count = np.asarray([1, 2] * 10)
-    cache = commit(empty(DenseCache, 20), (fresh(rows),), None, count)
-    cache = commit(cache, (fresh(rows + 100),), None, count)
+    with way:
+        cache = commit(empty(DenseCache, 20), (fresh(rows),), None, count)
+        cache = commit(cache, (fresh(rows + 100),), None, count)
     # A row with one token: its second fresh row was written behind the end and covered by the next append.
     held = contents(cache.layers[0], cache.length)
     assert held[0] == {0: 0, 1: 100} and held[1] == {0: 2, 1: 3, 2: 102, 3: 103}
