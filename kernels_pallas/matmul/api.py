@@ -22,8 +22,8 @@ def matmul(
     """x float32[..., K] times w float32[K, N], or float32[N, K] where `transposed` -> float32[..., N].
 
     For training: a kernel of a CPU that is as fast as the machine where there are some dozens of rows. Both operands
-    have gradients, which are products of the same kernel, and so have those. On a CPU every element is one chain of fused
-    multiply-adds in the order of K: its bits depend on its row and its column alone.
+    have gradients, which are products of the same kernel, and so have those. On a CPU every element is one chain of
+    fused multiply-adds in the order of K: its bits depend on its row and its column alone.
 
     Raises `Unsupported` for other dtypes and shapes, and on a processor without a kernel.
     """
