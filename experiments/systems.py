@@ -96,7 +96,9 @@ def _recorded_verdict(results: Path, name: str) -> str | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the table or the JSON list."""
+    """Prints the table, the JSON list or the page."""
+    if JSON.value and MARKDOWN.value:
+        raise UserError("--json and --markdown: one at a time")
     systems = read_catalogue()
     if FAMILY.value is not None:
         systems = in_family(systems, FAMILY.value)

@@ -79,7 +79,9 @@ PROGRAM = cli.Program(
     arguments="peak | kernels | train | decode | assisted | moe | context | ssm | multimodal | quant | scaling | "
     "startup | costs | drafters | all ...",
 )
-SIZES = PROGRAM.define(flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M.")
+SIZES = PROGRAM.define(
+    flags.DEFINE_list, "sizes", "1M,6M,20M", "Models to train: 1M, 6M, 20M, 40M; scaling takes one."
+)
 ROUNDS = PROGRAM.define(flags.DEFINE_integer, "rounds", 5, "Turns of every contender.", lower_bound=1)
 THREADS = PROGRAM.define(flags.DEFINE_integer, "threads", 2, "Threads of every contender.", lower_bound=1)
 PEER_FLAG = PROGRAM.define(
@@ -137,7 +139,12 @@ def main(arguments: list[str]) -> None:
     for flag, parts in READ_BY.items():
         if PROGRAM.values[flag].present and not chosen.intersection(parts):
             raise UserError(f"--{flag}: read by {' and '.join(parts)}, not by {', '.join(sorted(chosen))}")
+    for flag in (SIZES, DRAFTERS):
+        if not flag.value:
+            raise UserError(f"--{flag.name}=: it names nothing to measure")
     shapes = [find_shape(name) for name in SIZES.value]
+    if "scaling" in chosen and "train" not in chosen and SIZES.present and len(shapes) > 1:
+        raise UserError(f"--sizes={','.join(SIZES.value)}: scaling measures one size")
     for peer in PEER_FLAG.value:
         if peer not in PEERS:
             found = nearest(peer, PEERS)
@@ -146,6 +153,8 @@ def main(arguments: list[str]) -> None:
     for flag, file in (("json", JSON.value), ("figure", FIGURE.value)):
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UserError(f"--{flag}={file}: its folder does not exist")
+        if file is not None and Path(file).is_dir():
+            raise UserError(f"--{flag}={file}: a folder; name a file")
     limit_threads(THREADS.value)
     record: dict[str, Any] = {"machine": machine(), "versions": versions()}
     print(", ".join(f"{name} {value}" for part in record.values() for name, value in part.items()))

@@ -44,6 +44,8 @@ def main(arguments: list[str]) -> None:
     if RECORDED.value:
         if RECORD.value or SEEDS.value is not None:
             raise UserError("--recorded runs nothing: it goes without --record and --seeds")
+        if WORKDIR.present:
+            raise UserError(f"--workdir={WORKDIR.value}: --recorded reads docs/results alone")
         show_recorded(systems, RESULTS, make_console())
         return
     seeds = None if SEEDS.value is None else parse_seeds(SEEDS.value)

@@ -116,6 +116,11 @@ def test_everything_is_what_is_measured_by_default():
         (["--threads=4096"], "--threads=4096: this process may use "),
         (["--rounds=0"], "rounds"),
         (["--json=absent/x.json"], "--json=absent/x.json: its folder does not exist"),
+        (["peak", "--json=."], "--json=.: a folder; name a file"),
+        (["train", "--sizes="], "--sizes=: it names nothing to measure"),
+        (["scaling", "--sizes="], "--sizes=: it names nothing to measure"),
+        (["drafters", "--drafters="], "--drafters=: it names nothing to measure"),
+        (["scaling", "--sizes=1M,6M"], "--sizes=1M,6M: scaling measures one size"),
         (["decode", "peak", "--sizes=1M"], "--sizes: read by train and scaling, not by decode, peak"),
     ],
 )

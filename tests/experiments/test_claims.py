@@ -143,6 +143,8 @@ def test_what_is_recorded_is_shown_without_a_run(place, monkeypatch, capsys):
     assert out.endswith("0.50 nats better.\nholds: yes 1; not recorded: other\n")
     assert program.PROGRAM.call(program.main, [*argv, "--record"]) == 2
     assert "--recorded runs nothing" in capsys.readouterr().err
+    assert program.PROGRAM.call(program.main, [*argv, "--workdir=nowhere"]) == 2
+    assert capsys.readouterr().err == "error: --workdir=nowhere: --recorded reads docs/results alone\n"
 
 
 def test_an_interrupted_claim_goes_on_where_it_stopped(place, monkeypatch, capsys):

@@ -63,6 +63,8 @@ def test_the_program_prints_json_and_a_table(capsys):
     assert "matformer" in capsys.readouterr().out
     assert systems.PROGRAM.call(systems.main, ["--family=elastc"]) == 2
     assert capsys.readouterr().err == "error: no family 'elastc'; did you mean elastic?\n"
+    assert systems.PROGRAM.call(systems.main, ["--json", "--markdown"]) == 2
+    assert capsys.readouterr().err == "error: --json and --markdown: one at a time\n"
 
 
 def test_the_results_page_is_up_to_date():
