@@ -141,10 +141,14 @@ def run_arms(
       progress: (label, number of this run, of how many) -> a context that gives the arm its callback.
 
     Raises:
-      UserError: an arm returned something that is not a result. Errors of an arm pass through; what was
-        finished before stays saved.
+      UserError: `folder` can't be made, or an arm returned something that is not a result. Errors of an arm pass
+        through; what was finished before stays saved.
     """
     seeds = tuple(seeds)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: no folder can be made there: {error.strerror}") from error
     base = folder / "arms" / sources
     if not base.is_dir() and (folder / "arms").is_dir() and any((folder / "arms").iterdir()):
         tell(f"{claim.system}: its sources changed, so the arms saved before are not used and all run again")

@@ -263,6 +263,14 @@ def test_wrong_requests_are_one_line(place, monkeypatch, capsys, argv: list[str]
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("workdir", ["module.py", "module.py/runs", "/proc/x"])
+def test_a_workdir_that_can_be_no_folder_is_named(place, monkeypatch, capsys, workdir: str):
+    lab = Lab()
+    assert run(lab, place, monkeypatch, f"--workdir={place / workdir}") == 2
+    message = f"error: {place / workdir / 'fake'}: no folder can be made there: "
+    assert capsys.readouterr().err.startswith(message) and not lab.runs
+
+
 def test_a_claim_file_must_define_the_claim_of_its_system():
     missing = dataclasses.replace(SYSTEM, claim="experiments/claims/nothing.py")
     with pytest.raises(UserError, match="experiments/claims/nothing.py: no such claim file"):
