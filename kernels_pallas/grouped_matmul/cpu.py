@@ -23,7 +23,6 @@ _TAKES = 4  # of a thread, where reading the weights is all the work
 _SHARE = 1 << 16  # bytes of weights, once for every tile of rows, below which another thread does not pay
 
 _CODE = """
-declare i64 @llvm.smax.i64(i64, i64)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
