@@ -27,6 +27,18 @@ class Profile:
         self._first, self._steps = window or (0, 0)
         self._directory, self._active = directory, False
 
+    def check(self, done: int, steps: int) -> None:
+        """Raises `UserError` where none of the window's steps is to come, `done` of the run's `steps` being made.
+
+        A run that is started again after its trace was written goes on.
+        """
+        if not self._steps:
+            return
+        past = self._first + self._steps - 1 <= done and not self._directory.exists()
+        if past or self._first > steps:
+            asked = f"--profile={self._first}:{self._steps}"
+            raise UserError(f"{asked}: none of these steps is to come; {done} of {steps} steps are made")
+
     def before(self, step: int, state: Any) -> None:
         """Before a step is dispatched. Of a run that resumes inside the window, the rest of it is traced."""
         if not self._active and self._first <= step < self._first + self._steps:

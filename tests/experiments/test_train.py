@@ -10,6 +10,8 @@ import pytest
 
 from experiments import evaluate, train
 from research.config import build, load_config
+from research.errors import UserError
+from research.training.profiling import Profile
 from research.training.workdir import open_workdir
 
 CONFIG = '''
@@ -119,6 +121,11 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path, monkeypatch, c
         ),
         (train, ("--config=digits.py", "--profile=3"), "--profile=3: expected FIRST_STEP:STEPS"),
         (train, ("--config=digits.py", "--profile=3:1"), "a profile is written into the workdir"),
+        (
+            train,
+            ("--config=digits.py", "--workdir=run", "--profile=100:3"),
+            "--profile=100:3: none of these steps is to come; 0 of 20 steps are made",
+        ),
         (evaluate, ("--workdir=nowhere",), "nowhere is not a workdir"),
     ],
 )
@@ -127,3 +134,14 @@ def test_mistakes_end_in_one_line(config, tmp_path, monkeypatch, capsys, program
     assert program.PROGRAM.call(program.main, arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith("error: ") and message in line
+
+
+def test_a_profile_of_the_past_is_refused_unless_it_was_written(tmp_path):
+    profile = Profile((7, 2), tmp_path / "profile")
+    profile.check(7, 20)  # step 8 is to come
+    with pytest.raises(
+        UserError, match="--profile=7:2: none of these steps is to come; 8 of 20 steps are made"
+    ):
+        profile.check(8, 20)
+    (tmp_path / "profile").mkdir()
+    profile.check(8, 20)
