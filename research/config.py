@@ -43,6 +43,8 @@ from research.errors import UserError, nearest
 __all__ = ["ABSENT", "build", "diff", "from_json", "load_config", "of", "to_json"]
 
 _TAGS = ("__tuple__", "__float__")
+_DEEPEST = 100  # levels of a saved config, far below what Python's stack holds
+_TOO_DEEP = f"config: nested deeper than the {_DEEPEST} levels of a saved config"
 
 
 class _Absent:
@@ -108,13 +110,14 @@ def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     """
     text = str(spec)
     file, preset = (text, None) if Path(text).suffix in (".py", ".json") else _split_preset(text)
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{file}: no such config file{hint(_nearest_file(path))}")
+    path = _existing(file)
     if path.suffix == ".json":
         if preset is not None:
             raise UserError(f"{text}: a saved config has no presets; leave out `:{preset}`")
-        config = from_json(path.read_text(encoding="utf-8"))
+        try:
+            config = from_json(path.read_text(encoding="utf-8"))
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{file}: {error}") from error
     elif path.suffix == ".py":
         config = _run_config_file(path, preset)
     else:
@@ -131,11 +134,10 @@ def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 def load_sweep(spec: str | Path) -> Any:
     """What `get_sweep(preset)` of a config file returns. Raises UserError as `load_config`, or if it has none."""
     file, preset = (str(spec), None) if Path(spec).suffix in (".py", ".json") else _split_preset(str(spec))
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such config file{hint(_nearest_file(Path(file)))}")
-    if Path(file).suffix != ".py":
+    path = _existing(file)
+    if path.suffix != ".py":
         raise UserError(f"{file}: a sweep is defined by get_sweep(preset) of a .py file")
-    return _run_config_file(Path(file), preset, "get_sweep")
+    return _run_config_file(path, preset, "get_sweep")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -151,6 +153,8 @@ def from_json(text: str) -> ConfigDict:
         raw = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(f"config: not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(_TOO_DEEP) from error
     if not isinstance(raw, dict) or any(tag in raw for tag in _TAGS):
         raise UserError("config: a saved config is a JSON object")
     return _plain(_decode(raw, "config"), "config")
@@ -366,9 +370,19 @@ def _split_preset(text: str) -> tuple[str, str | None]:
     return (file, preset) if colon else (text, None)
 
 
+def _existing(file: str) -> Path:
+    path = Path(file)
+    if path.is_dir():
+        raise UserError(f"{file}: a folder; a config is a .py file or a saved .json")
+    if not path.is_file():
+        raise UserError(f"{file}: no such config file{hint(_nearest_file(path))}")
+    return path
+
+
 def _nearest_file(path: Path) -> str | None:
     folders = {path.parent, Path("configs")}
-    files = [str(f) for folder in folders for f in (*folder.glob("*.py"), *folder.glob("*.json"))]
+    found = (f for folder in folders for f in (*folder.glob("*.py"), *folder.glob("*.json")))
+    files = [str(f) for f in found if f.is_file()]
     by_stem = {Path(file).stem: file for file in sorted(files)}
     return nearest(str(path), files) or by_stem.get(nearest(path.stem, by_stem) or "")
 
@@ -390,7 +404,7 @@ def _run_config_file(path: Path, preset: str | None, function: str = "get_config
             raise UserError(f"it defines no {function}(preset)")
         made = getattr(module, function)
         result = made() if preset is None else made(preset)
-    except Exception as error:  # whatever a file does wrong is told with its line
+    except (Exception, SystemExit) as error:  # whatever a file does wrong is told with its line
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -520,6 +534,8 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any, path: str) -> Any:
+    if path.count(".") > _DEEPEST:
+        raise UserError(_TOO_DEEP)
     if isinstance(value, list):
         return [_decode(item, f"{path}.{i}") for i, item in enumerate(value)]
     if not isinstance(value, dict):

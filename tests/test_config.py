@@ -15,7 +15,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from research.config import ABSENT, build, diff, from_json, load_config, of, to_json
+from research.config import ABSENT, build, diff, from_json, load_config, load_sweep, of, to_json
 from research.errors import UserError
 from research.nn.mlp import MLP, GatedMLP
 
@@ -273,6 +273,8 @@ def test_json_is_an_exact_inverse():
         ("[1]", "config: a saved config is a JSON object"),
         ('{"a": NaN}', "config: NaN is not JSON"),
         ('{"a": 1, "a": 2}', "config: a appears twice"),
+        ('{"a":' * 101 + "1" + "}" * 101, "config: nested deeper than the 100 levels"),
+        ('{"a":' + "[" * 10**5 + "]" * 10**5 + "}", "config: nested deeper than the 100 levels"),
         ('{"a": {"__tuple__": 3}}', "config.a: malformed __tuple__"),
         ('{"a": {"__float__": "1"}}', "config.a: malformed __float__"),
     ],
@@ -468,6 +470,16 @@ def test_a_wrong_file_or_preset_is_named(file: str, tmp_path):
     assert (
         message(lambda: load_config(f"{file}:x")) == "configs/matlm.py: no preset 'x' (presets: tiny, paper)"
     )
+    (tmp_path / "folder.py").mkdir()
+    for load in (load_config, load_sweep):
+        assert message(lambda load=load: load("folder.py")).startswith(
+            "folder.py: a folder; a config is a .py"
+        )
+    assert message(lambda: load_config("foldr.py")) == "foldr.py: no such config file"
+    (tmp_path / "bad.json").write_bytes(b'"\xff"')
+    assert message(lambda: load_config("bad.json")).startswith("bad.json: 'utf-8' codec can't decode")
+    (tmp_path / "bad.json").write_text("{")
+    assert message(lambda: load_config("bad.json")).startswith("bad.json: config: not JSON: ")
 
 
 @pytest.mark.parametrize(
@@ -477,6 +489,7 @@ def test_a_wrong_file_or_preset_is_named(file: str, tmp_path):
         ("PRESETS = ('a',)\n", "bad.py: a config file defines PRESETS and get_config(preset)"),
         ("PRESETS = ()\ndef get_config():\n    return 3\n", "bad.py: get_config returned 3 (int), expected"),
         ("PRESETS = ()\ndef get_config():\n    return {}['x']\n", "bad.py:3: KeyError: 'x'"),
+        ("import sys\nsys.exit(0)\n", "bad.py:2: SystemExit: 0"),
         (
             "from research.config import of\nfrom research.nn.mlp import MLP\nPRESETS = ()\n"
             "def get_config():\n    return of(MLP, hiden_dim=3)\n",
