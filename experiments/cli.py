@@ -31,12 +31,35 @@ from absl import flags
 
 from research import runtime
 from research.errors import UserError, nearest
+from research.paths import expand
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 # The state of the machine, not a defect of ours: told in one line.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _PathParser(flags.ArgumentParser):
+    """A path: `~` is expanded, which a shell does not do behind `--flag=`, and an unset variable's is refused."""
+
+    def parse(self, argument: str) -> str:
+        if not argument:
+            raise ValueError("an empty path; leave the flag out for its default")
+        try:
+            return str(expand(argument)) if argument.startswith("~") else argument
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
+def path(name: str, default: str | None, help: str, **kwargs: Any) -> flags.FlagHolder:
+    """The kind of flag that is a path, for `Program.define`."""
+    return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **kwargs)
+
+
+def paths(name: str, default: list[str], help: str, **kwargs: Any) -> flags.FlagHolder:
+    """Like `path`, repeatable."""
+    return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, default, help, **kwargs)
 
 
 class ConfigFlag:
@@ -85,9 +108,9 @@ class Program:
     def define(
         self, kind: Callable[..., Any], name: str, default: Any, help: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """One flag of this program: `kind` is any `absl.flags.DEFINE_*`. Returns its holder (`.value`).
+        """One flag of this program: `kind` is any `absl.flags.DEFINE_*`, `path` or `paths`.
 
-        Keyword `required=True` makes leaving it out an error.
+        Returns its holder (`.value`). Keyword `required=True` makes leaving it out an error.
         """
         if kwargs.pop("required", False):
             self._required.append(name)
@@ -98,7 +121,7 @@ class Program:
         """Defines `--config=file.py:preset` and its dotted overrides."""
         self._has_config = True
         holder = self.define(
-            flags.DEFINE_string,
+            path,
             "config",
             None,
             "The experiment: file.py:preset, or a saved config.json. Any of its values is changed by "
@@ -109,7 +132,7 @@ class Program:
 
     def workdir_flag(self, help: str, default: str | None = None, required: bool = False) -> flags.FlagHolder:
         """Defines `--workdir=folder`."""
-        return self.define(flags.DEFINE_string, "workdir", default, help, required=required)
+        return self.define(path, "workdir", default, help, required=required)
 
     def run(self, main: Callable[[list[str]], int | None]) -> None:
         """Runs `main(arguments)` with the flags of the command line, and exits."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from experiments import cli
+from research.paths import expand
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
     from research.training.workdir import load_model
 
     chain = load_chain()
-    check_output(Path(OUTPUT.value).expanduser())
+    check_output(expand(OUTPUT.value))
     path = WORKDIR.value or "package:language/base"
     loaded = load_model(path, STEP.value, EMA.value)
     model, params = unrolled(loaded.model, loaded.params)
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> None:
     save_model(
         OUTPUT.value, capture(model), params, loaded.tokenizer, DTYPE.value, card, loaded.inputs, experiment
     )
-    draw(rows, Path(OUTPUT.value).expanduser() / "compression.png")
+    draw(rows, expand(OUTPUT.value) / "compression.png")
     for note in notes:
         print(note)
     print_table(heads, lines)

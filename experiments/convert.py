@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from research.training.workdir import Loaded
 
 PROGRAM = cli.Program(__doc__)
-FROM = PROGRAM.define(flags.DEFINE_string, "from", None, "The directory to read.", required=True)
-TO = PROGRAM.define(flags.DEFINE_string, "to", None, "The directory to write, new or empty.", required=True)
+FROM = PROGRAM.define(cli.path, "from", None, "The directory to read.", required=True)
+TO = PROGRAM.define(cli.path, "to", None, "The directory to write, new or empty.", required=True)
 FORMAT = PROGRAM.define(
     flags.DEFINE_enum, "format", None, "What to write.", ["huggingface", "lathe", "peft"], required=True
 )
@@ -46,7 +46,7 @@ UNEQUAL = PROGRAM.define(
     ["pad", "refuse"],
 )
 BASE = PROGRAM.define(
-    flags.DEFINE_string,
+    cli.path,
     "base",
     None,
     "For an adapter of the peft library: the model that it is for, unrolled.",

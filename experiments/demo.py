@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROGRAM = cli.Program(__doc__)
 WORKDIR = PROGRAM.workdir_flag("Where the run and its report are kept.", default="runs/demo")
-CONFIG = PROGRAM.define(flags.DEFINE_string, "config", "configs/matlm.py:tiny", "A MatLM experiment.")
+CONFIG = PROGRAM.define(cli.path, "config", "configs/matlm.py:tiny", "A MatLM experiment.")
 STEPS = PROGRAM.define(flags.DEFINE_integer, "steps", None, "Fewer updates than the config's.", lower_bound=1)
 PROMPT = PROGRAM.define(
     flags.DEFINE_string, "prompt", "class Node:\n    def __init__(self, ", "What the models continue."

@@ -48,7 +48,7 @@ WIDTHS = PROGRAM.define(
     "A submodel instead: one word a layer, as in extract. Repeatable.",
 )
 LIKE = PROGRAM.define(
-    flags.DEFINE_string,
+    cli.path,
     "like",
     None,
     "Of a model directory: the run, model or adapter directory whose evaluators' data to measure on.",

@@ -48,18 +48,16 @@ WIDTHS = PROGRAM.define(
 PROMPT = PROGRAM.define(
     flags.DEFINE_multi_string, "prompt", [], "Text to continue; - reads standard input. Repeatable."
 )
-PROMPT_FILE = PROGRAM.define(
-    flags.DEFINE_multi_string, "prompt_file", [], "A file whose whole text is a prompt. Repeatable."
-)
+PROMPT_FILE = PROGRAM.define(cli.paths, "prompt_file", [], "A file whose whole text is a prompt. Repeatable.")
 IMAGE = PROGRAM.define(
-    flags.DEFINE_multi_string,
+    cli.paths,
     "image",
     [],
     "An image file, or a video for a model of videos, that every prompt shows: the first at its first <image>, and so "
     "on; a prompt without any <image> begins with them. Repeatable.",
 )
 AUDIO = PROGRAM.define(
-    flags.DEFINE_multi_string,
+    cli.paths,
     "audio",
     [],
     "A WAV file, for a model of sounds: as --image, at <audio>. Repeatable.",
@@ -87,7 +85,7 @@ STOP = PROGRAM.define(flags.DEFINE_multi_string, "stop", [], "Ends the output be
 SEED = PROGRAM.define(flags.DEFINE_integer, "seed", 0, "Of all draws.")
 SAMPLES = PROGRAM.define(flags.DEFINE_integer, "samples", 1, "Outputs for each prompt.")
 DRAFTER = PROGRAM.define(
-    flags.DEFINE_string,
+    cli.path,
     "drafter",
     None,
     "What drafts: prompt_lookup, iad, submodel (of a nested model), a run or folder of a drafter, a smaller model, or "
@@ -101,7 +99,7 @@ ACCEPTANCE = PROGRAM.define(
     ["exact", "typical"],
 )
 PLAN = PROGRAM.define(
-    flags.DEFINE_string,
+    cli.path,
     "plan",
     None,
     "A plan of attention spans for this model, as `python -m experiments.spans` writes it: less cache, other outputs.",
@@ -130,7 +128,7 @@ CONTRAST_ALPHA = PROGRAM.define(
     "Only tokens at least this times as probable as the best one are taken.",
 )
 SPARSE = PROGRAM.define(
-    flags.DEFINE_string,
+    cli.path,
     "sparse",
     None,
     "Read a few chosen tokens of the cache in most layers: tidal:k=64,select=1,reselect=3 (TidalDecode), quest:k=64, "
@@ -338,7 +336,7 @@ def read_prompts(texts: list[str], files: list[str]) -> list[str]:
     if texts.count("-") > 1:
         raise UserError("--prompt=- is given twice, and standard input can be read once")
     prompts = []
-    for source in [*texts, *(Path(name).expanduser() for name in files)]:
+    for source in [*texts, *(Path(name) for name in files)]:
         try:
             if source == "-":
                 prompts.append(sys.stdin.buffer.read().decode())

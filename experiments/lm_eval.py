@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from experiments import cli
+from research.paths import expand
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,10 +70,8 @@ UNSAFE = PROGRAM.define(
 
 
 def main(arguments: list[str]) -> None:
-    from pathlib import Path
-
     limit = checked_limit(LIMIT.value)
-    output = None if OUTPUT.value is None else Path(OUTPUT.value).expanduser()
+    output = None if OUTPUT.value is None else expand(OUTPUT.value)
     if output is not None:
         check_output(output)
 
@@ -184,7 +183,6 @@ def check_output(path: "Path") -> None:
 
 def task_manager(include: str | None, wanted: list[str]) -> "TaskManager":
     """The harness's index of tasks, with the folder `include`; what fails while loading is a UserError."""
-    from pathlib import Path
 
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -204,7 +202,7 @@ def task_manager(include: str | None, wanted: list[str]) -> "TaskManager":
 
     if include is None:
         return Manager()
-    folder = Path(include).expanduser()
+    folder = expand(include)
     if not folder.is_dir():
         raise UserError(f"--include_path={include} is not a folder")
     for file in sorted(folder.glob("**/*.yaml")):

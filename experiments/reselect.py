@@ -30,7 +30,7 @@ LENGTH = PROGRAM.define(
 )
 BATCH = PROGRAM.define(flags.DEFINE_integer, "batch_size", 8, "Rows decoded together.", lower_bound=1)
 BATCHES = PROGRAM.define(flags.DEFINE_integer, "batches", 4, "How many such.", lower_bound=1)
-OUTPUT = PROGRAM.define(flags.DEFINE_string, "output", None, "Where to write the JSON.")
+OUTPUT = PROGRAM.define(cli.path, "output", None, "Where to write the JSON.")
 
 
 def main(arguments: list[str]) -> None:

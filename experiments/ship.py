@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PROGRAM = cli.Program(__doc__)
 WORKDIR = PROGRAM.workdir_flag("The run of a MatLM.", required=True)
-TO = PROGRAM.define(flags.DEFINE_string, "to", None, "The model directory.", required=True)
+TO = PROGRAM.define(cli.path, "to", None, "The model directory.", required=True)
 SPLIT = PROGRAM.define(flags.DEFINE_string, "split", "test", "The held-out part of the run's corpus.")
 COMMAND = PROGRAM.define(
     flags.DEFINE_string,
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     from research.training.model_directory import read_config, save_model
     from research.training.partitioning import make_mesh
 
-    path = Path(WORKDIR.value).expanduser()
+    path = Path(WORKDIR.value)
     task, loaded = load_nested(path)
     config = read_config(path / "config.json")
     config.data.update(split=SPLIT.value, shuffle=False)

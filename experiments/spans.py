@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROGRAM = cli.Program(__doc__)
 CONFIG = PROGRAM.config_flag()
 WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships by default.")
-OUTPUT = PROGRAM.define(flags.DEFINE_string, "output", None, "The plan, a new file.", required=True)
+OUTPUT = PROGRAM.define(cli.path, "output", None, "The plan, a new file.", required=True)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
 )

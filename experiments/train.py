@@ -131,12 +131,11 @@ def tokenizer_path(config: "ConfigDict", data: object) -> "Path | None":
     """The tokenizer.json of the experiment's text, `None` where it reads none."""
     if not hasattr(data, "tokenizer"):
         return None
-    from pathlib import Path
-
     from research.data.tokenizer import SHIPPED
+    from research.paths import expand
 
     given = getattr(data, "tokenizer_file", config.data.get("tokenizer"))
-    path = SHIPPED if given is None else Path(given).expanduser()
+    path = SHIPPED if given is None else expand(given)
     return path / "tokenizer.json" if path.is_dir() else path
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from kernels_pallas.cores import cores, quota
 from research.errors import UserError
+from research.paths import expand
 
 # mallopt parameters of glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -116,7 +117,7 @@ def use_compilation_cache() -> str | None:
         return None
     place = choice or os.environ.get("JAX_COMPILATION_CACHE_DIR") or "~/.cache/lathe/xla"
     if "://" not in place:  # those are jax's to open
-        place = str(_writable_folder(Path(place).expanduser().absolute()))
+        place = str(_writable_folder(expand(place).absolute()))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = place
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

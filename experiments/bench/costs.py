@@ -24,6 +24,7 @@ from research.decoding.speculative.loading import UNTRAINED, LoadedDrafter, find
 from research.decoding.tree import chain
 from research.decoding.verify import Draft
 from research.errors import UserError
+from research.paths import expand
 from research.training.workdir import load_model
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -127,7 +128,7 @@ def measure_drafter(
     stats = [min(each, key=lambda stats: stats.decode_seconds) for each in zip(*turns, strict=True)]
     calls = sum(sum(each.gained) for each in stats)
     tokens = sum((k + 1) * n for each in stats for k, n in enumerate(each.gained)) / calls
-    where = name if name in UNTRAINED else str(Path(name).expanduser().resolve())
+    where = name if name in UNTRAINED else str(expand(name).resolve())
     return Candidate(where, proposer.size, tokens, max(0.0, _call_seconds(stats) - costs.call(proposer.size)))
 
 

@@ -29,6 +29,7 @@ from research.decoding.speculative.training import DrafterTraining
 from research.decoding.verify import Accept, Draft
 from research.errors import UserError
 from research.language.grow import deepen, widen
+from research.paths import expand
 from research.training.loop import Trainer
 from research.training.model_directory import Loaded
 from research.training.workdir import load_model, open_workdir
@@ -217,7 +218,7 @@ def read_prompts(
         UserError: no such file, or a line without a prompt.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = expand(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {getattr(error, 'strerror', None) or error}") from error
     room, cut, kinds = loaded.model.max_length - new_tokens, 0, {}

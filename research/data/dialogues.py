@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from research.errors import UserError
+from research.paths import expand
 
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
@@ -62,7 +63,7 @@ class LlavaFiles:
         images, videos, sounds = (_files(entry, kind, where) for kind in ("image", "video", "audio"))
         if sounds and (images or videos):
             raise UserError(f"{where}: a sound beside images or videos, which no model here reads together")
-        folder = Path(self.images if self.images is not None else Path(self.path).parent).expanduser()
+        folder = expand(self.images if self.images is not None else Path(self.path).parent)
         turns, said = [], None
         for number_, turn in enumerate(entry["conversations"]):
             speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
@@ -102,7 +103,7 @@ def _files(entry: dict[str, Any], kind: str, where: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def _entries(path: str) -> list[Any]:
-    file = Path(path).expanduser()
+    file = expand(path)
     if not file.is_file():
         raise UserError(f"{path}: no such file")
     text = file.read_text(encoding="utf-8")

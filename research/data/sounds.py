@@ -4,11 +4,11 @@ import io
 import os
 import struct
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from research.errors import UserError
+from research.paths import expand
 
 
 def read_wav(source: str | os.PathLike | bytes) -> tuple[int, np.ndarray]:
@@ -21,7 +21,7 @@ def read_wav(source: str | os.PathLike | bytes) -> tuple[int, np.ndarray]:
 
     where = name_of(source)
     try:
-        data = source if isinstance(source, bytes) else Path(source).expanduser().read_bytes()
+        data = source if isinstance(source, bytes) else expand(source).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{where}: no such file") from error
     except OSError as error:

@@ -27,6 +27,7 @@ from research.data.arithmetic import Arithmetic
 from research.data.stdlib_code import SPLITS, Progress
 from research.data.stdlib_code import prepare as prepare_stdlib
 from research.errors import UserError, nearest
+from research.paths import expand
 
 _HELD_OUT = 0.04
 _KINDS = ("builtin", "stdlib", "arithmetic", "tfds:", "jsonl:", "hf:")
@@ -309,7 +310,7 @@ def matching_files(pattern: str) -> list[Path]:
     Raises:
       UserError: none; names the nearest file of that folder or the nearest kind of source.
     """
-    expanded = str(Path(pattern).expanduser())
+    expanded = str(expand(pattern))
     if Path(expanded).is_dir():
         expanded = f"{glob.escape(expanded)}/**"
     paths = sorted(p for p in map(Path, glob.glob(expanded, recursive=True)) if p.is_file())

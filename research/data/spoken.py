@@ -29,6 +29,7 @@ from research.data.pipeline import RecordDataset
 from research.data.shapes import SPLITS
 from research.data.sounds import read_wav
 from research.errors import UserError
+from research.paths import expand
 
 RATE = 8000
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -179,7 +180,7 @@ class SpokenFiles:
 @functools.lru_cache(maxsize=8)
 def _listing(path: str) -> list[tuple[int, str, int, Path]]:
     """(digit, speaker, N, file), sorted."""
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder")
     named = ((re.fullmatch(r"(\d)_([^_]+)_(\d+)\.wav", file.name), file) for file in folder.iterdir())

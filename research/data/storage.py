@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from research.errors import UserError
+from research.paths import expand
 
 
 def data_dir() -> Path:
     """The folder of prepared data: the environment's `LATHE_DATA_DIR`, or `~/.cache/lathe/data`."""
-    return Path(os.environ.get("LATHE_DATA_DIR") or "~/.cache/lathe/data").expanduser()
+    return expand(os.environ.get("LATHE_DATA_DIR") or "~/.cache/lathe/data")
 
 
 @contextlib.contextmanager

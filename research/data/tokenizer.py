@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from research.errors import UserError
+from research.paths import expand
 
 SHIPPED = Path(__file__).parent / "tokenizer.json"
 
@@ -74,7 +75,7 @@ class Tokenizer:
         Raises:
           UserError: no such file, or not a file of the `tokenizers` library.
         """
-        file = SHIPPED if path is None else Path(path).expanduser()
+        file = SHIPPED if path is None else expand(path)
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():

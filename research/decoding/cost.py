@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from research.errors import UserError
+from research.paths import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Costs:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON; folders are made."""
-        path = Path(path).expanduser()
+        path = expand(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
@@ -87,7 +88,7 @@ class Costs:
         Raises:
             UserError: no such file, or not one of these.
         """
-        path = Path(path).expanduser()
+        path = expand(path)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             fields["calls"] = {int(size): float(seconds) for size, seconds in fields["calls"].items()}
@@ -103,7 +104,7 @@ class Costs:
 
 def default_path(fingerprint: str) -> Path:
     """Where the program that measures writes, and `auto` reads, the costs of a target."""
-    return Path("~/.cache/lathe/costs").expanduser() / f"{fingerprint}.json"
+    return expand("~/.cache/lathe/costs") / f"{fingerprint}.json"
 
 
 def chain_tokens(acceptance: float, drafts: int) -> float:

@@ -1,7 +1,6 @@
 """Nested models from disk: the parameters together with the task that knows their granularities."""
 
 import os
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -9,6 +8,7 @@ from research.config import build
 from research.elastic.matformer import MatFormer, extract, parse_widths
 from research.elastic.slicing import ElasticSpec
 from research.errors import UserError
+from research.paths import expand
 from research.training.model_directory import CONFIG, EXPERIMENT, Loaded, read_config
 from research.training.workdir import load_model
 
@@ -21,7 +21,7 @@ def load_nested(
     Raises UserError if it was not trained as a MatFormer, or if `load_model` can't read it.
     """
     loaded = load_model(path, step, ema)
-    file = Path(path).expanduser() / (EXPERIMENT if loaded.step is None else CONFIG)
+    file = expand(path) / (EXPERIMENT if loaded.step is None else CONFIG)
     node = read_config(file) if file.exists() else None
     while isinstance(node, ConfigDict):
         if node.get("cls") == f"{MatFormer.__module__}:{MatFormer.__qualname__}":

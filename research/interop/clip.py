@@ -24,6 +24,7 @@ from research.nn.masks import Full
 from research.nn.mlp import MLP
 from research.nn.norm import LayerNorm
 from research.nn.transformer import Block
+from research.paths import expand
 from research.training.paths import nested
 
 VISION_DEFAULTS = {
@@ -67,7 +68,7 @@ def layer_tensor(path: str) -> str | None:
 
 def is_clip(directory: str | Path) -> bool:
     """Whether a directory that transformers wrote holds CLIP."""
-    return read_json(Path(directory) / "config.json").get("model_type") in ("clip", "clip_vision_model")
+    return read_json(expand(directory) / "config.json").get("model_type") in ("clip", "clip_vision_model")
 
 
 def load_clip(directory: str | Path, dtype: str | None = "float32") -> tuple[Encoder, dict[str, Any]]:
@@ -77,7 +78,7 @@ def load_clip(directory: str | Path, dtype: str | None = "float32") -> tuple[Enc
         UserError: another architecture, an unsupported option, a missing or misshapen tensor.
     """
     check_dtype(dtype, ("float32", "float16", "bfloat16", None))
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     where = str(directory / "config.json")
     entries = read_json(directory / "config.json")
     kind = entries.get("model_type")

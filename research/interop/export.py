@@ -28,6 +28,7 @@ from research.nn.mlp import GatedMLP
 from research.nn.norm import RMSNorm
 from research.nn.rotary import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from research.nn.transformer import Block, unscan_layers
+from research.paths import expand
 
 Unequal = Literal["pad", "refuse"]
 
@@ -136,7 +137,7 @@ def save(
         pieces = [places[path].piece(plain(path), name) for path in parts[name]]
         return cast(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-2), dtype, name)
 
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     item = np.dtype(DTYPES[dtype]).itemsize
     report = Export(directory, family.model_type, dtype, parameters, widths, padded_to)
     with new_directory(directory, parameters * item) as content:

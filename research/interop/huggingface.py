@@ -27,6 +27,7 @@ from research.interop.names import Stored, expert_count, layer_count, shapes, st
 from research.interop.quantized_files import ENTRY, PackedFiles, read_packing
 from research.language.decoder import DecoderLM
 from research.nn.weights import Kernel
+from research.paths import expand
 from research.training.paths import nested
 
 __all__ = ["FAMILIES", "Export", "expressible", "is_huggingface", "load", "save"]
@@ -36,7 +37,7 @@ _HEAD = "lm_head.weight"
 
 def is_huggingface(directory: str | Path) -> bool:
     """Whether a directory's `config.json` is of the Hugging Face kind: it names a `model_type`."""
-    path = Path(directory) / "config.json"
+    path = expand(directory) / "config.json"
     return path.is_file() and "model_type" in read_json(path)
 
 
@@ -59,7 +60,7 @@ def load(
         UserError: an unsupported family or option; a missing, unexpected or misshapen tensor; a damaged file.
     """
     check_dtype(dtype, ("float32", "float16", "bfloat16", None))
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
     config_path = directory / "config.json"

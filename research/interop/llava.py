@@ -27,6 +27,7 @@ from research.multimodal.connectors import PatchProjection
 from research.multimodal.media import CLIP_MEAN, CLIP_STD, Square
 from research.multimodal.model import VLM
 from research.multimodal.tower import Tower
+from research.paths import expand
 from research.training.paths import nested
 
 _PREFIXES = {
@@ -96,7 +97,7 @@ def load_llava(
         UserError: another architecture, an unsupported option, a missing, unexpected or misshapen tensor.
     """
     check_dtype(dtype, ("float32", "float16", "bfloat16", None))
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     where = str(directory / "config.json")
     entries = read_json(directory / "config.json")
     if entries.get("model_type") != "llava":

@@ -29,6 +29,7 @@ from research.interop.files import DTYPES, cast, check_dtype, new_directory, som
 from research.interop.names import shapes, stored
 from research.nn.transformer import unscan_layers, unscan_params
 from research.nn.weights import LowRank
+from research.paths import expand
 from research.training.model_directory import fingerprint
 from research.training.paths import compile_pattern
 from research.training.workdir import load_model
@@ -50,7 +51,7 @@ _REFUSED = {
 
 def is_peft(directory: str | Path) -> bool:
     """Whether a directory holds an adapter of the peft library."""
-    return (Path(directory).expanduser() / CONFIG).is_file()
+    return (expand(directory) / CONFIG).is_file()
 
 
 def save(
@@ -108,7 +109,7 @@ def save(
         "alpha_pattern": {name: _number(a) for name, a in alphas.items() if a != alpha},
         "inference_mode": True,
     }
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     with new_directory(directory, sum(tensor.nbytes for tensor in tensors.values())) as content:
         safetensors.numpy.save_file(tensors, content / WEIGHTS, metadata={"format": "pt"})
         write_json(content / CONFIG, config)
@@ -126,7 +127,7 @@ def load(directory: str | Path, base: str) -> tuple[ConfigDict, Any]:
     import safetensors
     import safetensors.numpy
 
-    folder = Path(directory).expanduser()
+    folder = expand(directory)
     entries = read_json(folder / CONFIG)
     _check(entries, folder / CONFIG)
     try:

@@ -13,7 +13,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import jax
@@ -25,6 +24,7 @@ from research.data.tokenizer import Tokenizer
 from research.errors import UserError
 from research.multimodal.scaling import Colour, in_square, scaled, squared
 from research.nn.patch import patchify
+from research.paths import expand
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -256,7 +256,7 @@ def _part(image: np.ndarray, crop: Crop) -> np.ndarray:
 def opened(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """An image file, or its bytes, as Pillow has it. Whatever is found wrong with it inside is a UserError."""
     where = name_of(source)
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+    file = io.BytesIO(source) if isinstance(source, bytes) else expand(source)
     try:
         with warnings.catch_warnings():
             # Pillow warns from half of its limit on; at the limit it refuses, below.

@@ -9,7 +9,6 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from PIL import UnidentifiedImageError
 
 from research.errors import UserError
 from research.multimodal.media import Media, Square, as_rgb, check_pixels, cut, name_of, opened, read_image
+from research.paths import expand
 
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # Pillow's formats whose frames follow each other in time
 
@@ -128,7 +128,7 @@ def _decode(container: Any, stream: Any, wanted: Sequence[int]) -> tuple[list[np
 def _film(source: str | os.PathLike | bytes, **options: str) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and its first video stream. What is found wrong inside is a UserError. options: of FFmpeg's
     demuxer."""
-    where, path = name_of(source), None if isinstance(source, bytes) else Path(source).expanduser()
+    where, path = name_of(source), None if isinstance(source, bytes) else expand(source)
     try:
         import av
     except ImportError as error:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import UserError
+from research.paths import expand
 from research.training.paths import named_leaves, nested
 
 FORMAT = 1
@@ -70,7 +71,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     """The path as a directory of a mounted file system; refuses `gs://` and the like, which cannot rename."""
     if "://" in str(path):
         raise UserError(f"{path} is not on a mounted file system: mount the bucket and name the mount point")
-    return Path(path).expanduser().absolute()
+    return expand(path).absolute()
 
 
 def write_atomically(path: Path, text: str) -> None:

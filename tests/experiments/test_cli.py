@@ -98,6 +98,12 @@ def test_the_config_is_loaded_with_its_overrides(tmp_path, monkeypatch, capsys):
         (["--config=x", "--kind=c"], "--kind=c: value should be one of <a|b>"),
         (["--config=x", "--config.a.b"], "--config.a.b: expected --config.a.b=value"),
         (["--config=x", "jsn"], "unexpected argument 'jsn'; did you mean --json?"),
+        (["--config=x", "--workdir="], "--workdir=: an empty path"),
+        (["--config="], "--config=: an empty path"),
+        (
+            ["--config=x", "--workdir=~nobody-here/x"],
+            "--workdir=~nobody-here/x: no home folder of ~nobody-here",
+        ),
         (["--config"], "Missing value for flag --config"),
         ([], "--config is required; --help shows how"),
     ],
@@ -108,6 +114,16 @@ def test_a_wrong_flag_is_one_line_and_exit_2(argv: list[str], message: str, caps
     out, err = capsys.readouterr()
     assert err.startswith(f"error: {message}") and err.count("\n") == 1 and out == ""
     assert run.seen == {}
+
+
+def test_home_is_expanded_in_paths_alone(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run = Run()
+    files = run.program.define(cli.paths, "file", [], "Some.")
+    words = run.program.define(flags.DEFINE_string, "word", None, "One.")
+    assert run("--config=~/x.py:tiny", "--workdir=~/runs//a/", "--file=~/b", "--file=./~", "--word=~/c") == 0
+    assert (run.seen["config"], run.seen["workdir"]) == ("/home/me/x.py:tiny", "/home/me/runs/a")
+    assert (files.value, words.value) == (["/home/me/b", "./~"], "~/c")
 
 
 def test_overrides_need_a_config(capsys):

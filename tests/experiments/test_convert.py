@@ -39,11 +39,13 @@ def run(*arguments):
     return convert.PROGRAM.call(convert.main, [str(argument) for argument in arguments])
 
 
-def test_there_and_back(trained, tmp_path, capsys):
+def test_there_and_back(trained, tmp_path, monkeypatch, capsys):
     assert run(f"--from={trained}", f"--to={tmp_path / 'hf'}", "--format=huggingface") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'hf'}: qwen2, ")
     assert huggingface.is_huggingface(tmp_path / "hf") and not huggingface.is_huggingface(trained)
-    assert run(f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'back'}", "--format=lathe") == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert huggingface.is_huggingface("~/hf")
+    assert run("--from=~/hf", "--to=~/back", "--format=lathe") == 0
     before, after = load_model(trained), load_model(tmp_path / "back")
     assert after.model == before.model and after.tokenizer.fingerprint == before.tokenizer.fingerprint
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)

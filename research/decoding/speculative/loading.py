@@ -28,6 +28,7 @@ from research.decoding.speculative.prompt_lookup import PromptLookup
 from research.decoding.speculative.training import DrafterTraining
 from research.errors import UserError, nearest
 from research.nn.transformer import unscan_layers
+from research.paths import expand
 from research.training import checkpoint_files as files
 from research.training.model_directory import CONFIG, Loaded, fingerprint, read_config
 from research.training.paths import PyTree, named_leaves
@@ -129,7 +130,7 @@ def find_drafter(name: str, target: Loaded, step: int | None = None) -> LoadedDr
         if hasattr(proposer, "create"):
             params = proposer.create(jax.random.key(0), Target(target.params, target.model))
         return _checked(name, LoadedDrafter(proposer, params, config, None), target)
-    if not Path(name).expanduser().exists():
+    if not expand(name).exists():
         close = nearest(name, UNTRAINED)
         hint = (
             f"did you mean {close}?"
@@ -169,7 +170,7 @@ def load_drafter(path: str | os.PathLike[str], target: Loaded, step: int | None 
 
 def target_path(name: str) -> str | None:
     """Where the target of a drafter directory or of a run of `DrafterTraining` was; None for everything else."""
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if (folder / DRAFTER).exists():
         return _described(folder)[1].path
     node = read_config(folder / CONFIG).get("task") if (folder / CONFIG).exists() else None
