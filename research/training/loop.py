@@ -385,6 +385,8 @@ class _Run:
         try:
             state = self.restore()
             resumed = state is not None
+            done = int(state.step) if resumed else 0
+            hosts.first_decides(lambda: self.profile.check(done, self.trainer.steps))
             state = self.initial() if state is None else state
             step = int(state.step) if resumed else 0
             self.progress = Progress(self.trainer.steps, step, shown=self.shown)
