@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from research import config as configs
 from research import config_names
 from research.errors import UserError
+from research.paths import expand
 from research.training import checkpoint_files as files
 from research.training import hosts
 from research.training.model_directory import (
@@ -92,6 +93,31 @@ class Workdir:
         self.close()
 
 
+def begin(workdir: "Workdir | str | os.PathLike[str] | None", resumed: bool) -> None:
+    """A run begins, or goes on from a checkpoint: from here on the workdir is that of its config.
+
+    Until then nothing of an existing workdir has changed, so that what is refused leaves it as it was.
+
+    Raises `UserError` where a run would begin afresh although one has been here: the folder of checkpoints is made
+    when a run begins, and has been taken away.
+    """
+    if workdir is None:
+        return
+    directory = Path(getattr(workdir, "path", workdir))
+    checkpoints, metrics = directory / "checkpoints", directory / "metrics.jsonl"
+    if not resumed and not checkpoints.exists() and metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"{directory}: {metrics.name} tells of a run, but its {checkpoints.name}/ is gone: put it back, or choose "
+            "another workdir"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if isinstance(workdir, Workdir):
+            files.write_atomically(directory / CONFIG, configs.to_json(workdir.config))
+    except OSError as error:
+        raise UserError(f"workdir {directory} cannot be written: {error}") from None
+
+
 def open_workdir(
     path: str | os.PathLike[str],
     config: ConfigDict,
@@ -129,8 +155,8 @@ def _open(
                 raise UserError(f"{directory} already holds a run: resume it or choose another workdir")
             _check_config(directory, config)
         _copy_tokenizer(directory, tokenizer_path)
-        # Last: a directory with a config is complete.
-        files.write_atomically(directory / CONFIG, configs.to_json(config))
+        if new:  # last: a directory with a config is complete
+            files.write_atomically(directory / CONFIG, configs.to_json(config))
     except OSError as error:
         lock.close()
         raise UserError(f"workdir {directory} cannot be written: {error}") from None
@@ -189,7 +215,7 @@ def _check_config(directory: Path, config: ConfigDict) -> None:
 def _copy_tokenizer(directory: Path, source: str | os.PathLike[str] | None) -> None:
     if source is None:
         return
-    origin, kept = Path(source).expanduser(), directory / TOKENIZER
+    origin, kept = expand(source), directory / TOKENIZER
     if not origin.is_file():
         raise UserError(f"tokenizer {origin} does not exist")
     if (directory / CONFIG).exists() and kept.exists():

@@ -118,6 +118,18 @@ def test_a_finished_run_is_not_trained_again(toy, uninterrupted):
     assert again_metrics == metrics
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_afresh(toy, tmp_path, uninterrupted):
+    written = (uninterrupted[0] / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(written)
+    with pytest.raises(UserError, match=r"tells of a run, but its checkpoints/ is gone: put it back"):
+        two_stages(toy).train(tmp_path, progress=False, devices=toy.one_device)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == written
+    (tmp_path / "checkpoints").mkdir()  # a run that died before its first one begins afresh
+    state, _ = two_stages(toy).train(tmp_path, progress=False, devices=toy.one_device)
+    assert toy.bits(state) == toy.bits(uninterrupted[1])
+
+
 def test_a_damaged_checkpoint_of_a_later_stage_falls_back_to_an_earlier_stage(toy, tmp_path, capsys):
     trainer = two_stages(toy)
     state, _ = trainer.train(tmp_path, progress=False, devices=toy.one_device)

@@ -30,7 +30,7 @@ from research.training.model_directory import abstract_params
 from research.training.paths import named_leaves
 from research.training.state import initial_state
 from research.training.task import Classification, LanguageModelling
-from research.training.workdir import load_model, open_workdir, save_model
+from research.training.workdir import begin, load_model, open_workdir, save_model
 from research.vision.vit import ViT
 from tests.programs import call, drawn, drawn_like
 
@@ -96,7 +96,10 @@ def test_a_workdir_holds_the_config_and_the_tokenizer_exactly(tmp_path):
 def test_length_cadence_and_placement_may_change_and_are_rewritten(tmp_path):
     open_workdir(tmp_path / "run", experiment()).close()
     longer = experiment(stages=(of(Span, steps=9),), log_every=1, mesh={"fsdp": 2})
-    open_workdir(tmp_path / "run", longer).close()
+    with open_workdir(tmp_path / "run", longer) as workdir:
+        # What is refused before a run goes on leaves the config that its checkpoints fit.
+        assert (tmp_path / "run" / "config.json").read_text() == to_json(experiment())
+        begin(workdir, resumed=True)
     assert (tmp_path / "run" / "config.json").read_text() == to_json(longer)
 
 
