@@ -14,6 +14,7 @@ Without --workdir and --hf it evaluates the model that ships. The table goes to 
 --output all results, with the tasks' configs and versions, as JSON.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -166,7 +167,7 @@ def checked_limit(limit: float | None) -> float | int | None:
 
     if limit is None or 0 < limit < 1:
         return limit
-    if limit < 1 or limit != int(limit):
+    if not 1 <= limit < math.inf or limit != int(limit):
         raise UserError(f"--limit={limit:g}: a whole number of documents, or a fraction between 0 and 1")
     return int(limit)
 

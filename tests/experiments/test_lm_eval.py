@@ -216,6 +216,12 @@ def test_mistakes_are_one_line(offline, directory, tasks, tmp_path, capsys):
     assert "generate.yaml is not a task" in error("--tasks=local_choice")
 
 
+@pytest.mark.parametrize("limit", ["nan", "inf", "-1"])
+def test_a_limit_is_a_count_or_a_fraction(capsys, limit):
+    assert call("--tasks=x", f"--limit={limit}") == 2
+    assert capsys.readouterr().err.startswith(f"error: --limit={limit}: a whole number of documents")
+
+
 def test_without_the_harness(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
         monkeypatch.delitem(sys.modules, name)
