@@ -18,13 +18,16 @@ Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or 
 stopped before the end (SIGTERM, or another process of the run was lost) and to be started again, 130 interrupted.
 """
 
+import _thread
+import contextlib
 import errno
 import os
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -36,6 +39,7 @@ from research.paths import expand
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+INTERRUPTED = 130
 # The state of the machine, not a defect of ours: told in one line.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -60,6 +64,24 @@ def path(name: str, default: str | None, help: str, **kwargs: Any) -> flags.Flag
 def paths(name: str, default: list[str], help: str, **kwargs: Any) -> flags.FlagHolder:
     """Like `path`, repeatable."""
     return flags.DEFINE_multi(_PathParser(), flags.ArgumentSerializer(), name, default, help, **kwargs)
+
+
+@contextlib.contextmanager
+def _interrupts_count() -> Iterator[None]:
+    """An interrupt that falls into a callback (of the garbage collector, of LLVM), where Python can only report it and
+    go on, is delivered again."""
+
+    def report(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, _thread.interrupt_main).start()  # when the callback is over
+        else:
+            before(unraisable)
+
+    before, sys.unraisablehook = sys.unraisablehook, report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class ConfigFlag:
@@ -136,7 +158,13 @@ class Program:
 
     def run(self, main: Callable[[list[str]], int | None]) -> None:
         """Runs `main(arguments)` with the flags of the command line, and exits."""
-        sys.exit(self.call(main, sys.argv[1:], before=runtime.prepare))
+        code = self.call(main, sys.argv[1:], before=runtime.prepare)
+        if code == INTERRUPTED:
+            # XLA's threads may be compiling still, and crash when what they use is taken down under them.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
 
     def call(
         self,
@@ -151,12 +179,13 @@ class Program:
         try:
             arguments = self._parse(argv)
             before()
-            return main(arguments) or 0
+            with _interrupts_count():
+                return main(arguments) or 0
         except UserError as error:
             return self._fail(str(error), argv, error.exit_code)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
+            return INTERRUPTED
         except BrokenPipeError:
             # The reader (`| head`) has gone: keep Python from complaining once more when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,10 @@
 """Flags, overrides, help, one-line errors and exit codes, shared by every program."""
 
 import errno
+import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,23 @@ def test_exit_codes(capsys):
         program.call(raises(ZeroDivisionError()), [])
     with pytest.raises(FileNotFoundError):
         program.call(raises(FileNotFoundError(errno.ENOENT, "x", "y")), [])
+
+
+def test_an_interrupt_in_a_callback_is_not_lost(capsys):
+    """Python reports what a callback of the garbage collector raises, and goes on."""
+
+    def callback(phase: str, info: dict) -> None:
+        gc.callbacks.remove(callback)
+        raise KeyboardInterrupt
+
+    def main(arguments: list[str]) -> None:
+        gc.callbacks.append(callback)
+        gc.collect()
+        for _ in range(1000):
+            time.sleep(0.001)
+
+    assert cli.Program("x").call(main, []) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_help_teaches_and_shows_our_flags_only(capsys):
