@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
     trainer = build(config)
     if not isinstance(trainer.task, MatFormer):
         raise UserError(f"--config={CONFIG.value} trains no nested model; configs/matlm.py does")
+    check(trainer)
     path = Path(WORKDIR.value)
     with open_workdir(path / "run", config, tokenizer_path=tokenizer_path(config, trainer.data)) as run:
         print("1. data and training")
@@ -69,6 +70,21 @@ def main(arguments: list[str]) -> None:
     texts = cut_and_decode(path)
     write_report(path, rows, texts)
     print(f"report: {path / 'README.md'} ({time.perf_counter() - start:.0f} s in all)")
+
+
+def check(trainer: "Trainer") -> None:
+    """Raises UserError for what would only be found out after training."""
+    from research.errors import UserError
+
+    if (count := len(trainer.evaluators)) != 1:
+        raise UserError(f"--config={CONFIG.value} has {count} evaluators; the report is of exactly one")
+    tokenizer = getattr(trainer.data, "tokenizer", None)
+    if tokenizer is None:
+        raise UserError(f"--config={CONFIG.value} reads no text; configs/matlm.py does")
+    context = trainer.task.model.max_length
+    length = len(tokenizer.encode(PROMPT.value, bos=tokenizer.bos_id is not None))
+    if not 0 < length < context:
+        raise UserError(f"--prompt has {length} tokens; from 1 to {context - 1} fit in the model's context")
 
 
 def evaluate(trainer: "Trainer", state: "State") -> list[Row]:

@@ -158,3 +158,22 @@ def test_only_nested_models_are_cut(made, tmp_path, capsys):
     capsys.readouterr()
     fails(extract, f"--workdir={tmp_path / 'plain'}", "--widths=S", f"--to={tmp_path / 'again'}")
     assert "was not trained as a MatFormer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("evaluators", "prompt", "message"),
+    [
+        (0, "def", "config.json has 0 evaluators; the report is of exactly one"),
+        (2, "def", "config.json has 2 evaluators; the report is of exactly one"),
+        (1, "def " * 200, "tokens; from 1 to 95 fit in the model's context"),
+    ],
+)
+def test_the_demo_checks_before_it_trains(tmp_path, capsys, evaluators, prompt, message):
+    config = experiment("absent.txt")
+    evaluator = config.evaluators[0]
+    config.evaluators = tuple(of(Evaluate, name=str(i), data=evaluator.data) for i in range(evaluators))
+    (tmp_path / "config.json").write_text(to_json(config))
+    fails(demo, f"--workdir={tmp_path / 'x'}", f"--config={tmp_path / 'config.json'}", f"--prompt={prompt}")
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
