@@ -167,6 +167,8 @@ def main(arguments: list[str]) -> None:
 
     if DRAFTER.value is None and ACCEPTANCE.value != "exact":
         raise UserError(f"--acceptance={ACCEPTANCE.value} judges drafts: it needs a --drafter")
+    if ACCEPTANCE.value != "exact" and sampling.greedy:
+        raise UserError(f"--acceptance={ACCEPTANCE.value} is for sampling: give a --temperature above 0")
     if CONTRAST.value is None and (CONTRAST_BETA.present or CONTRAST_ALPHA.present):
         raise UserError("--contrast_beta and --contrast_alpha are of --contrast, which is not there")
     if SPARSE.value is None and SPARSE_CORRECT.present:

@@ -20,6 +20,7 @@ from flax import struct
 from research.decoding.tree import Tree
 from research.errors import UserError
 
+SAMPLED_ONLY = ("top_k", "top_p", "min_p")  # fields of `Sampling` that change nothing at temperature 0
 EXCLUDED = -1e30  # finite: arithmetic on it gives no NaN, and its probability is exactly 0
 
 
@@ -205,10 +206,10 @@ class Sampling:
         repetition_penalty: above 1 makes tokens seen before less likely; None or 1 for none.
         banned: token ids that are never chosen.
         temperature: 0 takes the most probable token (greedy).
-        top_k, top_p, min_p: see `TopK`, `TopP`, `MinP`; None for none. They change nothing at temperature 0.
+        top_k, top_p, min_p: see `TopK`, `TopP`, `MinP`; None for none. They would change nothing at temperature 0.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range, or one of `SAMPLED_ONLY` at temperature 0.
     """
 
     temperature: float = 0.0
@@ -230,6 +231,11 @@ class Sampling:
             raise UserError(f"min_p must be above 0 and at most 1, not {self.min_p}")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
             raise UserError(f"repetition_penalty must be a positive number, not {self.repetition_penalty}")
+        for name in SAMPLED_ONLY:
+            if self.greedy and (value := getattr(self, name)) is not None:
+                raise UserError(
+                    f"{name}={value} changes nothing at temperature 0: give a temperature above 0"
+                )
 
     @property
     def greedy(self) -> bool:

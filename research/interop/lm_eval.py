@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.decoding.generator import Generator
-from research.decoding.sampling import Sampling
+from research.decoding.sampling import SAMPLED_ONLY, Sampling
 from research.errors import UserError, nearest
 from research.nn.accounting import count_parameters
 
@@ -293,7 +293,7 @@ def generation_options(
 
     The harness's conventions: greedy unless `do_sample` or a temperature says otherwise; `max_new_tokens`,
     `max_tokens` and `max_completion_tokens` also name the number. `do_sample` without a temperature means 1,
-    and `top_k: 0` no limit, as in transformers.
+    and `top_k: 0` no limit, as in transformers; greedy decoding passes over what bounds sampling.
 
     Raises:
         UserError: an option that is not known, or a value outside its range.
@@ -315,7 +315,10 @@ def generation_options(
     chosen = {name: known[name] for name in _SAMPLING if known.get(name) is not None}
     if chosen.get("top_k") == 0:
         del chosen["top_k"]
-    sampling = Sampling(temperature=float(known.get("temperature", 0.0)), **chosen)
+    temperature = float(known.get("temperature", 0.0))
+    if temperature == 0:
+        chosen = {name: value for name, value in chosen.items() if name not in SAMPLED_ONLY}
+    sampling = Sampling(temperature=temperature, **chosen)
     return sampling, tuple(text for text in known["until"] if text), known["max_gen_toks"]
 
 

@@ -90,7 +90,8 @@ def test_chain_holds_only_what_acts_and_in_order():
     assert Sampling(temperature=1.0, top_k=4, top_p=1.0, repetition_penalty=1.0).chain(4) == ()
     names = [type(p).__name__ for p in Sampling(0.5, 2, 0.9, 0.1, 1.2, (3,)).chain(4)]
     assert names == ["RepetitionPenalty", "Ban", "Temperature", "TopK", "TopP", "MinP"]
-    assert [type(p).__name__ for p in Sampling(0.0, 2, 0.9, 0.1, 1.2, (3,)).chain(4)] == names[:2]
+    greedy = Sampling(0.0, repetition_penalty=1.2, banned=(3,))
+    assert [type(p).__name__ for p in greedy.chain(4)] == names[:2]
 
 
 def test_other_values_share_a_program():
@@ -116,6 +117,12 @@ def test_other_values_share_a_program():
 def test_values_out_of_range(field, value, word):
     with pytest.raises(UserError, match=f"^{word} must be"):
         Sampling(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["top_k", "top_p", "min_p"])
+def test_nothing_bounds_greedy_decoding(field):
+    with pytest.raises(UserError, match=f"^{field}=1 changes nothing at temperature 0"):
+        Sampling(**{field: 1})
 
 
 def test_bans_out_of_range():

@@ -132,6 +132,10 @@ def test_generate_with_typical_acceptance(run, capsys):
             "no drafter absent; give a run, a drafter directory, or prompt_lookup, ",
         ),
         (["--acceptance=typical"], "--acceptance=typical judges drafts: it needs a --drafter"),
+        (
+            ["--drafter=RUN", "--acceptance=typical"],
+            "--acceptance=typical is for sampling: give a --temperature",
+        ),
         (["--drafter=RUN", "--prompt="], "prompt 2 is empty: give at least one character"),
         (["--drafter=RUN", "--prompt=" + "x" * 99], "prompt 2 has 100 tokens and the model's context is 64"),
         (

@@ -80,6 +80,7 @@ def test_prompts_and_samples(directory, capsys, tmp_path):
     [
         (["--prompt=x", "--temperature=-1"], "temperature must be 0 (greedy) or a positive number, not -1.0"),
         (["--prompt=x", "--temperature=1", "--top_p=1.5"], "top_p must be above 0 and at most 1, not 1.5"),
+        (["--prompt=x", "--top_k=5"], "top_k=5 changes nothing at temperature 0"),
         (["--prompt=x", "--samples=3"], "3 samples at temperature 0"),
         (["--prompt=x", "--max_new_tokens=0"], "max_new_tokens must be at least 1, not 0"),
         (["--prompt=x", "--stop="], "a stop string is empty"),

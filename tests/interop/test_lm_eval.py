@@ -10,6 +10,7 @@ from tokenizers import processors
 
 from research.data.tokenizer import Tokenizer, train
 from research.decoding import engine
+from research.decoding.sampling import Sampling
 from research.errors import UserError
 from research.language.decoder import DecoderLM
 from research.nn.attention import Attention
@@ -206,6 +207,9 @@ def test_generation_options():
     assert (sampling.temperature, sampling.top_k, stop, count) == (0.7, None, ("\n",), 99)
     greedy, *_ = generation_options({"do_sample": False, "temperature": 0.7, "num_beams": 1}, 9)
     assert greedy.greedy
+    assert generation_options({"temperature": 0.0, "top_p": 0.95, "repetition_penalty": 1.5}, 9)[
+        0
+    ] == Sampling(repetition_penalty=1.5)
     sampled, _, count = generation_options({"do_sample": True, "top_p": 0.9, "max_new_tokens": 3}, 9)
     assert (sampled.temperature, sampled.top_p, count) == (1.0, 0.9, 3)
     with pytest.raises(UserError, match="unknown option temprature; did you mean temperature?"):
