@@ -2,12 +2,12 @@
 
     python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/matlm
     python -m experiments.train --config=configs/matlm.py:tiny --workdir=runs/a --config.stages.0.steps=200
-    python -m experiments.train --config=runs/matlm/config.json --workdir=runs/matlm
+    python -m experiments.train --config=runs/matlm/config.json --workdir=runs/matlm --baseline=runs/alone
 
-The workdir keeps the config, the checkpoints, `metrics.jsonl`, TensorBoard files and, at the end, figures.
-The same command again continues from the last checkpoint to the same bits; SIGTERM saves first. Without a
-workdir nothing is kept. A run that stops because its loss is NaN or exploded says at which step and on which
-records.
+The workdir keeps the config, the checkpoints, `metrics.jsonl`, TensorBoard files and, at the end, figures; with
+--baseline they show finished runs of other models beside this one. The same command again continues from the last
+checkpoint to the same bits; SIGTERM saves first. Without a workdir nothing is kept. A run that stops because its loss
+is NaN or exploded says at which step and on which records.
 
 On a TPU pod, in SLURM and in a Kubernetes job the same command on every host is one run (docs/scale.md); elsewhere
 three flags make it one, and here is one run of two processes on one machine:
@@ -57,6 +57,13 @@ PROFILE = PROGRAM.define(
     "Trace FIRST_STEP:STEPS into the workdir's profile/, for Perfetto (ui.perfetto.dev) and XProf.",
 )
 FIGURES = PROGRAM.define(flags.DEFINE_boolean, "figures", True, "Draw the loss curves at the end.")
+BASELINE = PROGRAM.define(
+    cli.paths,
+    "baseline",
+    [],
+    "The workdir of a finished run of a model trained alone, drawn into the figure of loss against parameters. "
+    "Repeatable.",
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -83,6 +90,7 @@ def train(config: "ConfigDict") -> None:
         raise UserError(
             f"{CONFIG.value}: it builds a {type(trainer).__name__}, not a Trainer, so it trains nothing"
         )
+    baselines = read_baselines(trainer)
     if WORKDIR.value is None:
         prepare(trainer)
         metrics = trainer.run(progress=not QUIET.value, profile=profile)
@@ -105,7 +113,7 @@ def train(config: "ConfigDict") -> None:
         if FIGURES.value:
             from research.training.figures import draw_figures
 
-            drawn = draw_figures(workdir.path)
+            drawn = draw_figures(workdir.path, baselines)
             drawing = [evaluator for evaluator in trainer.evaluators if hasattr(evaluator, "draw")]
             if drawing:
                 from research.training.workdir import load_model
@@ -115,6 +123,16 @@ def train(config: "ConfigDict") -> None:
                     drawn += evaluator.draw(loaded.model, loaded.params, workdir.path / "figures")
             for path in drawn:
                 print(f"figure: {path}")
+
+
+def read_baselines(trainer: "Trainer") -> dict[str, tuple[int, float]]:
+    """{workdir: (parameters, loss)} of the baselines, by the experiment's first evaluator."""
+    from research.errors import UserError
+    from research.training.figures import read_baseline
+
+    if BASELINE.value and (WORKDIR.value is None or not FIGURES.value or not trainer.evaluators):
+        raise UserError("--baseline is drawn into a figure: it needs a --workdir, figures and an evaluator")
+    return {path: read_baseline(path, trainer.evaluators[0].name) for path in BASELINE.value}
 
 
 def prepare(trainer: "Trainer") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from research.errors import UserError
 from research.training.metrics import Row, read_rows
+from research.training.model_directory import read_config
 
 SMOOTHING = 50  # a training curve's points are means over about a fiftieth of the run
 
@@ -47,6 +48,29 @@ def last_evaluation(rows: list[Row]) -> dict[str, dict[str, Row]]:
         if row["kind"] == "eval":
             measured.setdefault(row["name"], {})[row["variant"]] = row
     return measured
+
+
+def read_baseline(workdir: str | os.PathLike, evaluator: str) -> tuple[int, float]:
+    """(parameters, loss) of a model trained alone, as `evaluator` measured it after the last step of its run.
+
+    Raises `UserError` if that is no finished run of one model with such an evaluator.
+    """
+    workdir = Path(workdir)
+    steps = sum(stage.steps for stage in read_config(workdir / "config.json").get("stages", ()))
+    measured = last_evaluation(read_rows(workdir / "metrics.jsonl"))
+    if evaluator not in measured:
+        known = f"; it has {', '.join(measured)}" if measured else ""
+        raise UserError(f"baseline {workdir}: nothing was measured by an evaluator {evaluator!r}{known}")
+    if len(measured[evaluator]) > 1:
+        raise UserError(
+            f"baseline {workdir}: {len(measured[evaluator])} models, not one that was trained alone"
+        )
+    (row,) = measured[evaluator].values()
+    if row["step"] < steps:
+        raise UserError(
+            f"baseline {workdir}: measured last after {row['step']} of {steps} steps; finish its run"
+        )
+    return row["parameters"], row["loss"]
 
 
 def smoothed(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from research.errors import UserError
-from research.training.figures import draw_figures, heat, last_evaluation, smoothed
+from research.training.figures import draw_figures, heat, last_evaluation, read_baseline, smoothed
 
 
 def write(directory, rows) -> None:
@@ -36,6 +36,23 @@ def test_variants_and_baselines_get_the_trade_off(tmp_path):
     drawn = draw_figures(tmp_path, baselines={"S alone": (10, 3.1)})
     assert [path.name for path in drawn] == ["loss.png", "loss_against_parameters.png"]
     assert all(map(is_image, drawn))
+
+
+def test_a_baseline_is_a_finished_run_of_one_model(tmp_path):
+    def refused(message, *rows):
+        write(tmp_path, rows)
+        with pytest.raises(UserError, match=f"baseline {tmp_path}: {message}"):
+            read_baseline(tmp_path, "validation")
+
+    with pytest.raises(UserError, match="config.json does not exist"):
+        read_baseline(tmp_path, "validation")
+    (tmp_path / "config.json").write_text('{"stages": [{"steps": 2}, {"steps": 1}]}')
+    refused("nothing was measured by an evaluator 'validation'", train(3))
+    refused("nothing was .*; it has test", evaluation(3, "", 10, 3.0) | {"name": "test"})
+    refused("measured last after 2 of 3 steps", evaluation(2, "", 10, 3.0))
+    refused("2 models, not one", evaluation(3, "S", 10, 3.0), evaluation(3, "XL", 100, 2.5))
+    write(tmp_path, [evaluation(2, "", 10, 3.0), evaluation(3, "", 10, 2.5)])
+    assert read_baseline(tmp_path, "validation") == (10, 2.5)
 
 
 def test_the_last_evaluation_counts():
