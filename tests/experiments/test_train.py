@@ -74,7 +74,8 @@ def test_a_run_continued_in_a_new_process_ends_in_the_same_bits(config, run_prog
     )
     assert half.returncode == 0 and half.stderr == "", half.stderr
     assert [row["step"] for row in logged(tmp_path / "parts")] == [1, 5, 10, 10]
-    rest = run_program("train", f"--config={config}", "--workdir=parts")
+    rest = run_program("train", f"--config={config}", "--workdir=parts", "--baseline=whole")
+    assert (tmp_path / "parts/figures/loss_against_parameters.png").stat().st_size > 1000
     assert "resuming after step 10" in rest.stderr
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
@@ -118,6 +119,12 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path, monkeypatch, c
             train,
             ("--config=digits.py", "--config.mesh.fspd=2"),
             "mesh: unknown axis 'fspd'; did you mean 'fsdp'",
+        ),
+        (train, ("--config=digits.py", "--baseline=b"), "--baseline is drawn into a figure: it needs a"),
+        (
+            train,
+            ("--config=digits.py", "--workdir=run", "--baseline=b"),
+            "b/config.json does not exist",
         ),
         (train, ("--config=digits.py", "--profile=3"), "--profile=3: expected FIRST_STEP:STEPS"),
         (train, ("--config=digits.py", "--profile=3:1"), "a profile is written into the workdir"),
