@@ -1,9 +1,9 @@
-"""Hecate: a mixture of experts whose experts are placed anew every step, FSSDP (arXiv 2502.02581).
+r"""Hecate: a mixture of experts whose experts are placed anew every step, FSSDP (arXiv 2502.02581).
 
     python -m experiments.train --config=configs/hecate.py --workdir=runs/hecate
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m experiments.train --config=configs/hecate.py \\
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m experiments.train --config=configs/hecate.py \
         --config.mesh.expert=8 --workdir=runs/placed
-    python -m experiments.train --config=configs/hecate.py:jetmoe.paper --config.task.placement=expert_parallel \\
+    python -m experiments.train --config=configs/hecate.py:jetmoe.paper --config.task.placement=expert_parallel \
         --config.mesh.fsdp=4 --config.mesh.expert=8 --workdir=runs/jetmoe
 
 `tiny` (the default): top-2 of 16 experts, 3.9M parameters, on Python's standard library. On one device nothing is

@@ -1,8 +1,9 @@
-"""What a training run would need on devices that are not here: memory, FLOPs, communication, time, the largest batch.
+r"""What a training run would need on devices that are not here: memory, FLOPs, communication, time, the largest batch.
 
-    python -m experiments.plan --config=configs/matlm.py:paper --topology=v5e:4x4
-    python -m experiments.plan --config=configs/matlm.py:paper --topology=h100:8 --config.mesh.fsdp=8
-    python -m experiments.plan --config=configs/matlm.py:paper --topology=v5e:2x2 --compile
+    python -m experiments.plan --config=configs/matlm.py:paper --topology=v5e:4x4 --config.mesh.fsdp=16 \
+        --config.stages.0.accumulate=8
+    python -m experiments.plan --config=configs/matlm.py:paper --topology=h100:8 --config.stages.0.accumulate=4
+    python -m experiments.plan --config=configs/matlm.py:tiny --topology=v5e:2x2 --compile
 
 Nothing is allocated, and nothing compiled but with --compile: the step of the first stage is traced with its shapes and
 shardings, and counted; seconds on a laptop, whatever the size. The time is a roofline (docs/scale.md says of what), not

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice (spot capacity), on all of its hosts, until the run is done.
 #
-#   PROJECT=my-project ZONE=us-west4-a TPU=lathe TYPE=v5litepod-16 \
-#     experiments/launch/tpu_vm.sh --config=configs/matlm.py:paper --workdir=/mnt/runs/matlm
+#   PROJECT=my-project ZONE=us-west4-a TPU=lathe TYPE=v5litepod-16 REPO=https://HOST/lathe.git \
+#     experiments/launch/tpu_vm.sh --config=configs/matlm.py:paper --workdir=/mnt/runs/matlm \
+#     --config.mesh.fsdp=16 --config.stages.0.accumulate=8
 #
 # Needs gcloud, logged in, and REPO, from which each host installs the project. The workdir must be on a file system that
 # all hosts mount (Filestore); MOUNT is a command that mounts it. A slice that was taken away is asked for anew; a run
