@@ -14,8 +14,7 @@
         PROGRAM.run(main)
 
 Each program has flags of its own (nothing global), so that any number of programs can be imported together.
-Exit codes: 0 done, 1 a defect (with its traceback), 2 a mistake of the user or of a file, 3 the loss diverged, 75
-stopped before the end (SIGTERM, or another process of the run was lost) and to be started again, 130 interrupted.
+What exit codes mean is a table of docs/scale.md, to which --help leads.
 """
 
 import _thread
@@ -28,6 +27,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 # The state of the machine, not a defect of ours: told in one line.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# The same where the error names a path: it is one that the user chose.
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -56,9 +58,26 @@ class _PathParser(flags.ArgumentParser):
             raise ValueError(str(error)) from error
 
 
+class _NewDirectoryParser(_PathParser):
+    """A directory to write: one that holds anything is refused before there is any work to lose."""
+
+    def parse(self, argument: str) -> str:
+        text = super().parse(argument)
+        folder = Path(text)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; name a new directory")
+        return text
+
+
 def path(name: str, default: str | None, help: str, **kwargs: Any) -> flags.FlagHolder:
     """The kind of flag that is a path, for `Program.define`."""
     return flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), **kwargs)
+
+
+def new_directory(name: str, default: str | None, help: str, **kwargs: Any) -> flags.FlagHolder:
+    """Like `path`, of a directory that is new or empty."""
+    parser, serializer = _NewDirectoryParser(), flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, default, help, serializer=serializer, **kwargs)
 
 
 def paths(name: str, default: list[str], help: str, **kwargs: Any) -> flags.FlagHolder:
@@ -124,18 +143,20 @@ class Program:
         self.values.set_gnu_getopt(True)  # flags may follow arguments
         self.overrides: list[str] = []
         self._required: list[str] = []
+        self._help: dict[str, str] = {}  # absl adds to that of some kinds what is said here already
         self._has_config = False
         self.define(flags.DEFINE_boolean, "traceback", False, "Show where an error came from.")
 
     def define(
         self, kind: Callable[..., Any], name: str, default: Any, help: str, *args: Any, **kwargs: Any
     ) -> Any:
-        """One flag of this program: `kind` is any `absl.flags.DEFINE_*`, `path` or `paths`.
+        """One flag of this program: `kind` is any `absl.flags.DEFINE_*`, `path`, `paths` or `new_directory`.
 
         Returns its holder (`.value`). Keyword `required=True` makes leaving it out an error.
         """
         if kwargs.pop("required", False):
             self._required.append(name)
+        self._help[name] = help
         order = (name, default, *args, help) if kind in (flags.DEFINE_enum,) else (name, default, help, *args)
         return kind(*order, flag_values=self.values, **kwargs)
 
@@ -191,7 +212,7 @@ class Program:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
-            if error.errno not in _MACHINE_ERRORS:
+            if error.errno not in _MACHINE_ERRORS and not (error.filename and error.errno in _PATH_ERRORS):
                 raise
             where = f"{error.filename}: " if error.filename else ""
             return self._fail(f"{where}{os.strerror(error.errno)}", argv)
@@ -215,9 +236,10 @@ class Program:
                 if hasattr(flag.parser, "enum_values")
                 else ""
             )
-            text = f"{flag.help}{choices}{note}"
+            text = f"{self._help[name]}{choices}{note}"
             lines.append(f"  {form}")
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += ["", "Exit codes: 0 done, 2 a mistake of yours or of a file; all are in docs/scale.md."]
         return "\n".join(lines)
 
     def _parse(self, argv: Sequence[str]) -> list[str]:

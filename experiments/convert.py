@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROGRAM = cli.Program(__doc__)
 FROM = PROGRAM.define(cli.path, "from", None, "The directory to read.", required=True)
-TO = PROGRAM.define(cli.path, "to", None, "The directory to write, new or empty.", required=True)
+TO = PROGRAM.define(cli.new_directory, "to", None, "The directory to write, new or empty.", required=True)
 FORMAT = PROGRAM.define(
     flags.DEFINE_enum, "format", None, "What to write.", ["huggingface", "lathe", "peft"], required=True
 )

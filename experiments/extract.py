@@ -18,7 +18,9 @@ WORKDIR = PROGRAM.workdir_flag("A run or a model directory; the model that ships
 WIDTHS = PROGRAM.define(
     flags.DEFINE_string, "widths", None, "The submodel: M, or one word a layer.", required=True
 )
-TO = PROGRAM.define(cli.path, "to", None, "The new model directory.", required=True)
+TO = PROGRAM.define(
+    cli.new_directory, "to", None, "The model directory to write, new or empty.", required=True
+)
 STEP = PROGRAM.define(
     flags.DEFINE_integer, "step", None, "The checkpoint of the run; the newest by default.", lower_bound=0
 )

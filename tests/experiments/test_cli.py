@@ -35,6 +35,7 @@ class Run:
         self.workdir = self.program.workdir_flag("Where.", default="runs/x")
         self.samples = self.program.define(flags.DEFINE_integer, "samples", 1, "How many.", lower_bound=1)
         self.kind = self.program.define(flags.DEFINE_enum, "kind", "a", "Which.", ["a", "b"])
+        self.program.define(flags.DEFINE_multi_string, "word", [], "Some. Repeatable.")
         self.json = self.program.define(flags.DEFINE_boolean, "json", False, "As JSON.")
         self.seen: dict[str, object] = {}
 
@@ -122,8 +123,8 @@ def test_home_is_expanded_in_paths_alone(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     run = Run()
     files = run.program.define(cli.paths, "file", [], "Some.")
-    words = run.program.define(flags.DEFINE_string, "word", None, "One.")
-    assert run("--config=~/x.py:tiny", "--workdir=~/runs//a/", "--file=~/b", "--file=./~", "--word=~/c") == 0
+    words = run.program.define(flags.DEFINE_string, "text", None, "One.")
+    assert run("--config=~/x.py:tiny", "--workdir=~/runs//a/", "--file=~/b", "--file=./~", "--text=~/c") == 0
     assert (run.seen["config"], run.seen["workdir"]) == ("/home/me/x.py:tiny", "/home/me/runs/a")
     assert (files.value, words.value) == (["/home/me/b", "./~"], "~/c")
 
@@ -155,6 +156,10 @@ def test_exit_codes(capsys):
     assert program.call(raises(KeyboardInterrupt()), []) == 130
     assert program.call(raises(OSError(errno.ENOSPC, "x", "runs/a")), []) == 2
     assert capsys.readouterr().err.endswith("error: runs/a: No space left on device\n")
+    assert program.call(lambda arguments: Path("x" * 256).stat(), []) == 2
+    assert capsys.readouterr().err == f"error: {'x' * 256}: File name too long\n"
+    with pytest.raises(NotADirectoryError):  # of no path that anybody chose
+        program.call(raises(NotADirectoryError(errno.ENOTDIR, "x")), [])
     with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         program.call(raises(ZeroDivisionError()), [])
     with pytest.raises(FileNotFoundError):
@@ -184,8 +189,11 @@ def test_help_teaches_and_shows_our_flags_only(capsys):
     assert out.startswith("Does a thing.\n\n    python -m experiments.thing --config=x.py:tiny\n")
     assert "Arguments: SYSTEM..." in out
     flags_shown = [line.split("=")[0].strip() for line in out.splitlines() if line.startswith("  --")]
-    assert flags_shown == ["--config", "--json", "--kind", "--samples", "--traceback", "--workdir"]
-    assert "How many. (default: 1)" in out and "(required)" in out and "One of: a, b." in out
+    assert flags_shown == ["--config", "--json", "--kind", "--samples", "--traceback", "--word", "--workdir"]
+    assert "How many. (default: 1)" in out and "(required)" in out
+    assert out.count("Which. One of: a, b. (default: a)\n") == 1 and "<a|b>" not in out
+    assert "      Some. Repeatable.\n" in out
+    assert "docs/scale.md" in out and "| 130 |" in (ROOT / "docs" / "scale.md").read_text()
 
 
 def programs() -> list[str]:

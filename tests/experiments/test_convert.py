@@ -75,6 +75,7 @@ def test_cut_models_and_dtypes(trained, tmp_path, capsys):
         ),
         (("--from=nowhere", "--to=x", "--format=lathe"), "nowhere does not exist"),
         (("--from={0}", "--to={0}", "--format=huggingface"), "trained exists already; name a new directory"),
+        (("--from={0}", "--to={0}", "--format=lathe"), "trained exists already; name a new directory"),
         (("--from={0}", "--to=x", "--format=lathe", "--ema"), "no moving average"),
     ],
 )

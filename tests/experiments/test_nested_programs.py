@@ -2,13 +2,15 @@
 
 import json
 import lzma
+import os
 import random
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import demo, evaluate, extract, generate, ship
+from experiments import demo, evaluate, extract, generate, ship, train
 from research.config import of, to_json
 from research.data.text import TokenDataset
 from research.elastic.matformer import MatFormer
@@ -158,6 +160,8 @@ def test_only_nested_models_are_cut(made, tmp_path, capsys):
     capsys.readouterr()
     fails(extract, f"--workdir={tmp_path / 'plain'}", "--widths=S", f"--to={tmp_path / 'again'}")
     assert "was not trained as a MatFormer" in capsys.readouterr().err
+    fails(extract, "--widths=S", f"--to={tmp_path / 'plain'}")
+    assert "plain exists already; name a new directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -177,3 +181,25 @@ def test_the_demo_checks_before_it_trains(tmp_path, capsys, evaluators, prompt, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "no file matches"), ("", "no text")])
+def test_training_names_missing_and_empty_data(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "train.txt").write_text(content)
+    (tmp_path / "config.json").write_text(to_json(experiment(str(tmp_path / "train.txt"))))
+    fails(train, f"--config={tmp_path / 'config.json'}", f"--workdir={tmp_path / 'x'}")
+    error = capsys.readouterr().err
+    print(error)
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_named(made, tmp_path, capsys):
+    shutil.copytree(made / "demo" / "run", tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            os.truncate(file, 1000)
+    fails(evaluate, f"--workdir={tmp_path / 'run'}")
+    error = capsys.readouterr().err
+    print(error)
+    assert error == 0
