@@ -6,7 +6,8 @@
 
 One word is a granularity for every layer; with commas there is one word a layer: a granularity, its width in units, or
 - to leave the layer out. The arrays are really smaller, and every program takes the new directory like any other
-(`generate --workdir`, `convert --from`). Without --workdir the model that ships is cut.
+(`generate --workdir`, `convert --from`); evaluate also needs --like=RUN, as it does not say what it was trained on.
+Without --workdir the model that ships is cut.
 """
 
 from absl import flags

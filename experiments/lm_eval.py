@@ -44,7 +44,7 @@ WIDTHS = PROGRAM.define(
     "widths",
     None,
     "A submodel of a nested model: S, M, L, XL, or one width or name a layer (S,S,L,XL; - skips the layer). "
-    "Of a model directory the granularities are 1/8, 1/4, 1/2 and all of each FFN.",
+    "The granularities are those of its config; a model directory has them where it holds experiment.json.",
 )
 INCLUDE = PROGRAM.define(flags.DEFINE_string, "include_path", None, "A folder with task YAML files of yours.")
 LIMIT = PROGRAM.define(
