@@ -1,4 +1,4 @@
-"""Merges fine-tuned models of one base, each difference from it sparsified by DARE first.
+r"""Merges fine-tuned models of one base, each difference from it sparsified by DARE first.
 
     python -m experiments.merge --models=runs/sums,runs/code --method=task --scale=0.7 --output=runs/both
     python -m experiments.merge --models=runs/sums,runs/code --method=ties --drop=0.9 --output=runs/both \
@@ -6,9 +6,9 @@
     python -m experiments.merge --models=runs/sums --drop=0.9 --output=runs/sparse
 
 configs/dare.py says how these two are trained. The result is a model directory that every program takes like any
-other; evaluate also needs --like=RUN, as it does not say what it was trained on. --base is the model that all were fine-tuned
-from, by default the one that ships. With one model, --method=average gives that model with a share of its difference
-dropped. --data names a source of text for every model, in their order (docs/data.md): a table then says what the base,
+other; evaluate also needs --like=RUN, as it does not say what it was trained on. --base is the model that all were
+fine-tuned from, by default the one that ships. With one model, --method=average gives that model with a share of its
+difference dropped. --data names a source of text for every model, in their order (docs/data.md): a table then says what the base,
 every model and the merged one lose on their validation splits, and fisher and regmean, which need it, observe the
 training splits. Choose --drop and --scale by that table, not by a test split.
 """
