@@ -7,12 +7,13 @@ adapters to and from that of the peft library.
     python -m experiments.convert --from=runs/lora --to=exported --format=peft
     python -m experiments.convert --from=theirs --base=qwen3 --to=adapters/theirs --format=lathe
 
-`huggingface` is what transformers and the tools around it load: config.json, safetensors, the tokenizer. The
-family (Llama, Mistral, Mixtral, Qwen 2 or 3, also of experts, Gemma 2 or 3, OLMoE, JetMoE, Mamba-2: docs/interop.md)
-follows from the model; what none of them computes is refused with the reason. 4-bit kernels of GPTQ and AWQ are read packed; LLaVA-1.5, which reads images, is read too, and
-of CLIP the blocks of the image tower; none of them is written. `lathe` is the model directory that every program here
-takes as a workdir (evaluate with --like=RUN). `peft` takes a run or directory of an adapter and writes
-`adapter_config.json` and safetensors; a directory of that kind becomes an adapter directory for the model at `--base`. No pickle is read, and no torch needed.
+`huggingface` is what transformers and the tools around it load: config.json, safetensors, the tokenizer. The family
+(Llama, Mistral, Mixtral, Qwen 2 or 3, also of experts, Gemma 2 or 3, OLMoE, JetMoE, Mamba-2: docs/interop.md) follows
+from the model; what none of them computes is refused with the reason. 4-bit kernels of GPTQ and AWQ are read packed;
+LLaVA-1.5, which reads images, is read too, and of CLIP the blocks of the image tower; none of them is written. `lathe`
+is the model directory that every program here takes as a workdir (evaluate with --like=RUN). `peft` takes a run or
+directory of an adapter and writes `adapter_config.json` and safetensors; a directory of that kind becomes an adapter
+directory for the model at `--base`. No pickle is read, and no torch needed.
 """
 
 from typing import TYPE_CHECKING

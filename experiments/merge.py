@@ -8,9 +8,9 @@ r"""Merges fine-tuned models of one base, each difference from it sparsified by 
 configs/dare.py says how these two are trained. The result is a model directory that every program takes like any
 other; evaluate also needs --like=RUN, as it does not say what it was trained on. --base is the model that all were
 fine-tuned from, by default the one that ships. With one model, --method=average gives that model with a share of its
-difference dropped. --data names a source of text for every model, in their order (docs/data.md): a table then says what the base,
-every model and the merged one lose on their validation splits, and fisher and regmean, which need it, observe the
-training splits. Choose --drop and --scale by that table, not by a test split.
+difference dropped. --data names a source of text for every model, in their order (docs/data.md): a table then says
+what the base, every model and the merged one lose on their validation splits, and fisher and regmean, which need it,
+observe the training splits. Choose --drop and --scale by that table, not by a test split.
 """
 
 from typing import TYPE_CHECKING, Any
