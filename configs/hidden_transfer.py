@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/hidden_transfer.py --workdir=runs/hidden_transfer
 
-`tiny` (the default): three maps after layer 4 of the 6 of the base model that ships.
-Its time and result have not been measured yet.
+`tiny` (the default): three maps after layer 4 of the 6 of the base model that ships. Its training has not been
+timed in full; what a shorter one gave is in docs/results/hidden_transfer.
 `paper`: three maps, trained everywhere at once; the paper's layers and rates are not published in detail. The
 target, `task.target`, is a run or a model directory of yours: set `task.drafter.layers` to about two thirds of its.
 """

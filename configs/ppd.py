@@ -3,7 +3,7 @@
     python -m experiments.train --config=configs/ppd.py --workdir=runs/ppd
 
 `tiny` (the default): three prompts, 768 numbers in all, for the base model that ships, and trees of up to 24 rows.
-Its time and result have not been measured yet.
+Its training has not been timed in full; what a shorter one gave is in docs/results/ppd.
 `paper`: three prompts, each text cut off at one random place. The target, `task.target`, is a run or a model
 directory of yours; measure its accuracies with `trees.calibrate` and step times, and let `ppd.choose_size` find
 the trees.

@@ -1,6 +1,6 @@
 """Measures speed: this project and its peers in one run, on the same weights, in turns.
 
-    python -m experiments.bench                           everything; about ten minutes on two CPU cores
+    python -m experiments.bench                           everything; drafters and scaling take by far the longest
     python -m experiments.bench train --sizes=1M,6M       training against PyTorch, eager and torch.compile
     python -m experiments.bench decode                    decoding against `generate` of transformers
     python -m experiments.bench assisted                  speculation against assisted generation of transformers
@@ -20,10 +20,11 @@
     python -m experiments.bench kernels                   Pallas kernels against the roofline (--record: page in docs)
     python -m experiments.bench peak                      this machine's matrix products and memory
 
-Ratios above 1 mean that this project is faster. They compare medians over alternating turns, and in brackets
-the best turns, which other programs on the machine disturb less. Absolute numbers are this machine's; ratios
-of one run are what to compare. Nothing else should be running: the load is printed. Peers need
-`pip install -e '.[parity]'`. What came out on one machine is in docs/speed.md.
+Ratios above 1 mean that this project is faster; in `moe` and `context`, which print shares of a time, it is below
+1. They compare medians over alternating turns, and in brackets the best turns, which other programs on the machine
+disturb less. Absolute numbers are this machine's; ratios of one run are what to compare. Nothing else should be
+running: the load is printed. Peers need `pip install -e '.[parity]'`. What came out on one machine is in
+docs/speed.md.
 """
 
 import datetime
