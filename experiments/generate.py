@@ -82,7 +82,9 @@ PENALTY = PROGRAM.define(
     "Above 1 makes tokens of the prompt and the output less likely to come again.",
 )
 STOP = PROGRAM.define(flags.DEFINE_multi_string, "stop", [], "Ends the output before this text. Repeatable.")
-SEED = PROGRAM.define(flags.DEFINE_integer, "seed", 0, "Of all draws.")
+SEED = PROGRAM.define(
+    flags.DEFINE_integer, "seed", 0, "Of all draws.", lower_bound=0, upper_bound=(1 << 32) - 1
+)
 SAMPLES = PROGRAM.define(flags.DEFINE_integer, "samples", 1, "Outputs for each prompt.")
 DRAFTER = PROGRAM.define(
     cli.path,

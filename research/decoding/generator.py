@@ -176,7 +176,7 @@ class Generator:
             stop: texts that end a row; they need a tokenizer and are no part of the output. They are looked
                 for after every block, on the decoded text, and cut off exactly; tokens decoded beyond them
                 are dropped.
-            seed: of all draws.
+            seed: of all draws, from 0 to 2**32 - 1.
             samples: sequences for every prompt; the prompt is read once.
             ids: a number for each prompt that its draws depend on; its place in the batch by default.
             beside: what the model's `prefill` takes beside tokens (images), for prompts padded to a length.
@@ -259,6 +259,9 @@ class Stream:
         for name, value in {"max_new_tokens": max_new_tokens, "samples": samples, "block": block}.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if not 0 <= seed < 1 << 32:
+            raise UserError(f"seed must be from 0 to 2**32 - 1, not {seed}")
+        max_new_tokens = min(max_new_tokens, generator.model.max_length + 1)  # more than fit are no more
         if samples > 1 and sampling.greedy:
             raise UserError(
                 f"{samples} samples at temperature 0 would be copies of one: give a temperature above 0"

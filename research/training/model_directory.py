@@ -77,15 +77,21 @@ def fingerprint(params: PyTree) -> str:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """A saved config. Raises `UserError` naming the file if it is absent or malformed."""
+    """A saved config. Raises `UserError` naming the file if it is absent, malformed, or another project's."""
     try:
-        return configs.from_json(path.read_text(encoding="utf-8"))
+        config = configs.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if "model_type" in config and "cls" not in config:
+        raise UserError(
+            f"{path} is of Hugging Face: python -m experiments.convert --from={path.parent} --to=FOLDER --format=lathe "
+            "makes a model directory of it"
+        )
+    return config
 
 
 def abstract_params(model: nn.Module, inputs: Sequence[jax.ShapeDtypeStruct]) -> PyTree:

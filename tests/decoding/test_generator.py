@@ -198,6 +198,8 @@ def test_context_ends_a_row(plain):
     first, second = plain.generate(prompts, max_new_tokens=10).samples
     assert (len(first.tokens), first.finish) == (4, "context")
     assert (len(second.tokens), second.finish) == (10, "length")
+    (all_that_fit,) = plain.generate(prompts[:1], max_new_tokens=1 << 31).samples
+    assert (all_that_fit.tokens, all_that_fit.finish) == (first.tokens, "context")
     assert first.tokens == without_cache(plain.model, plain.params, prompts[0], 4)
 
 
@@ -261,6 +263,8 @@ def test_prepare_lays_kernels_out(monkeypatch):
         (["text"], {}, "prompt 1 is text, and this model has no tokenizer"),
         ([[1]], {"stop": ["x"]}, "stop strings need a tokenizer"),
         ([[1]], {"samples": 2}, "2 samples at temperature 0"),
+        ([[1]], {"seed": 1 << 63}, "seed must be from 0 to 2..32 - 1, not 9223372036854775808"),
+        ([[1]], {"seed": -1}, "seed must be from 0"),
         ([[1]], {"samples": 0}, "samples must be at least 1, not 0"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ([[1]], {"ids": [1, 2]}, "2 ids for 1 prompts"),

@@ -81,6 +81,10 @@ def test_prompts_and_samples(directory, capsys, tmp_path):
         (["--prompt=x", "--temperature=-1"], "temperature must be 0 (greedy) or a positive number, not -1.0"),
         (["--prompt=x", "--temperature=1", "--top_p=1.5"], "top_p must be above 0 and at most 1, not 1.5"),
         (["--prompt=x", "--top_k=5"], "top_k=5 changes nothing at temperature 0"),
+        (
+            ["--prompt=x", "--seed=4294967296"],
+            "--seed=4294967296: 4294967296 is not an integer in the range [0, 4294967295]",
+        ),
         (["--prompt=x", "--samples=3"], "3 samples at temperature 0"),
         (["--prompt=x", "--max_new_tokens=0"], "max_new_tokens must be at least 1, not 0"),
         (["--prompt=x", "--stop="], "a stop string is empty"),
@@ -99,6 +103,19 @@ def test_mistakes_are_one_line(directory, capsys, flags, message):
     assert call(*workdir, *flags) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_directory_of_hugging_face_is_sent_to_convert(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["Q"], "model_type": "qwen2", "rope_scaling": null}'
+    )
+    for file in ("model-00001-of-00002.safetensors", "model.safetensors"):  # in shards, then as one file
+        (tmp_path / file).touch()
+        assert call(f"--workdir={tmp_path}", "--prompt=x") == 2
+        expected = (
+            f"is of Hugging Face: python -m experiments.convert --from={tmp_path} --to=FOLDER --format=lathe"
+        )
+        assert expected in capsys.readouterr().err
 
 
 def test_reads_standard_input(directory):
