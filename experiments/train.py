@@ -64,6 +64,14 @@ BASELINE = PROGRAM.define(
     "The workdir of a finished run of a model trained alone, drawn into the figure of loss against parameters. "
     "Repeatable.",
 )
+EXPORT = PROGRAM.define(
+    flags.DEFINE_enum,
+    "export",
+    None,
+    "Train only what `experiments.convert` can write in this format: another model is refused, with the reason, before "
+    "anything is trained.",
+    ["huggingface"],
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -90,6 +98,8 @@ def train(config: "ConfigDict") -> None:
         raise UserError(
             f"{CONFIG.value}: it builds a {type(trainer).__name__}, not a Trainer, so it trains nothing"
         )
+    if EXPORT.value is not None:
+        check_export(config)
     baselines = read_baselines(trainer)
     if WORKDIR.value is None:
         prepare(trainer)
@@ -123,6 +133,16 @@ def train(config: "ConfigDict") -> None:
                     drawn += evaluator.draw(loaded.model, loaded.params, workdir.path / "figures")
             for path in drawn:
                 print(f"figure: {path}")
+
+
+def check_export(config: "ConfigDict") -> None:
+    """Raises UserError where transformers has no family that computes what the model of an experiment does."""
+    from research.config import build
+    from research.interop.export import expressible
+    from research.training.workdir import find_task
+
+    path, task = find_task(config)
+    expressible(build(task, path).model)
 
 
 def read_baselines(trainer: "Trainer") -> dict[str, tuple[int, float]]:
