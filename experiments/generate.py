@@ -90,9 +90,9 @@ DRAFTER = PROGRAM.define(
     cli.path,
     "drafter",
     None,
-    "What drafts: prompt_lookup, iad, aded, submodel (of a nested model), a config of one of these (configs/aded.py:paper), "
-    "a run or folder of a drafter, a smaller model, or auto: the fastest by the call times that "
-    "`python -m experiments.bench costs` measured.",
+    "What drafts: prompt_lookup, iad, aded, submodel (of a nested model), a config of one of these "
+    "(configs/aded.py:paper), a run or folder of a drafter, a smaller model, or auto: the fastest by the call times "
+    "that `python -m experiments.bench costs` measured.",
 )
 ACCEPTANCE = PROGRAM.define(
     flags.DEFINE_enum,
