@@ -93,6 +93,14 @@ class ImageDataset(RecordDataset):
             "weights": jax.ShapeDtypeStruct((), np.float32),
         }
 
+    def requires(self) -> dict[str, int]:
+        """As in `research.training.feed.check_fit`."""
+        if self.source == "digits":
+            return {"num_classes": 10}
+        _ = self._records  # says what is wrong with the source
+        labels = tfds_builder(self.source.partition(":")[2]).info.features[self.label_key]
+        return {"num_classes": labels.num_classes} if hasattr(labels, "num_classes") else {}
+
     def __len__(self) -> int:
         """Images of the split."""
         return len(self._records)

@@ -35,6 +35,10 @@ class RecordDataset(abc.ABC):
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of each array of one record, without a batch axis."""
 
+    def requires(self) -> dict[str, int | str]:
+        """What a model and other datasets must have, as in `research.training.feed.check_fit`."""
+        return {}
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """Records of an epoch."""

@@ -106,6 +106,12 @@ class TokenDataset(RecordDataset):
         spec = {name: jax.ShapeDtypeStruct((self.length,), np.int32) for name in integers}
         return {**spec, "weights": jax.ShapeDtypeStruct((self.length,), np.float32)}
 
+    def requires(self) -> dict[str, int | str]:
+        """As in `research.training.feed.check_fit`."""
+        tokenizer = self.tokenizer
+        known = f"one of {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint[:12]}"
+        return {"vocab_size": tokenizer.vocab_size, "max_length": self.length, "tokenizer": known}
+
     def __len__(self) -> int:
         """Records of an epoch: the rows of all sources."""
         self.prepare()

@@ -53,6 +53,9 @@ class InMemory(RecordDataset):
     def element_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         return self.data.element_spec()
 
+    def requires(self) -> dict[str, int | str]:
+        return self.data.requires()
+
     def __len__(self) -> int:
         return len(self.data)
 

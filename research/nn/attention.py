@@ -17,7 +17,7 @@ from research.nn.attention_kernels import (
     CachedKernel,
 )
 from research.nn.compute_once import compute_once
-from research.nn.linear import Linear
+from research.nn.linear import Linear, check_sizes, check_softcap
 from research.nn.masks import Causal, Full, MaskRule, Prefix, Steps, Window
 from research.nn.rotary import Rotary, rotate
 
@@ -70,6 +70,11 @@ class Attention(nn.Module):
     kernel: AttentionKernel = AutoAttention()
     cached_kernel: CachedKernel = AutoCachedAttention()
     cache_kind: caches.CacheKind | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "num_heads", "num_kv_heads", "head_dim")
+        check_softcap(self, "softcap")
 
     @property
     def kv_heads(self) -> int:

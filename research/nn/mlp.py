@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from kernels_pallas.silu_product import silu_product
 from research.nn.attention import Context
 from research.nn.cpu_kernels import trained_by
-from research.nn.linear import Linear
+from research.nn.linear import Linear, check_sizes
 
 _LARGE = 1 << 14  # numbers from where on a kernel pays
 
@@ -53,6 +53,10 @@ class MLP(nn.Module):
     activation: Activation = "gelu"
     use_bias: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "hidden_dim")
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = Linear(self.hidden_dim, self.use_bias, name="up")(x)
@@ -68,6 +72,10 @@ class GatedMLP(nn.Module):
     hidden_dim: int
     activation: Activation = "silu"
     use_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, "hidden_dim")
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

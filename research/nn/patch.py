@@ -13,7 +13,7 @@ from research.nn.linear import Linear, parameter
 def patchify(images: jax.Array, patch: int) -> jax.Array:
     """[B, h, w, c] -> [B, h / p * w / p, p * p * c], row-major patches of row-major pixels."""
     batch, height, width, channels = images.shape
-    if height % patch or width % patch:
+    if patch < 1 or height % patch or width % patch:
         raise UserError(f"images of {height}x{width} pixels don't divide into patches of {patch}x{patch}")
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)

@@ -15,6 +15,7 @@ from research.errors import UserError
 from research.nn.attention import Context
 from research.nn.cache import Fresh, LayerCache
 from research.nn.cpu_kernels import PRODUCT
+from research.nn.linear import check_sizes, check_softcap
 from research.nn.mlp import feed_forward
 from research.nn.norm import RMSNorm
 from research.nn.reports import COLLECTIONS
@@ -151,6 +152,14 @@ class LayerStack(nn.Module):
     scan_layers: bool = False
     remat: Remat = "none"
     token_layout: Literal["auto", "flat", "batched"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.blocks:
+            raise UserError(f"{type(self).__name__}.blocks is empty; the pattern needs at least one block")
+        # No layers are a model too, but none to train: see `research.training.feed.check_fit`.
+        check_sizes(self, "width", "vocab_size", "max_length", "num_classes", "patch")
+        check_softcap(self, "logit_softcap")
 
     def make_layers(self) -> None:
         """Call in `setup`: creates the layers under their names."""

@@ -28,6 +28,33 @@ class Dataset(Protocol):
         """Batches from global record `start` on; of each only these `rows`, by default all."""
 
 
+def check_fit(model: Any, data: Dataset, stages: Sequence[Any], evaluators: Sequence[Any]) -> None:
+    """Raise `UserError` where a model has no layers, or does not fit what stages and evaluators read (`data` where a
+    stage brings none), or these do not fit each other.
+
+    A dataset may have `requires() -> {name: value}`. A number is the least that the model's field of that name must
+    be, where it has one (`vocab_size`, `max_length`, `num_classes`); text must be that of all other datasets
+    (`tokenizer`).
+    """
+    if getattr(model, "num_layers", 1) < 1:
+        raise UserError(f"num_layers is {model.num_layers}; training needs at least 1")
+    read = {f"stage {s.name!r}": data if s.data is None else s.data for s in stages}
+    read |= {f"evaluator {e.name!r}": e.data for e in evaluators}
+    said: dict[str, tuple[str, str]] = {}
+    for where, dataset in read.items():
+        for name, value in dataset.requires().items() if hasattr(dataset, "requires") else ():
+            if isinstance(value, str):
+                other, first = said.setdefault(name, (value, where))
+                if value != other:
+                    raise UserError(
+                        f"the {name} of {where} is {value}, that of {first} is {other}; give both the same"
+                    )
+            elif (has := getattr(model, name, value)) < value:
+                raise UserError(
+                    f"{name} of the model is {has}, but the data of {where} needs at least {value}"
+                )
+
+
 def check_batch_size(where: str, batch_size: int, mesh: jax.sharding.Mesh, accumulate: int = 1) -> None:
     """Raise `UserError` unless a (micro)batch divides over the devices that share it."""
     parts = batch_parts(mesh)

@@ -19,7 +19,7 @@ from research.training import hosts, partitioning
 from research.training.checkpoints import Checkpoints
 from research.training.clock import Clock
 from research.training.evaluators import Evaluate, Evaluation
-from research.training.feed import Dataset, batch_spec, check_batch_size, feed
+from research.training.feed import Dataset, batch_spec, check_batch_size, check_fit, feed
 from research.training.metrics import MetricsWriter, final_metrics, metric_label
 from research.training.monitor import Diverged, Monitor, Pending
 from research.training.partial import kept
@@ -33,7 +33,7 @@ from research.training.structures import with_structures
 from research.training.task import Task
 from research.training.termination import Termination
 from research.training.topologies import compiler_options
-from research.training.workdir import read_checkpoint
+from research.training.workdir import begin, read_checkpoint
 
 PyTree = Any
 
@@ -77,9 +77,14 @@ class Trainer:
             for name in names:
                 if names.count(name) > 1:
                     raise UserError(f"trainer: two {kind}s are called {name!r}")
-        for name in ("log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer: {name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in dict(log_every=1, checkpoint_every=1, keep_last=1, keep_best=0).items():
+            if getattr(self, name) < least:
+                raise UserError(f"trainer: {name} is {getattr(self, name)}; it must be at least {least}")
+        for name, least in dict(clip=0.0, explode=1.0).items():
+            if (value := getattr(self, name)) is not None and not value > least:
+                raise UserError(f"trainer: {name} is {value}; it must be more than {least} or None")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"trainer: seed is {self.seed}; from 0 to 2**32 - 1 is expected")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise UserError(f"trainer: ema is {self.ema}; it must lie between 0 and 1")
 
@@ -121,7 +126,7 @@ class Trainer:
         directory = None if workdir is None else Path(getattr(workdir, "path", workdir))
         if profile is not None and directory is None:
             raise UserError("a profile is written into the workdir, and this run has none")
-        return _Run(self, directory, progress, params, devices, profile=profile).train()
+        return _Run(self, directory, progress, params, devices, profile=profile).train(workdir)
 
     def compile_first_stage(
         self, devices: Sequence[jax.Device] | None = None
@@ -190,6 +195,7 @@ class _Run:
         self.main = jax.process_index() == 0
         folder = None if directory is None else directory / "profile"
         self.profile = Profile(profile if self.main else None, folder)
+        check_fit(getattr(trainer.task, "model", None), trainer.data, trainer.stages, trainer.evaluators)
         self.mesh = partitioning.make_mesh(trainer.mesh, devices) if mesh is None else mesh
         partitioning.check_positions(getattr(trainer.task, "model", None), self.mesh)
         if hasattr(trainer.task, "check_mesh"):
@@ -380,13 +386,14 @@ class _Run:
 
     # Training
 
-    def train(self) -> tuple[State, dict[str, float]]:
+    def train(self, workdir: Any) -> tuple[State, dict[str, float]]:
         # A state may be in the middle of being written when an error passes through: `close` waits for it.
         try:
             state = self.restore()
             resumed = state is not None
             done = int(state.step) if resumed else 0
             hosts.first_decides(lambda: self.profile.check(done, self.trainer.steps))
+            hosts.first_decides(lambda: begin(workdir, resumed))
             state = self.initial() if state is None else state
             step = int(state.step) if resumed else 0
             self.progress = Progress(self.trainer.steps, step, shown=self.shown)

@@ -73,4 +73,6 @@ def _(_):
 
 @refused("GlobalCom2", "an encoder that pools its patches", "GlobalCom2 asks the class token")
 def _(_):
-    encode(ViT(num_classes=2, width=8, patch=2, blocks=(), num_layers=0), {}, jax.numpy.zeros((1, 4, 4, 1)))
+    block = Block(Attention(2, 4, rule=Full()), None)
+    model = ViT(num_classes=2, width=8, patch=2, blocks=(block,), num_layers=1)
+    encode(model, {}, jax.numpy.zeros((1, 4, 4, 1)))

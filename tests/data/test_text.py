@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from research.data import token_cache
 from research.data.sources import open_source
 from research.data.text import TokenDataset
 from research.data.token_cache import tokenized
+from research.data.token_swap import TokenSwap
 from research.data.tokenizer import Tokenizer, train
 from research.errors import UserError
+from research.training.feed import check_fit
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +221,22 @@ def test_config(corpus):
 def test_wrong_fields(fields, message):
     with pytest.raises(UserError, match=message):
         TokenDataset(**fields)
+
+
+def test_data_that_does_not_fit_the_model_or_other_data_is_told(tmp_path):
+    train(["abc" * 9], 260).save(tmp_path / "tokenizer.json")
+    own = TokenDataset("nowhere", length=8, tokenizer=str(tmp_path))
+    swapped = TokenSwap(TokenDataset("nowhere", length=8))
+    held_out = [SimpleNamespace(name="b", data=own)]
+    stages = [SimpleNamespace(name="a", data=None)]
+    check_fit(SimpleNamespace(vocab_size=260, max_length=8), own, stages, held_out)
+    for model, data, message in (
+        (dict(vocab_size=259), own, "vocab_size of the model is 259, but the data of stage 'a' needs at least 260"),
+        (dict(max_length=7), own, "max_length of the model is 7, but the data of stage 'a' needs at least 8"),
+        ({}, swapped, r"the tokenizer of evaluator 'b' is one of 260 .*, that of stage 'a' is one of 4096 tokens"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            check_fit(SimpleNamespace(**model), data, stages, held_out)
 
 
 def test_wrong_source_is_told_when_it_is_prepared():

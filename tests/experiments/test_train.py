@@ -120,11 +120,31 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path, monkeypatch, c
             ("--config=digits.py", "--config.mesh.fspd=2"),
             "mesh: unknown axis 'fspd'; did you mean 'fsdp'",
         ),
+        (
+            train,
+            ("--config=digits.py", "--config.task.model.num_classes=5"),
+            "num_classes of the model is 5, but the data of stage 'train' needs at least 10",
+        ),
+        (
+            train,
+            ("--config=digits.py", "--config.task.model.num_layers=0"),
+            "num_layers is 0; training needs at least 1",
+        ),
+        (
+            train,
+            ("--config=digits.py", "--config.task.model.patch=0"),
+            "ViT.patch is 0; it must be at least 1",
+        ),
         (train, ("--config=digits.py", "--baseline=b"), "--baseline is drawn into a figure: it needs a"),
         (
             train,
             ("--config=digits.py", "--workdir=run", "--baseline=b"),
             "b/config.json does not exist",
+        ),
+        (
+            train,
+            ("--config=digits.py", "--export=huggingface"),
+            "no family of transformers expresses this model: it is a ViT, not a plain DecoderLM",
         ),
         (train, ("--config=digits.py", "--profile=3"), "--profile=3: expected FIRST_STEP:STEPS"),
         (train, ("--config=digits.py", "--profile=3:1"), "a profile is written into the workdir"),

@@ -1,11 +1,14 @@
 """The stack of blocks: scanned and unrolled, rematerialised, flat and batched, all the same function."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research.errors import UserError
+from research.language.decoder import DecoderLM
 from research.nn.attention import Attention, Context
 from research.nn.masks import Window
 from research.nn.mlp import MLP, GatedMLP
@@ -160,6 +163,33 @@ def test_dropout_needs_a_key_and_differs_between_layers():
         first, again, other = (run(jax.random.key(k))[0] for k in (0, 0, 1))
         np.testing.assert_array_equal(first, again)
         assert not np.allclose(first, other) and not np.allclose(first, quiet)
+
+
+@pytest.mark.parametrize(
+    "model, fields, message",
+    [
+        (Stack, dict(blocks=()), "Stack.blocks is empty; the pattern needs at least one block"),
+        (DecoderLM, dict(width=-3), "DecoderLM.width is -3; it must be at least 1"),
+        (DecoderLM, dict(vocab_size=0), "DecoderLM.vocab_size is 0; it must be at least 1"),
+        (DecoderLM, dict(max_length=0), "DecoderLM.max_length is 0; it must be at least 1"),
+        (DecoderLM, dict(logit_softcap=0.0), "DecoderLM.logit_softcap is 0.0; it must be more than 0, or None"),
+        (Attention, dict(num_heads=0), "Attention.num_heads is 0; it must be at least 1"),
+        (Attention, dict(num_kv_heads=0), "Attention.num_kv_heads is 0; it must be at least 1"),
+        (Attention, dict(softcap=-1.0), "Attention.softcap is -1.0; it must be more than 0, or None for no cap"),
+        (MLP, dict(hidden_dim=0), "MLP.hidden_dim is 0; it must be at least 1"),
+        (GatedMLP, dict(hidden_dim=-1), "GatedMLP.hidden_dim is -1; it must be at least 1"),
+    ],
+)  # fmt: skip
+def test_sizes_out_of_range_are_told(model, fields, message):
+    whole = {
+        Stack: dict(num_layers=1),
+        DecoderLM: dict(
+            blocks=(Block(Attention(1, 4), None),), num_layers=1, vocab_size=4, width=4, max_length=4
+        ),
+        Attention: dict(num_heads=2, head_dim=4),
+    }
+    with pytest.raises(UserError, match=re.escape(message)):
+        model(**(whole.get(model, {}) | fields))
 
 
 def test_what_does_not_fit_is_told():

@@ -257,6 +257,11 @@ def test_average_is_over_the_parameters_seen(toy):
         (dict(stages=()), "there is no stage"),
         (dict(ema=1.5), "ema is 1.5"),
         (dict(log_every=0), "log_every is 0"),
+        (dict(keep_last=0), "keep_last is 0; it must be at least 1"),
+        (dict(keep_best=-1), "keep_best is -1; it must be at least 0"),
+        (dict(clip=0.0), "clip is 0.0; it must be more than 0.0 or None"),
+        (dict(explode=0.5), "explode is 0.5; it must be more than 1.0 or None"),
+        (dict(seed=1 << 32), "seed is 4294967296; from 0 to 2**32 - 1 is expected"),
         (dict(mesh={"fspd": 2}), "unknown axis 'fspd'; did you mean 'fsdp'?"),
         (dict(mesh={"fsdp": 2, "data": 1}), "mesh: fsdp=2 does not divide 1 devices"),
         (
