@@ -194,10 +194,10 @@ class Program:
         before: Callable[[], None] = lambda: None,
     ) -> int:
         """Parses `argv`, runs `before()` and `main(arguments)`, and returns the exit code."""
-        if any(word in ("--help", "-h", "-help") for word in argv):
-            print(self.help())
-            return 0
         try:
+            if any(word in ("--help", "-h", "-help") for word in argv):
+                print(self.help(), flush=True)
+                return 0
             arguments = self._parse(argv)
             before()
             with _interrupts_count():
