@@ -27,14 +27,14 @@ def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int,
 def check_sizes(module: nn.Module, *fields: str) -> None:
     """Raise `UserError` unless each of these fields that the module has is at least 1, or None."""
     for name in fields:
-        size = getattr(module, name, None)
+        size = vars(module).get(name)  # getattr would run `setup` in search of a field that is not there
         if size is not None and size < 1:
             raise UserError(f"{type(module).__name__}.{name} is {size}; it must be at least 1")
 
 
 def check_softcap(module: nn.Module, field: str) -> None:
     """Raise `UserError` unless this field, where the module has it, is None or a positive number."""
-    cap = getattr(module, field, None)
+    cap = vars(module).get(field)
     if cap is not None and not cap > 0:
         raise UserError(
             f"{type(module).__name__}.{field} is {cap}; it must be more than 0, or None for no cap"
