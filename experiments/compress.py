@@ -1,10 +1,11 @@
-"""Compresses a trained model: methods one after the other, each on what the one before it left.
+r"""Compresses a trained model: methods one after the other, each on what the one before it left.
 
     python -m experiments.compress --method=finequant --bits=4 --output=runs/int4
     python -m experiments.compress --method=finequant,eora --bits=3 --rank=16 --output=runs/small
     python -m experiments.compress --workdir=runs/matlm --method=decoupleq --bits=2 --group=32 --output=runs/two_bits
     python -m experiments.compress --config=configs/eora.py:tiny --config.methods.1.rank=8 --output=runs/rank8
-    python -m experiments.compress --workdir=runs/int4 --original=package:language/base --method=eora --output=runs/eora
+    python -m experiments.compress --workdir=runs/int4 --original=package:language/base --method=eora --rank=8 \
+        --output=runs/again
 
 The result is a model directory that evaluate, generate, train (`start_from`) and convert take like any other; weights
 stay packed in it and in memory, and convert multiplies them out for Hugging Face. Methods: round_to_nearest, gptq,
