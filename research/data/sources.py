@@ -54,6 +54,10 @@ def open_source(spec: str, split: str, progress: Progress | None = None) -> Text
         wrong inside a file is raised when it is read: bad JSON (file and line), a missing field (the nearest
         one), bytes that are not UTF-8, a split without documents.
     """
+    if not spec.strip():
+        raise UserError(
+            f"source {spec!r} is empty: name a source, as in builtin or texts/*.txt; . is this folder"
+        )
     kind, colon, rest = spec.partition(":")
     if spec in ("builtin", "stdlib"):
         builder = prepare_stdlib(progress=progress)
@@ -163,7 +167,7 @@ class JsonLines(_Files):
     def _text(self, path: Path, number: int, line: bytes) -> str:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: a {type(record).__name__} and not a JSON object")
@@ -317,7 +321,9 @@ def matching_files(pattern: str) -> list[Path]:
     if not paths:
         folder = Path(expanded).parent
         siblings = [str(p) for p in folder.iterdir()] if folder.is_dir() else []
-        hint = did_you_mean(pattern, _KINDS) or did_you_mean(expanded, siblings)
+        # A kind has no suffix: what has one is meant to be a file.
+        kinds = () if Path(pattern).suffix else _KINDS
+        hint = did_you_mean(pattern, kinds) or did_you_mean(expanded, siblings)
         raise UserError(f"no file matches {pattern!r}{hint}")
     return paths
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -171,9 +172,17 @@ class _PackedSource:
             chosen = np.flatnonzero(passes == number)
             stream, rows = self._tables(int(number))
             arrays = (self.source.tokens, self.source.offsets)
-            parts.append(
-                pack_rows(rows[places[chosen]], stream, *arrays, self._length, self._pad, self._token_bytes)
-            )
+            try:
+                parts.append(
+                    pack_rows(
+                        rows[places[chosen]], stream, *arrays, self._length, self._pad, self._token_bytes
+                    )
+                )
+            except IndexError:
+                folder, size = Path(self.source.tokens.filename).parent, len(self._token_bytes)
+                raise UserError(
+                    f"{folder} is damaged: a token is not one of the {size} of the vocabulary; delete it"
+                ) from None
             order.append(chosen)
         back = np.argsort(np.concatenate(order))
         return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}

@@ -40,7 +40,8 @@ def tokenized(source: TextSource, tokenizer: Tokenizer, progress: Progress | Non
     The folder's name is a digest of the two fingerprints, so it is never out of date.
 
     Raises:
-      UserError: what reading the source raises, or a corpus of no tokens.
+      UserError: what reading the source raises, a corpus of no tokens, or files that are damaged. That an id lies
+        outside of the vocabulary is told when it is packed: files are large.
     """
     key = hashlib.sha256(f"{_LAYOUT} {source.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()[:32]
     folder = data_dir() / "tokens" / key
@@ -48,10 +49,16 @@ def tokenized(source: TextSource, tokenizer: Tokenizer, progress: Progress | Non
     if not folder.is_dir():
         with publish(folder) as scratch:
             _encode(source, tokenizer, dtype, scratch, progress)
-    offsets = np.load(folder / "offsets.npy", allow_pickle=False)
-    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    if len(tokens) != offsets[-1]:
-        raise UserError(f"{folder} is damaged: {len(tokens)} tokens where {offsets[-1]} belong; delete it")
+    try:
+        with open(folder / "offsets.npy", "rb") as file:
+            offsets = np.lib.format.read_array(file, allow_pickle=False)
+        tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or offsets[0] or np.any(np.diff(offsets) < 0):
+            raise ValueError("offsets.npy holds no offsets")
+        if len(tokens) != offsets[-1]:
+            raise ValueError(f"{len(tokens)} tokens where {offsets[-1]} belong")
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise UserError(f"{folder} is damaged: {error}; delete it") from error
     return TokenizedSource(tokens, offsets)
 
 

@@ -200,12 +200,23 @@ def _configured_names(path: Path) -> dict[str, str | None] | None:
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__}; a JSON object is expected")
     # Null says that the model was trained without the token (Qwen has no <bos>).
     names = {role: config[f"{role}_token"] for role in _NAMES if f"{role}_token" in config}
     # Older files hold the whole description of the token instead of its text.
-    return {role: value["content"] if isinstance(value, dict) else value for role, value in names.items()}
+    texts = {
+        role: value.get("content", 0) if isinstance(value, dict) else value for role, value in names.items()
+    }
+    for role, text in texts.items():
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{path}: {role}_token is {names[role]!r}; a text, null or an object with the text as "
+                "content is expected"
+            )
+    return texts
 
 
 def _token_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:

@@ -16,7 +16,8 @@ LABELS = ("step", "kind", "stage", "name", "variant")
 def read_rows(path: str | os.PathLike) -> list[Row]:
     """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is not one.
 
-    Raises `UserError` if any other line is not a JSON object with a `step`.
+    Raises `UserError` if any other line is not a JSON object with `step`, `kind` and, of an evaluation, its `name` and
+    `variant`, or if the file can't be read.
     """
     return [row for row, _ in _scan(Path(path))]
 
@@ -43,14 +44,19 @@ def final_metrics(rows: list[Row]) -> dict[str, float]:
 def _scan(path: Path) -> list[tuple[Row, int]]:
     """[(row, byte offset of its end)]."""
     rows, offset = [], 0
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from None
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
             break
         try:
             row = json.loads(line)
             row["step"] + 0
-        except (ValueError, TypeError, KeyError):
+            if row["kind"] != "train":
+                row["name"], row["variant"]  # as `metric_label` needs them
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path}:{number} is not a line of metrics: {line[:80]!r}") from None
         offset += len(line)
         rows.append((row, offset))
@@ -73,6 +79,9 @@ class MetricsWriter:
         path = directory / "metrics.jsonl"
         kept = [(row, end) for row, end in _scan(path) if row["step"] <= step]
         self.rows = [row for row, _ in kept]
+        board = directory / "tensorboard"
+        if board.exists() and not board.is_dir():
+            raise UserError(f"{board} is a file, and the folder of event files belongs there; move it away")
         if not writes:
             return
         directory.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,7 @@ def test_json_lines_from_several_files(tmp_path):
     ("line", "message"),
     [
         ("{'text': 1}", r"data.jsonl, line 2: not JSON: "),
+        pytest.param("[" * 100_000, r"data.jsonl, line 2: not JSON: maximum recursion depth", id="deep"),
         ("[1]", r"data.jsonl, line 2: a list and not a JSON object"),
         ('{"txt": "x"}', r"data.jsonl, line 2: no field 'text'; did you mean txt\?"),
         ('{"q": "x", "z": 1}', r"data.jsonl, line 2: no field 'text'; there are q, z"),
@@ -135,6 +136,8 @@ def test_empty_corpus_and_empty_split(tmp_path):
         ("{folder}/00.txt", r"no file matches .*; did you mean .*/000.txt\?"),
         ("jsonl:data.jsonl", r"written jsonl:PATH:FIELD"),
         ("jsonl:{folder}/none.jsonl:text", r"no file matches .*none.jsonl"),
+        ("jsonl:none.jsonl:text", r"^no file matches 'none.jsonl'$"),
+        ("", "source '' is empty: name a source, as in builtin"),
     ],
 )
 def test_wrong_names(folder, spec, message):

@@ -167,12 +167,27 @@ def test_tokens_are_encoded_once(corpus, data_home, monkeypatch):
     assert len(list((data_home / "tokens").iterdir())) == 2  # another vocabulary, another cache
 
 
-def test_damaged_cache_is_named(corpus, data_home):
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("tokens.bin", lambda path, old: path.write_bytes(old[:-2]), r"\d+ tokens where \d+ belong"),
+        ("tokens.bin", lambda path, old: path.write_bytes(old[:-1]), ".*multiple of the data-type size"),
+        ("tokens.bin", lambda path, old: path.write_bytes(b""), ".*empty file"),
+        ("tokens.bin", lambda path, old: path.unlink(), ".*No such file"),
+        ("tokens.bin", lambda path, old: path.write_bytes(b"\xff" * len(old)), "a token is not one of the 4096 "),
+        ("offsets.npy", lambda path, old: path.write_bytes(old[:20]), ".*"),
+        ("offsets.npy", lambda path, old: path.write_bytes(b""), ".*"),
+        ("offsets.npy", lambda path, old: path.write_bytes(b"garbage"), ".*"),
+        ("offsets.npy", lambda path, old: np.save(path, np.int64([0, 9, 5])), "offsets.npy holds no offsets"),
+        ("offsets.npy", lambda path, old: np.save(path, np.int64([])), ".*"),
+    ],
+)  # fmt: skip
+def test_damaged_cache_is_named(corpus, data_home, name, damage, message):
     lower(corpus).prepare()
-    (file,) = data_home.glob("tokens/*/tokens.bin")
-    file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=r"tokens/\w+ is damaged: \d+ tokens where \d+ belong; delete it"):
-        len(lower(corpus))
+    (file,) = data_home.glob(f"tokens/*/{name}")
+    damage(file, file.read_bytes())
+    with pytest.raises(UserError, match=rf"tokens/\w+ is damaged: {message}.*; delete it"):
+        next(lower(corpus).batches(0, 2))
 
 
 def test_vocabulary_of_more_than_16_bits(corpus):

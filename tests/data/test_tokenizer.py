@@ -179,6 +179,21 @@ def test_names_of_special_tokens(tmp_path):
     assert configured.fingerprint != plain.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"bos_token": {"x": 1}}, r"tokenizer_config.json: bos_token is {'x': 1}; a text, null or an object with"),
+        ({"eos_token": 3}, "tokenizer_config.json: eos_token is 3; a text, null or"),
+        ([], "tokenizer_config.json holds a list; a JSON object is expected"),
+    ],
+)  # fmt: skip
+def test_a_config_without_names_is_told(shipped, tmp_path, config, message):
+    shipped.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_vocabulary_with_holes():
     backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 5}, []))
     tokenizer = Tokenizer(backend)

@@ -1,6 +1,7 @@
 """The record of a run: cut at the resumed step, safe after a kill, the same numbers in TensorBoard."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -57,11 +58,25 @@ def test_resuming_cuts_the_later_rows_and_an_unfinished_line(tmp_path):
     assert read_rows(path) == [train(1, 0.125), train(2, 0.25), train(3, 9.0)]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", ["nonsense", '{"step": 1}', '{"step": 1, "kind": "eval"}', pytest.param("[" * 100_000, id="deep")]
+)
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(train(1, 1.0)) + "\nnonsense\n" + json.dumps(train(2, 1.0)) + "\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of metrics: b'nonsense"):
+    path.write_text(f"{json.dumps(train(1, 1.0))}\n{line}\n{json.dumps(train(2, 1.0))}\n")
+    with pytest.raises(
+        UserError, match=rf"metrics.jsonl:2 is not a line of metrics: b'{re.escape(line[:40])}"
+    ):
         read_rows(path)
+
+
+def test_what_takes_the_place_of_the_record_is_named(tmp_path):
+    (tmp_path / "tensorboard").touch()
+    with pytest.raises(UserError, match="tensorboard is a file, and the folder of event files belongs there"):
+        MetricsWriter(tmp_path, 0)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl can't be read: Is a directory"):
+        MetricsWriter(tmp_path, 0)
 
 
 def test_without_a_directory_rows_stay_in_memory():
