@@ -324,15 +324,17 @@ class _Run:
             # Of arrays on its own devices a process knows alone; numpy's are every process's.
             given = jax.tree.map(np.asarray, given)
 
-        def init(source: Any) -> State:
+        def init(source: Any, seed: jax.Array) -> State:
             # Copies, because the step donates its state: neither the caller's arrays nor, through a buffer
             # shared with the average, the state's own may go with it.
-            params = trainer.task.init(init_key(trainer.seed)) if given is None else _copy(source)
+            params = trainer.task.init(init_key(seed)) if given is None else _copy(source)
             opt_state = plan.transformation.init(split(params, plan.mask)[0])
-            state = initial_state(params, opt_state, trainer.seed, ema=trainer.ema is not None)
+            state = initial_state(params, opt_state, seed, ema=trainer.ema is not None)
             return state.replace(ema=_copy(state.ema))
 
-        return self.rearrange(jax.jit(init, out_shardings=shardings)(given), None)
+        # A seed that is no constant of the program: one compilation serves all.
+        seed = np.uint32(trainer.seed)
+        return self.rearrange(jax.jit(init, out_shardings=shardings)(given, seed), None)
 
     def enter(self, plan: _Plan, state: State) -> State:
         """The state with a fresh optimizer state for `plan`."""

@@ -31,7 +31,7 @@ def step_key(state: State) -> jax.Array:
     return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
 
-def initial_state(params: PyTree, opt_state: PyTree, seed: int, *, ema: bool) -> State:
+def initial_state(params: PyTree, opt_state: PyTree, seed: int | jax.Array, *, ema: bool) -> State:
     """The state before the first step. Traceable; `ema` starts as the parameters."""
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -42,11 +42,11 @@ def initial_state(params: PyTree, opt_state: PyTree, seed: int, *, ema: bool) ->
     )
 
 
-def run_key(seed: int) -> jax.Array:
+def run_key(seed: int | jax.Array) -> jax.Array:
     """uint32[2]: the key data that steps fold their number into."""
     return jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 1))
 
 
-def init_key(seed: int) -> jax.Array:
+def init_key(seed: int | jax.Array) -> jax.Array:
     """The typed key that parameters are initialised with, independent of `run_key`."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0)
