@@ -214,6 +214,6 @@ def test_a_run_begins_with_parts_or_with_a_run():
 
 def test_shared_defaults_are_no_shared_parameters():
     """Both towers have the default norm, one object, of width 8 and 12."""
-    assert MODEL.text.final_norm is tower(1, 1, 1).final_norm
+    assert MODEL.text.final_norm is tower(2, 1, 1).final_norm
     shapes = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), NUMBERS)["params"])
     assert [shapes[m]["final_norm"]["scale"].shape for m in MODALITIES] == [(8,), (12,)]
