@@ -31,7 +31,7 @@ QUICK_COMPILATION = (
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += f" {QUICK_COMPILATION}"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers share the cores: one thread each, in XLA's pool (NPROC) and in BLAS (OMP).
+    # The workers share the cores: one thread each, in XLA's pool (NPROC) and in BLAS (OMP). Kernels keep their helpers.
     os.environ.setdefault("NPROC", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
