@@ -30,7 +30,6 @@ from research.ssm.mmmamba import student_model
 from research.training.loop import Trainer
 from research.training.optimizers import adamw, cosine
 from research.training.stages import Stage
-from research.training.state import init_key
 from research.training.task import LanguageModelling
 from research.training.workdir import open_workdir, read_checkpoint
 
@@ -82,9 +81,7 @@ def teach(
     trainer = build(config)
     progress(0.05, f"{trainer.steps} steps")
     with open_workdir(workdir / "run", config) as place:
-        # A seed that is an argument is no constant of the program, which is compiled once.
-        params = jax.jit(trainer.task.init)(init_key(seed))
-        state, _ = trainer.train(place, params=params, progress=False)
+        state, _ = trainer.train(place, progress=False)
     metrics = evaluation(trainer.task)(state.params, held_out(family, tokenizer))
     return {
         "cross_entropy": mean_of(metrics["loss"]),

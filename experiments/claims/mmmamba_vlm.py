@@ -26,7 +26,6 @@ from research.multimodal.task import VisionLanguage
 from research.nn.accounting import count_bytes
 from research.ssm.mmmamba import student_model
 from research.training.loop import Trainer
-from research.training.state import init_key
 from research.training.workdir import open_workdir
 
 TEACHER, STEPS, RATES = 250, (20, 20, 60), (1e-2, 3e-3, 3e-3)
@@ -45,9 +44,7 @@ def teach(seed: int, workdir: Path, progress: Progress, needs: dict[str, Needed]
     """The teacher, all of it trained from scratch."""
     stage = llava.stage("learn", TEACHER, hovle.ALL, seeing.BATCH, 3e-3, floor=0.1)
     task = of(VisionLanguage, model=hovle.model())
-    # A seed that is an argument is no constant of the program, which is compiled once.
-    drawn = jax.jit(build(task).init)(init_key(seed))
-    params = seeing.run(task, data("train", seed), (stage,), seed, workdir / "run", drawn)
+    params = seeing.run(task, data("train", seed), (stage,), seed, workdir / "run")
     found = seeing.answers(seeing.Trained(build(hovle.model()), params), WORLD, LENGTH)
     return {"answers": found["answers"], "cross_entropy": found["loss"], "budget": TEACHER * seeing.BATCH} | {
         "bytes": found["bytes"]

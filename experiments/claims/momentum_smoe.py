@@ -30,7 +30,6 @@ from research.training.loop import Trainer
 from research.training.metrics import read_rows
 from research.training.optimizers import muon, wsd
 from research.training.stages import Stage
-from research.training.state import init_key
 from research.training.task import Classification, LanguageModelling
 from research.training.workdir import open_workdir
 
@@ -184,10 +183,8 @@ def fit(
     )
     progress(0.05, f"{stage.steps} steps")
     trainer = build(config)
-    # A seed that is an argument is no constant of the program, which then is compiled once for all seeds.
-    params = jax.jit(trainer.task.init)(init_key(seed))
     with open_workdir(workdir / "run", config) as run:
-        state, final = trainer.train(run, progress=False, params=params)
+        state, final = trainer.train(run, progress=False)
         rows = [row for row in read_rows(run.metrics) if row["kind"] == "train"]
     curve = [row.get("cross_entropy", row["loss"]) for row in rows]
     return final | {"bytes": count_bytes(state.params)}, curve
