@@ -141,7 +141,8 @@ def judge(results: Results) -> tuple[str, str]:
         f"{_ends(curves['encoder'])}); right answers after stages 2 and 3: "
         + ", ".join(f"{arm} {aligned[arm]:.3f} and {ends[arm]:.3f}" for arm in ends)
         + f"; text: decoder alone {text[0]:.3f} nats, through the module after stage 1 {text[1]:.3f}, through a drawn "
-        f"one {drawn:.3f}. Of the four parts held: {', '.join(str(i + 1) for i, h in enumerate(held) if h) or 'none'}."
+        f"one {drawn:.3f}. Of four parts these held, by number: "
+        f"{', '.join(str(i + 1) for i, h in enumerate(held) if h) or 'none'}."
     )
 
 
