@@ -393,11 +393,10 @@ class _Run:
         try:
             state = self.restore()
             resumed = state is not None
-            done = int(state.step) if resumed else 0
-            hosts.first_decides(lambda: self.profile.check(done, self.trainer.steps))
+            step = int(state.step) if resumed else 0
+            hosts.first_decides(lambda: self.profile.check(step, self.trainer.steps))
             hosts.first_decides(lambda: begin(workdir, resumed))
             state = self.initial() if state is None else state
-            step = int(state.step) if resumed else 0
             self.progress = Progress(self.trainer.steps, step, shown=self.shown)
             self.writer = MetricsWriter(self.directory, step, writes=self.main)
             with self.progress, Termination(self.directory is not None) as termination:
